@@ -1,0 +1,1 @@
+"""speccascade_t5x."""

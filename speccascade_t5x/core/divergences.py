@@ -1,0 +1,25 @@
+"""Distances between laws, and entropy. All reduce the last axis in float32; logarithms are natural."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.scipy.special import xlogy
+
+from speccascade_t5x.interfaces import Array
+
+
+def total_variation(p: Array, q: Array) -> Array:
+    """D_TV(p, q) = sum_v max(0, p(v) - q(v)), [..., V] x [..., V] -> [...]."""
+    return jnp.sum(jnp.maximum(p.astype(jnp.float32) - q.astype(jnp.float32), 0.0), axis=-1)
+
+
+def entropy(p: Array) -> Array:
+    """H(p) = -sum_v p(v) log p(v) in nats, with 0 log 0 = 0. [..., V] -> [...]."""
+    p = p.astype(jnp.float32)
+    return -jnp.sum(xlogy(p, p), axis=-1)
+
+
+def kl(p: Array, q: Array) -> Array:
+    """KL(p || q) in nats, infinite where q is 0 and p is not. [..., V] x [..., V] -> [...]."""
+    p, q = p.astype(jnp.float32), q.astype(jnp.float32)
+    return jnp.sum(xlogy(p, p) - xlogy(p, q), axis=-1)

@@ -1,0 +1,156 @@
+"""From logits to laws: the one sampler order of this package, used by drafter, verifier, target and bonus alike.
+
+The order is: vocabulary mask, temperature, top-k, renormalise, top-p, min-p, renormalise. `raw` and
+`tempered` are the part up to temperature; `truncate` (written Tr in the docs) is the part after it.
+All laws are float32, [..., V], and sum to 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.interfaces import NEG_INF, Array
+
+# Width of the inner level of the two-level cumulative sums: one TPU lane register, and small enough
+# that the outer level of a 256k vocabulary is a few thousand numbers.
+_CHUNK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a law is shaped before it is sampled. All fields are traced: sweeping them never recompiles.
+
+    Attributes:
+      temperature: 0 takes the argmax (ties to the lower id), 1 leaves the law as it is. Scalar or [B].
+      top_k: keep the k most likely tokens; 0 is off. Scalar or [B].
+      top_p: keep a token iff the mass strictly before it, in descending order, is below top_p; 1 is off.
+        Scalar or [B].
+      min_p: of what top-k and top-p left, keep a token iff its probability is at least min_p times the
+        largest; 0 is off. Scalar or [B].
+    """
+
+    temperature: Array | float = 1.0
+    top_k: Array | int = 0
+    top_p: Array | float = 1.0
+    min_p: Array | float = 0.0
+
+
+jax.tree_util.register_dataclass(
+    Sampling, data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[]
+)
+
+
+def expand_right(value: Array | float, rank: int) -> Array:
+    """Gives a scalar or [B] value trailing axes of 1 until it has `rank` axes, so that B meets axis 0."""
+    value = jnp.asarray(value)
+    return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (rank - value.ndim))
+
+
+def mask_vocabulary(logits: Array, vocab_size: int | None) -> Array:
+    """Casts [..., V] logits to float32 and rules out ids >= vocab_size (the padded tail of the embedding)."""
+    logits = logits.astype(jnp.float32)
+    if vocab_size is None or vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, NEG_INF)
+
+
+def raw(logits: Array, vocab_size: int | None = None) -> Array:
+    """softmax(logits) at temperature 1, [..., V]: what the deferral tests of the rules read."""
+    return jax.nn.softmax(mask_vocabulary(logits, vocab_size), axis=-1)
+
+
+def greedy(logits: Array) -> Array:
+    """The one-hot law of the argmax, ties to the lower id."""
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+
+
+def tempered(logits: Array, temperature: Array | float, vocab_size: int | None = None) -> Array:
+    """softmax(logits / temperature), [..., V]; the one-hot argmax where temperature is 0.
+
+    Args:
+      logits: [..., V].
+      temperature: scalar or [B], B being axis 0 of `logits`.
+      vocab_size: ids at or above it get probability 0.
+    """
+    logits = mask_vocabulary(logits, vocab_size)
+    temperature = expand_right(jnp.asarray(temperature, jnp.float32), logits.ndim)
+    is_greedy = temperature == 0.0
+    soft = jax.nn.softmax(logits / jnp.where(is_greedy, 1.0, temperature), axis=-1)
+    return jnp.where(is_greedy, greedy(logits), soft)
+
+
+def normalise(weights: Array) -> Array:
+    """weights / sum(weights) over the last axis; all-zero rows stay zero."""
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
+def _truncate_sorted(law: Array, sampling: Sampling) -> Array:
+    vocab = law.shape[-1]
+    order = jnp.argsort(law, axis=-1, descending=True, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    top_k = expand_right(jnp.asarray(sampling.top_k, jnp.int32), law.ndim)
+    top_p = expand_right(jnp.asarray(sampling.top_p, jnp.float32), law.ndim)
+    law = normalise(jnp.where(rank < jnp.where(top_k > 0, top_k, vocab), law, 0.0))
+    descending = jnp.take_along_axis(law, order, axis=-1)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    # top_p = 1 must keep all of a law whose float32 cumulative sum overshoots 1.
+    keep = (before < top_p) | (top_p >= 1.0)
+    return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), law, 0.0)
+
+
+def truncate(law: Array, sampling: Sampling) -> Array:
+    """Tr(law): top-k, renormalise, top-p, min-p, renormalise. [..., V] -> [..., V].
+
+    The sort runs only when top-k or top-p asks for it, and nothing runs when no truncation is on.
+    """
+    needs_sort = jnp.any(jnp.asarray(sampling.top_k) > 0) | jnp.any(jnp.asarray(sampling.top_p) < 1.0)
+    needs_any = needs_sort | jnp.any(jnp.asarray(sampling.min_p) > 0.0)
+
+    def shortened(law):
+        law = jax.lax.cond(needs_sort, lambda x: _truncate_sorted(x, sampling), lambda x: x, law)
+        min_p = expand_right(jnp.asarray(sampling.min_p, jnp.float32), law.ndim)
+        keep = law >= min_p * jnp.max(law, axis=-1, keepdims=True)
+        return normalise(jnp.where(keep, law, 0.0))
+
+    return jax.lax.cond(needs_any, shortened, lambda x: x, law)
+
+
+def sample(law: Array, uniform: Array) -> Array:
+    """Draws ids from laws by inverse cumulative sums, one uniform each.
+
+    Two levels (chunks, then inside one chunk), so that no scan runs over a whole vocabulary. An id of
+    probability 0 is never returned, whatever the rounding, unless the whole law is zero (then 0 is).
+
+    Args:
+      law: [..., V] laws, or non-negative weights: they are taken relative to their sum.
+      uniform: [...] in [0, 1).
+
+    Returns:
+      [...] int32 ids.
+    """
+    vocab = law.shape[-1]
+    chunks = -(-vocab // _CHUNK)
+    padded = jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, chunks * _CHUNK - vocab)])
+    padded = padded.reshape(law.shape[:-1] + (chunks, _CHUNK))
+    mass = jnp.sum(padded, axis=-1)
+    outer = jnp.cumsum(mass, axis=-1)
+    wanted = uniform * outer[..., -1]
+    chunk = _first_above(outer, mass, wanted)
+    passed = jnp.take_along_axis(outer - mass, chunk[..., None], axis=-1)[..., 0]
+    inside = jnp.take_along_axis(padded, chunk[..., None, None], axis=-2)[..., 0, :]
+    return chunk * _CHUNK + _first_above(jnp.cumsum(inside, axis=-1), inside, wanted - passed)
+
+
+def _first_above(cumulative: Array, weights: Array, threshold: Array) -> Array:
+    """Index of the first positive weight whose cumulative sum exceeds the threshold, else of the last positive."""
+    positive = weights > 0
+    index = jnp.arange(weights.shape[-1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(positive, index, 0), axis=-1)
+    first = jnp.min(
+        jnp.where(positive & (cumulative > threshold[..., None]), index, weights.shape[-1]), axis=-1
+    )
+    return jnp.minimum(first, last).astype(jnp.int32)

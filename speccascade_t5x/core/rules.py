@@ -1,0 +1,325 @@
+"""Rules: what law may be emitted, given the drafter's law q and the verifier's law p.
+
+A rule implements ONE method, `target(pair) -> pi`. How drafts are accepted and what replaces a rejected
+one follow from pi alone (`verify.py`). Sources: [SC] Narasimhan et al., "Faster Cascades via Speculative
+Decoding" (ICLR 2025); [LEV] Leviathan et al. 2023; [LV] the lossy-verification audit (2607.26627).
+
+Tests read the raw pair (temperature 1); what is mixed into pi is the temperature-scaled pair. Every test
+is "keep the drafter iff >=". To add a rule: one class, `register`, one oracle, one gin file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import divergences, probs
+from speccascade_t5x.interfaces import Array, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Everything a rule may read at one or many positions.
+
+    Attributes:
+      q: [..., V] drafter's law after temperature, untruncated (None for rules that read no drafter).
+      p: [..., V] verifier's, likewise.
+      q_raw: [..., V] drafter's law at temperature 1 (None likewise).
+      p_raw: [..., V] verifier's.
+      greedy: True where temperature is 0; bool, traced or not, scalar or [B].
+      position: [...] output position, for rules that read it.
+      hidden_q: [..., D] drafter's last hidden state, for learned rules.
+      hidden_p: [..., D] verifier's.
+    """
+
+    q: Array | None
+    p: Array
+    q_raw: Array | None
+    p_raw: Array
+    greedy: Array | bool = False
+    position: Array | None = None
+    hidden_q: Array | None = None
+    hidden_p: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A rule as accept probabilities and residual, for drafts from q. Derived from pi; for reading, not for the loop.
+
+    Attributes:
+      accept: [..., V] min(1, pi / q), 0 where q is 0.
+      residual: [..., V] norm(max(0, pi - q)), all zero where pi == q.
+    """
+
+    accept: Array
+    residual: Array
+
+
+for _cls, _fields in (
+    (Pair, ["q", "p", "q_raw", "p_raw", "greedy", "position", "hidden_q", "hidden_p"]),
+    (Verdict, ["accept", "residual"]),
+):
+    jax.tree_util.register_dataclass(_cls, data_fields=_fields, meta_fields=[])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Base of all rules.
+
+    Class attributes, static per program:
+      reads_drafter: whether pi depends on q. If so the drafter must also be scored at the bonus position.
+      truncates_inputs: whether top-k and friends shape p and q before the rule instead of pi after it.
+      alpha_range: (lowest, highest) valid alpha; None where the rule takes no alpha.
+      ends: what the lossless end and the drafter-only end of alpha are, for people.
+      source: where the rule comes from.
+    """
+
+    reads_drafter: ClassVar[bool] = True
+    truncates_inputs: ClassVar[bool] = False
+    alpha_range: ClassVar[tuple[float, float] | None] = None
+    ends: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    def target(self, pair: Pair) -> Array:
+        """The target law pi, [..., V]."""
+        raise NotImplementedError
+
+    def deferral(self, pair: Pair) -> Array:
+        """[...] the probability that the rule turns to the verifier here: r of prefix rules, eta of token rules."""
+        return jnp.ones(pair.p.shape[:-1], jnp.float32)
+
+    def verdict(self, pair: Pair) -> Verdict:
+        """The same law as accept probabilities and residual against drafts from `pair.q`."""
+        target = self.target(pair)
+        ratio = target / jnp.where(pair.q > 0, pair.q, 1.0)
+        accept = jnp.where(pair.q > 0, jnp.minimum(1.0, ratio), 0.0)
+        return Verdict(accept, probs.normalise(jnp.maximum(target - pair.q, 0.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaRule(Rule):
+    """A rule with the trade-off knob alpha: scalar or [B], a traced leaf, so that a sweep compiles once."""
+
+    alpha: Array | float
+
+    def _alpha(self, rank: int) -> Array:
+        """alpha in float32 with trailing axes of 1, so that [B] meets axis 0 of a rank-`rank` array."""
+        return probs.expand_right(jnp.asarray(self.alpha, jnp.float32), rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixRule(AlphaRule):
+    """pi = (1 - r) q + r p, with r(prefix) in {0, 1}: the whole position is the drafter's or the verifier's."""
+
+    def defers(self, pair: Pair) -> Array:
+        """[...] bool r: True where the verifier must speak."""
+        raise NotImplementedError
+
+    def target(self, pair: Pair) -> Array:
+        return jnp.where(self.defers(pair)[..., None], pair.p, pair.q)
+
+    def deferral(self, pair: Pair) -> Array:
+        return self.defers(pair).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRule(AlphaRule):
+    """pi(v) = q(v) (1 - r(v)) + eta p(v), eta = sum_v' r(v') q(v'): single tokens of the drafter are ruled out.
+
+    At temperature 0 the drafter's argmax stands iff the test keeps it, else the verifier's argmax: with
+    one-hot q and p that is what the same formula says.
+    """
+
+    def rejects(self, pair: Pair) -> Array:
+        """[..., V] bool r(v): True for tokens the drafter may not emit here."""
+        raise NotImplementedError
+
+    def target(self, pair: Pair) -> Array:
+        rejected = self.rejects(pair)
+        eta = jnp.sum(jnp.where(rejected, pair.q, 0.0), axis=-1, keepdims=True)
+        return jnp.where(rejected, 0.0, pair.q) + eta * pair.p
+
+    def deferral(self, pair: Pair) -> Array:
+        return jnp.sum(jnp.where(self.rejects(pair), pair.q, 0.0), axis=-1)
+
+
+def _peak(law: Array) -> Array:
+    return jnp.max(law, axis=-1)
+
+
+_REGISTRY: dict[str, type[Rule]] = {}
+
+
+def register(name: str, cls: type[Rule]) -> type[Rule]:
+    """Makes a rule selectable by name and its fields pytree leaves. Returns the class.
+
+    Raises:
+      ValueError: the name is taken by another class.
+    """
+    if _REGISTRY.get(name, cls) is not cls:
+        raise ValueError(f"the rule name {name!r} is taken by {_REGISTRY[name].__name__}")
+    _REGISTRY[name] = cls
+    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    leaves = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+    jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+    return cls
+
+
+def names() -> list[str]:
+    """Registered rule names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Rule]:
+    """The class registered under `name`.
+
+    Raises:
+      UserError: no such rule; the message names the nearest.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no rule named {name!r}: {hint}the rules are {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
+    """Builds a rule from its registry name, checking alpha.
+
+    Args:
+      name: a registry name, e.g. "token_v3".
+      alpha: number or sequence of numbers (one per row); None for rules without alpha.
+      **options: further fields of the rule.
+
+    Raises:
+      UserError: unknown rule, alpha missing, superfluous or outside the rule's range, unknown option.
+    """
+    cls = get(name)
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(f"the rule {name!r} has no option {unknown[0]!r}; it takes {sorted(known) or 'none'}")
+    if cls.alpha_range is None:
+        if alpha is not None:
+            raise UserError(f"the rule {name!r} takes no alpha, but alpha={alpha} was given: leave it out")
+        return cls(**options)
+    if alpha is None:
+        raise UserError(f"the rule {name!r} needs an alpha ({describe_range(cls)}; {cls.ends})")
+    low, high = cls.alpha_range
+    for value in alpha if hasattr(alpha, "__len__") else [alpha]:
+        if not (low <= float(value) <= high):
+            raise UserError(
+                f"alpha={value} is outside the range of the rule {name!r}: {describe_range(cls)} ({cls.ends})"
+            )
+    return cls(alpha=jnp.asarray(alpha, jnp.float32), **options)
+
+
+def describe_range(cls: type[Rule]) -> str:
+    """The valid alphas in words."""
+    low, high = cls.alpha_range
+    if math.isinf(low) and math.isinf(high):
+        return "any real number"
+    if math.isinf(high):
+        return f"{low:g} or more"
+    return f"from {low:g} to {high:g}"
+
+
+class Lossless(Rule):
+    """pi = p: plain speculative decoding [LEV]."""
+
+    reads_drafter = False
+    source = "Leviathan et al. 2023"
+
+    def target(self, pair: Pair) -> Array:
+        return pair.p
+
+
+class Chow(PrefixRule):
+    """Defer iff max q_raw < 1 - alpha ([SC], Chow's rule)."""
+
+    alpha_range = (0.0, 1.0)
+    ends = "0 is lossless, 1 is the drafter alone"
+    source = "Faster Cascades via Speculative Decoding, Chow"
+
+    def defers(self, pair: Pair) -> Array:
+        peak = _peak(pair.q_raw)
+        alpha = self._alpha(peak.ndim)
+        # At alpha = 0 the law must be p even where q is certain: a float32 maximum can reach exactly 1.
+        return (peak < 1.0 - alpha) | (alpha <= 0.0)
+
+
+class Diff(PrefixRule):
+    """Defer iff max q_raw < max p_raw - alpha ([SC], Diff)."""
+
+    alpha_range = (-1.0, 1.0)
+    ends = "-1 is lossless, 1 is the drafter alone"
+    source = "Faster Cascades via Speculative Decoding, Diff"
+
+    def defers(self, pair: Pair) -> Array:
+        peak = _peak(pair.q_raw)
+        return peak < _peak(pair.p_raw) - self._alpha(peak.ndim)
+
+
+class Opt(PrefixRule):
+    """Defer iff max q_raw < max p_raw - alpha D_TV(p, q) ([SC], OPT: the plug-in of the optimal rule).
+
+    Hybrid, as in the authors' notebook: the maxima are raw, the distance is of the temperature-scaled,
+    untruncated pair.
+    """
+
+    alpha_range = (-math.inf, math.inf)
+    ends = "minus infinity is lossless, plus infinity the drafter alone"
+    source = "Faster Cascades via Speculative Decoding, OPT"
+
+    def defers(self, pair: Pair) -> Array:
+        peak = _peak(pair.q_raw)
+        distance = divergences.total_variation(pair.p, pair.q)
+        return peak < _peak(pair.p_raw) - self._alpha(peak.ndim) * distance
+
+
+class TokenV3(TokenRule):
+    """Rule out v iff p_raw(v) < (1 - alpha) max p_raw ([SC], Token-specific V3, its main result).
+
+    alpha = 0 is NOT lossless at temperature > 0: only the verifier's argmax may then come from the drafter.
+    """
+
+    alpha_range = (-math.inf, 1.0)
+    ends = "0 keeps only the verifier's argmax from the drafter, 1 is the drafter alone, below 0 is lossless"
+    source = "Faster Cascades via Speculative Decoding, Token-specific V3"
+
+    def rejects(self, pair: Pair) -> Array:
+        floor = 1.0 - self._alpha(pair.p_raw.ndim)
+        return pair.p_raw < floor * jnp.max(pair.p_raw, axis=-1, keepdims=True)
+
+
+class MinP(AlphaRule):
+    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the law ([LV]).
+
+    The fair baseline of TokenV3 at the same alpha: the same kept set, without the drafter's mass.
+    """
+
+    reads_drafter = False
+    alpha_range = (0.0, 1.0)
+    ends = "0 is the verifier's argmax, 1 is plain p"
+    source = "lossy-verification audit (2607.26627), baseline of Token V3"
+
+    def target(self, pair: Pair) -> Array:
+        floor = 1.0 - self._alpha(pair.p_raw.ndim)
+        keep = pair.p_raw >= floor * jnp.max(pair.p_raw, axis=-1, keepdims=True)
+        return probs.normalise(jnp.where(keep, pair.p, 0.0))
+
+
+for _name, _cls in {
+    "lossless": Lossless,
+    "chow": Chow,
+    "diff": Diff,
+    "opt": Opt,
+    "token_v3": TokenV3,
+    "min_p": MinP,
+}.items():
+    register(_name, _cls)

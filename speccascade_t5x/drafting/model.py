@@ -1,0 +1,114 @@
+"""A language model as drafter: it samples `draft_len` tokens one after another from Tr(q)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import probs
+from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDrafter:
+    """See `interfaces.Drafter`.
+
+    The drafter's cache must hold every committed token before it drafts. Where the rule reads q
+    (`score_bonus`), the model is also scored after its last drafted token, which fills that slot. Where it
+    does not, that call is saved: the first block of a round feeds the last TWO committed tokens instead,
+    which costs one position and fills the slot a wholly accepted draft has left behind.
+
+    Attributes:
+      sampling: how the drafter's law is shaped; traced.
+      model: the language model.
+      draft_len: G.
+      width: V; logits are cut to it.
+      vocab_size: ids at or above it are never drafted.
+      score_bonus: whether q is wanted at the bonus position.
+    """
+
+    sampling: probs.Sampling
+    model: LanguageModel
+    draft_len: int
+    width: int
+    vocab_size: int | None
+    score_bonus: bool
+
+    @property
+    def noise_size(self) -> int:
+        """One uniform per drafted token."""
+        return self.draft_len
+
+    @property
+    def calls_per_round(self) -> int:
+        """Model calls of one proposal."""
+        return self.draft_len + self.score_bonus
+
+    def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
+        """Starts the model's cache; remembers where each row begins."""
+        _, first = self.model.first(inputs)
+        return {
+            "cache": self.model.start(params, inputs, batch_size, room),
+            "first": jnp.repeat(first, batch_size // first.shape[0]),
+        }
+
+    def propose(
+        self, params: PyTree, state: PyTree, tokens: Array, positions: Array, noise: Array
+    ) -> tuple[Proposal, PyTree]:
+        """Drafts G tokens after `tokens`; see the Protocol."""
+        logits, cache = self._catch_up(params, state, tokens, positions)
+
+        def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
+            law = probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
+            return probs.sample(law, uniform), law
+
+        def step(carry, xs):
+            logits, cache = carry
+            i, uniform = xs
+            token, law = draw(logits, uniform)
+            after, cache = self._extend(params, cache, token[:, None], positions + 1 + i)
+            return (after[:, 0], cache), (token, law, logits)
+
+        steps = self.draft_len if self.score_bonus else self.draft_len - 1
+        xs = (jnp.arange(steps), noise.T[:steps])
+        (logits, cache), (drafted, laws, seen) = jax.lax.scan(step, (logits, cache), xs)
+        if not self.score_bonus:
+            token, law = draw(logits, noise[:, -1])
+            drafted, laws = jnp.append(drafted, token[None], 0), jnp.append(laws, law[None], 0)
+        q = q_raw = None
+        if self.score_bonus:
+            seen = jnp.append(seen, logits[None], 0).swapaxes(0, 1)
+            q = probs.tempered(seen, self.sampling.temperature, self.vocab_size)
+            q_raw = probs.raw(seen, self.vocab_size)
+        lengths = jnp.full(tokens.shape[0], self.draft_len, jnp.int32)
+        proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw)
+        return proposal, {**state, "cache": cache}
+
+    def commit(self, state: PyTree, lengths: Array) -> PyTree:
+        """Nothing to do: the next round starts lower and overwrites."""
+        del lengths
+        return state
+
+    def _catch_up(self, params: PyTree, state: PyTree, tokens: Array, positions: Array) -> tuple[Array, PyTree]:
+        """Feeds the last committed token(s); returns the logits [B, V] after the last one, and the cache."""
+        if self.score_bonus:
+            logits, cache = self._extend(params, state["cache"], tokens[:, 1:], positions)
+            return logits[:, 0], cache
+        # A row with only its first token has no token before it: it feeds that token at its own slot, and
+        # the second column is a filler that the first drafted token overwrites.
+        begin = jnp.maximum(positions - 1, state["first"])
+        logits, cache = self._extend(params, state["cache"], tokens, begin)
+        return jnp.where((positions == begin)[:, None], logits[:, 0], logits[:, 1]), cache
+
+    def _extend(self, params: PyTree, cache: PyTree, tokens: Array, positions: Array) -> tuple[Array, PyTree]:
+        logits, cache = self.model.extend(params, cache, tokens, positions)
+        return logits[..., : self.width].astype(jnp.float32), cache
+
+
+jax.tree_util.register_dataclass(
+    ModelDrafter,
+    data_fields=["sampling"],
+    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus"],
+)

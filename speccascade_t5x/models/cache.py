@@ -1,0 +1,46 @@
+"""Per-row key/value cache: block writes at [B] positions, rollback by writing lower.
+
+One layer's cache is a pair (keys, values), each [B, H, S, K] with S slots. Writing OVERWRITES, so a slot
+may be written again after a rejected draft; nothing is ever erased, because a query never sees a slot
+after its own position:
+
+    slots      0 1 2 3 4 5 6          slots      0 1 2 3 4 5 6
+    round 1    a b x y z . .    ->    round 2    a b x c d e .      (y, z rejected; c written over y)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.interfaces import Array
+
+
+def empty(batch: int, heads: int, slots: int, width: int, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """A zero-filled (keys, values) pair, each [batch, heads, slots, width]."""
+    zeros = jnp.zeros((batch, heads, slots, width), dtype)
+    return zeros, zeros
+
+
+def write(stored: Array, block: Array, positions: Array) -> Array:
+    """Writes row b of a block into slots positions[b] .. positions[b] + T - 1.
+
+    A start beyond S - T would be clamped by XLA and overwrite earlier slots: the caller makes room for
+    every draft length + 1 beyond the output length, so that it never happens.
+
+    Args:
+      stored: [B, H, S, K].
+      block: [B, H, T, K].
+      positions: [B].
+    """
+    block = block.astype(stored.dtype)
+    if stored.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(stored, block, (0, 0, positions[0], 0))
+    row_write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))  # noqa: E731
+    return jax.vmap(row_write)(stored, block, positions)
+
+
+def visible(positions: Array, length: int, slots: int) -> Array:
+    """[B, length, slots] bool: which slots the queries at positions[b] + t may see (their own and earlier)."""
+    query = positions[:, None] + jnp.arange(length)
+    return jnp.arange(slots) <= query[:, :, None]
