@@ -1,0 +1,1 @@
+"""Gin files of single models: architecture and size."""

@@ -1,0 +1,1 @@
+"""Gin files that name a drafter and its verifier."""

@@ -1,0 +1,1 @@
+"""Gin files that choose a rule and its trade-off."""

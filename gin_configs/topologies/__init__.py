@@ -1,0 +1,1 @@
+"""Gin files of accelerator topologies and their meshes."""

@@ -1,0 +1,1 @@
+"""The verbs: `speccascade VERB`, or `python -m speccascade_t5x.cli.VERB`. Each parses and calls one function."""

@@ -1,0 +1,59 @@
+"""`speccascade VERB ...`: finds the verb and turns a user's mistake into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from speccascade_t5x.interfaces import UserError
+
+# Verb -> what it does, in the order `speccascade --help` lists them.
+VERBS = {
+    "demo": "decode a few sentences with the packaged pair under several methods",
+    "infer": "decode a seqio task, or lines of text, with a pair",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: speccascade VERB [flags]        (speccascade VERB --help says which)\n")
+        for verb, purpose in VERBS.items():
+            print(f"  {verb:<8} {purpose}")
+        return 0 if argv else 2
+    verb = argv[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"speccascade: there is no verb {verb!r}.{hint} The verbs are {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"speccascade_t5x.cli.{verb}")
+    return run_verb(module.main, argv[1:], f"speccascade {verb}")
+
+
+def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
+    """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
+    # Native libraries log while they load; what matters of it is said in our own words.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    try:
+        return verb(argv)
+    except UserError as error:
+        # gin appends where in the configuration a call came from; that is for developers.
+        message = str(error).partition("\n  In call to configurable")[0]
+        print(f"{name}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

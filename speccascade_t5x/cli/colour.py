@@ -1,0 +1,91 @@
+"""One output, token by token, in the colours of who wrote it.
+
+Where colour does not reach (files, pipes, NO_COLOR), marks around the tokens say the same:
+
+    H{ö}r zu, Kap[i]tän      accepted drafts plain, {bonus}, [residual]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from speccascade_t5x.interfaces import (
+    SOURCE_ACCEPTED,
+    SOURCE_BONUS,
+    SOURCE_DRAFTER,
+    SOURCE_RESIDUAL,
+    SOURCE_VERIFIER,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """How the tokens of one source are shown.
+
+    Attributes:
+      meaning: for the legend.
+      style: rich style on a terminal with colours.
+      marks: what stands before and after such tokens without colours.
+    """
+
+    meaning: str
+    style: str
+    marks: tuple[str, str]
+
+
+# The common source keeps the terminal's own colours; the others bring their background along, so that
+# dark and light terminals show them alike and a single space can be seen. Blue, orange and purple stay
+# apart for every common colour blindness; bold and underline repeat the difference.
+WRITERS = {
+    SOURCE_ACCEPTED: Writer("accepted draft", "", ("", "")),
+    SOURCE_RESIDUAL: Writer("residual (a draft was rejected here)", "bold #000000 on #e69f00", ("[", "]")),
+    SOURCE_BONUS: Writer("bonus (after a wholly accepted draft)", "underline #ffffff on #0060a8", ("{", "}")),
+    SOURCE_VERIFIER: Writer("verifier alone", "#ffffff on #8a3d78", ("<", ">")),
+    SOURCE_DRAFTER: Writer("drafter alone", "#ffffff on #5f5f5f", ("|", "|")),
+}
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
+
+def has_colour(console: Console) -> bool:
+    """Whether colours reach the reader: a terminal that has them, and no NO_COLOR."""
+    return console.color_system is not None and not console.no_color
+
+
+def trace(pieces: Sequence[str], sources: Sequence[int], *, colour: bool) -> Text:
+    """Shows every token in the way of its source; neighbours of one source stand together.
+
+    Args:
+      pieces: display text per token, as `Vocabulary.decode_pieces` gives it: '' for tokens that show nothing
+        by themselves, such as EOS or the first byte of an umlaut.
+      sources: `source` of the same tokens, SOURCE_*.
+      colour: styles if True, marks if not.
+
+    Raises:
+      ValueError: `pieces` and `sources` differ in length, or a source is unknown.
+    """
+    shown = [(s, p) for p, s in zip(pieces, sources, strict=True) if p]
+    text = Text()
+    for source, group in itertools.groupby(shown, key=lambda item: item[0]):
+        if source not in WRITERS:
+            raise ValueError(f"source {source} has no writer: known are {sorted(WRITERS)}")
+        writer = WRITERS[source]
+        # A model may emit any byte, also those that steer a terminal.
+        words = "".join(c if c.isprintable() else _UNPRINTABLE for _, piece in group for c in piece)
+        before, after = ("", "") if colour else writer.marks
+        text.append(f"{before}{words}{after}", writer.style if colour else "")
+    return text
+
+
+def legend(sources: Iterable[int], *, colour: bool) -> Text:
+    """Explains the given sources, each shown in its own way."""
+    entries = []
+    for source in sorted(set(sources)):
+        meaning = WRITERS[source].meaning
+        plain = source == SOURCE_ACCEPTED
+        entries.append(Text(f"plain: {meaning}") if plain else trace([meaning], [source], colour=colour))
+    return Text("   ").join(entries)

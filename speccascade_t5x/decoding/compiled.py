@@ -1,0 +1,43 @@
+"""A decode compiled ahead of its first batch, so that compile time and decode time are told apart."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.decoding import api
+from speccascade_t5x.decoding.state import Output, Program
+from speccascade_t5x.interfaces import Array, PyTree
+
+
+def shape_key(program: Program, inputs: PyTree) -> tuple:
+    """What a compiled decode depends on: two equal keys can share one CompiledDecoder.
+
+    Values of alpha, temperature and the other traced options, and of parameters, do not enter.
+    """
+    leaves, structure = jax.tree.flatten((program, inputs))
+    return structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+class CompiledDecoder:
+    """The three programs of a decode (read inputs, loop, cut), for one shape and one static config.
+
+    Attributes:
+      seconds: what lowering and compiling took.
+    """
+
+    def __init__(self, program: Program, inputs: PyTree):
+        begin = time.perf_counter()
+        key, ids = jax.random.key(0), jnp.zeros(jax.tree.leaves(inputs)[0].shape[0], jnp.int32)
+        self._start = api.start.lower(program, inputs, key, ids).compile()
+        state = jax.eval_shape(api.start, program, inputs, key, ids)
+        self._run = api.run.lower(program, state, program.config.max_len).compile()
+        self._finish = api.finish.lower(program.config, state).compile()
+        self.seconds = time.perf_counter() - begin
+
+    def __call__(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
+        """Decodes one batch. Arguments must have the shapes compiled for."""
+        state = self._start(program, inputs, key, example_ids)
+        return self._finish(self._run(program, state, program.config.max_len))

@@ -1,0 +1,356 @@
+"""Text in, records out: a loaded pair under one choice of method, rule and sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speccascade_t5x import checkpoints, decoding
+from speccascade_t5x.checkpoints import Bundle, load_bundle
+from speccascade_t5x.core import accounting, rules
+from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
+from speccascade_t5x.interfaces import Bound, UserError
+from speccascade_t5x.runtime import batching, paths
+from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
+
+METHODS = ("speculative", "verifier", "drafter")
+_UNSUPPORTED = ("num_beams", "beam_size", "beams", "repetition_penalty", "length_penalty", "logit_bias", "bad_words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode. None means: what the bundle says.
+
+    Attributes:
+      method: "speculative", or one model alone: "verifier" or "drafter".
+      rule: registry name of the rule; read by "speculative" only.
+      alpha: the rule's trade-off; None for rules without one.
+      draft_len: tokens drafted per round; 0 drafts nothing.
+      verification: "token" or "block".
+      temperature: 0 to 2; 0 takes the argmax.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+      max_input_len: longest prompt in tokens, EOS included.
+      max_len: longest output in tokens, EOS included.
+      truncate: cut longer prompts instead of refusing them.
+      stop_sequences: texts that end an output; kept in it.
+      num_samples: outputs per input.
+      batch_size: inputs decoded together.
+      buckets: prompt lengths to pad to; few lengths, few compiles.
+      seed: of the random key.
+    """
+
+    method: str = "speculative"
+    rule: str = "lossless"
+    alpha: float | None = None
+    draft_len: int | None = None
+    verification: str = "token"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_input_len: int | None = None
+    max_len: int | None = None
+    truncate: bool = False
+    stop_sequences: tuple[str, ...] = ()
+    num_samples: int = 1
+    batch_size: int = 8
+    buckets: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method={self.method!r} is unknown: use one of {', '.join(METHODS)}")
+        for name, low, high in (("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name}={value} is outside its range: it must lie from {low:g} to {high:g}")
+        if self.top_p == 0.0:
+            raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
+        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} is too small: it must be {least} or more")
+
+    def rule_object(self) -> rules.Rule:
+        """The rule, with alpha checked."""
+        return rules.by_name(self.rule, self.alpha)
+
+    def sampling(self) -> decoding.Sampling:
+        """The traced options, strongly typed so that no value compiles a program of its own."""
+        return decoding.Sampling(
+            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.float32(self.min_p)
+        )
+
+
+@dataclasses.dataclass
+class Timing:
+    """Where the time went, in seconds.
+
+    Attributes:
+      compile_s: compiling; nothing where the shape was compiled before.
+      decode_s: decoding, until the results were on the host.
+      compiled_shapes: programs compiled.
+    """
+
+    compile_s: float = 0.0
+    decode_s: float = 0.0
+    compiled_shapes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Records in input order, with their cost.
+
+    Attributes:
+      records: dicts with inputs, prediction, log_prob, tokens, counts, source (lists of samples of the last
+        five where num_samples > 1).
+      timing: compile and decode time.
+      totals: counters summed over all outputs.
+    """
+
+    records: list[dict[str, Any]]
+    timing: Timing
+    totals: dict[str, float]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Acceptance and calls per token, see `accounting.rates`."""
+        return accounting.rates(self.totals)
+
+
+class LoadedPair:
+    """A drafter, a verifier and their vocabulary, ready to decode. Compiled programs are kept by shape."""
+
+    def __init__(self, bundle: Bundle):
+        self.verifier: Bound = bundle.verifier
+        self.drafter: Bound | None = bundle.drafter
+        self.vocabulary = bundle.vocabulary
+        self.feature_lengths = dict(bundle.feature_lengths)
+        self.decode_defaults = dict(bundle.decode)
+        self.description = bundle.description
+        self._compiled: dict[tuple, CompiledDecoder] = {}
+
+    def generate(self, texts: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+        """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
+
+        Raises:
+          UserError: an unknown or unsupported option, or what `run` raises.
+        """
+        return self.run(texts, make_settings(**settings)).records
+
+    def run(self, texts: Sequence[str], settings: Settings) -> Generation:
+        """Decodes texts and reports time and counters as well.
+
+        Raises:
+          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed.
+        """
+        if isinstance(texts, str):
+            raise UserError("texts must be a list of texts, not one text: put it in brackets")
+        eos = self.vocabulary.eos_id
+        prompts = [
+            batching.Example(i, np.array([*self.vocabulary.encode(text), eos], np.int32))
+            for i, text in enumerate(texts)
+        ]
+        runner = Runner(self, settings)
+        found: dict[int, dict[str, Any]] = {}
+        for batch in runner.batches(prompts):
+            found.update(runner.decode(batch))
+        records = [{"inputs": text, **found[i]} for i, text in enumerate(texts)]
+        return Generation(records, runner.timing, runner.totals)
+
+    def compiled(self, program: decoding.Program, inputs: Any) -> tuple[CompiledDecoder, float]:
+        """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
+        key = shape_key(program, inputs)
+        if key in self._compiled:
+            return self._compiled[key], 0.0
+        self._compiled[key] = CompiledDecoder(program, inputs)
+        return self._compiled[key], self._compiled[key].seconds
+
+
+class Runner:
+    """One pair under one Settings: decodes batches, adds up counters and time.
+
+    Attributes:
+      timing: so far.
+      totals: counters so far.
+    """
+
+    def __init__(self, pair: LoadedPair, settings: Settings):
+        self.pair, self.settings = pair, settings
+        self.timing = Timing()
+        self.totals: dict[str, float] = {}
+        self._program = _program(pair, settings)
+        self._key = jax.random.key(settings.seed)
+
+    @property
+    def max_input_len(self) -> int:
+        """Longest prompt in tokens."""
+        return self.settings.max_input_len or self.pair.feature_lengths["inputs"]
+
+    def batches(self, prompts: Iterable[batching.Prompt]) -> list[batching.Batch]:
+        """Groups prompts into batches of few shapes."""
+        return batching.make_batches(
+            prompts,
+            batch_size=self.settings.batch_size,
+            feature_length=self.max_input_len,
+            buckets=self.settings.buckets,
+            truncate=self.settings.truncate,
+            pad_id=self.pair.vocabulary.pad_id,
+        )
+
+    def decode(self, batch: batching.Batch) -> dict[int, dict[str, Any]]:
+        """Decodes one batch. Returns {example index: prediction, log_prob, tokens, counts, source}.
+
+        Raises:
+          UserError: a model produced NaN.
+        """
+        inputs = {"encoder_input_tokens": jnp.asarray(batch.encoder_input_tokens)}
+        compiled, seconds = self.pair.compiled(self._program, inputs)
+        self.timing.compile_s += seconds
+        self.timing.compiled_shapes += seconds > 0
+        begin = time.perf_counter()
+        output = compiled(self._program, inputs, self._key, jnp.asarray(batch.example_ids))
+        output = jax.device_get(output)
+        self.timing.decode_s += time.perf_counter() - begin
+        samples = self.settings.num_samples
+        found = {}
+        for row, index in enumerate(batch.example_ids):
+            if batch.valid[row]:
+                each = [self._record(output, row * samples + s, int(index)) for s in range(samples)]
+                found[int(index)] = each[0] if samples == 1 else _transpose(each)
+        return found
+
+    def _record(self, output: decoding.Output, row: int, index: int) -> dict[str, Any]:
+        log_prob = float(output.log_probs[row])
+        if math.isnan(log_prob):
+            raise UserError(
+                f"a model produced NaN while decoding example {index}: check its checkpoint, or decode in float32"
+            )
+        length = int(output.lengths[row])
+        tokens = output.tokens[row, :length].tolist()
+        counts = {
+            field.name: getattr(output.counts, field.name)[row].item() for field in dataclasses.fields(output.counts)
+        }
+        for name, value in counts.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+        return {
+            "prediction": self.pair.vocabulary.decode(tokens),
+            "log_prob": log_prob,
+            "tokens": tokens,
+            "counts": counts,
+            "source": output.source[row, :length].tolist(),
+        }
+
+
+def load(path: str | Path) -> LoadedPair:
+    """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
+
+    Args:
+      path: a bundle's folder, or the name of a packaged bundle.
+
+    Raises:
+      UserError: no bundle is there, or it is damaged; the message names the file.
+    """
+    packaged = paths.data_dir() / path
+    known = not Path(path).exists() and (packaged / "bundle.json").is_file()
+    return LoadedPair(load_bundle(packaged if known else path))
+
+
+def from_checkpoints(
+    *,
+    verifier: str | Path,
+    drafter: str | Path | None = None,
+    vocabulary: str | Path = "bytes",
+    extra_ids: int | None = None,
+    max_input_len: int,
+    max_len: int,
+    draft_len: int = 5,
+) -> LoadedPair:
+    """A pair from two checkpoint folders of any kind `checkpoints.load` reads.
+
+    Args:
+      verifier: its checkpoint.
+      drafter: its checkpoint; None to run the verifier alone.
+      vocabulary: "bytes", or the path of a SentencePiece model.
+      extra_ids: sentinels after the ordinary pieces; None gives 125 for bytes and 0 for SentencePiece.
+      max_input_len: longest prompt in tokens, EOS included.
+      max_len: longest output in tokens, EOS included.
+      draft_len: tokens drafted per round unless Settings say otherwise.
+
+    Raises:
+      UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary.
+    """
+    if vocabulary == "bytes":
+        pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
+    else:
+        pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
+    models = {name: None if path is None else checkpoints.load(path) for name, path in
+              (("verifier", verifier), ("drafter", drafter))}
+    for name, bound in models.items():
+        if bound is not None and bound.model.vocab_size < pieces.vocab_size:
+            raise UserError(
+                f"the {name} has {bound.model.vocab_size} logits but the vocabulary {pieces.vocab_size} pieces: "
+                "give the vocabulary it was trained with"
+            )
+    lengths = {"inputs": max_input_len, "targets": max_len}
+    defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id}
+    return LoadedPair(
+        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, "")
+    )
+
+
+def make_settings(**options: Any) -> Settings:
+    """Settings from keyword arguments; wishes no method here can grant are refused by name.
+
+    Raises:
+      UserError: an unsupported or unknown option.
+    """
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for name in options:
+        if name in _UNSUPPORTED:
+            raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+        if name not in known:
+            raise UserError(f"there is no option {name!r}: the options are {', '.join(sorted(known))}")
+    return Settings(**options)
+
+
+def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
+    """The Program of these settings."""
+    defaults, vocabulary = pair.decode_defaults, pair.vocabulary
+    draft_len = defaults["draft_len"] if settings.draft_len is None else settings.draft_len
+    config = decoding.DecodeConfig(
+        max_len=settings.max_len or pair.feature_lengths["targets"],
+        draft_len=draft_len,
+        eos_id=vocabulary.eos_id,
+        pad_id=vocabulary.pad_id,
+        start_id=defaults["start_id"],
+        vocab_size=vocabulary.vocab_size,
+        verification=settings.verification,
+        stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
+        num_samples=settings.num_samples,
+    )
+    if settings.method == "verifier":
+        return decoding.autoregressive_program(pair.verifier, config, settings.sampling())
+    if pair.drafter is None:
+        raise UserError(f"method={settings.method!r} needs a drafter, but this bundle holds a verifier alone")
+    if settings.method == "drafter":
+        return decoding.autoregressive_program(pair.drafter, config, settings.sampling(), role="drafter")
+    return decoding.speculative_program(
+        pair.drafter, pair.verifier, settings.rule_object(), config, settings.sampling()
+    )
+
+
+def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """One record per sample to one record of lists."""
+    return {name: [record[name] for record in records] for name in records[0]}
+
+

@@ -1,0 +1,226 @@
+"""The `infer` job: decode a seqio task, or lines of text, and leave records, metrics, timing and a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from speccascade_t5x.core import accounting
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import batching, records, text_input, vocabulary
+from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
+
+_RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source")
+
+# Called after each batch: (examples it held, examples in all, rates so far).
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is decoded.
+
+    Attributes:
+      name: the task's name, or what stands for it in file names.
+      prompts: ids of each example; `index` is its place below.
+      inputs_text: text of each example.
+      targets_text: reference of each example, None where there is none.
+      score: predictions -> metrics; None where nothing can be scored.
+    """
+
+    name: str
+    prompts: list[batching.Example]
+    inputs_text: list[str]
+    targets_text: list[str | None]
+    score: Callable[[Sequence[str]], dict[str, float]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class InferResult:
+    """What an `infer` job has left behind.
+
+    Attributes:
+      records: in input order.
+      predictions: path of the records; None where no output folder was named.
+      metrics: the task's metrics and the rates of the decode.
+      timing: what `<task>-timing.json` holds.
+    """
+
+    records: list[dict[str, Any]]
+    predictions: Path | None
+    metrics: dict[str, float]
+    timing: dict[str, Any]
+
+
+def infer(
+    pair: LoadedPair,
+    settings: Settings,
+    output_dir: str | Path | None = None,
+    task: str | None = None,
+    split: str = "test",
+    input: str | None = None,
+    limit: int | None = None,
+    batches_per_chunk: int = 8,
+    config_text: str = "",
+    progress: Progress | None = None,
+) -> InferResult:
+    """Decodes a task's split or an input file. Started again after a kill, it continues at the first missing chunk.
+
+    Args:
+      pair: what decodes.
+      settings: how to decode.
+      output_dir: where the files go, see `runtime.records`; None (for an input file only) writes none.
+      task: a registered seqio task; its vocabulary must be the pair's.
+      split: of the task.
+      input: text file, `.jsonl` file or "-", instead of a task.
+      limit: decode only the first so many examples.
+      batches_per_chunk: how many batches are stored at once: what a kill can cost.
+      config_text: the resolved configuration; records made with another one are never mixed in.
+      progress: called after each batch.
+
+    Raises:
+      UserError: neither or both of task and input; bad data, options or models; a full disk.
+    """
+    if (task is None) == (input is None):
+        raise UserError("name either a task or an input file to decode (TASK or INPUT), and not both")
+    if task is not None and output_dir is None:
+        raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
+    runner = Runner(pair, settings)  # refuses bad settings before any data is read
+    if task is not None:
+        dataset = _from_task(pair, runner, task, split, limit)
+    else:
+        dataset = _from_text(pair, input, limit)
+    batches = runner.batches(dataset.prompts)
+    written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]
+    order = np.argsort(written).tolist()
+    if output_dir is None:
+        found = _decode(runner, dataset, batches, progress)
+        in_order = [found[i] for i in order]
+        return InferResult(in_order, None, _metrics(dataset, settings, in_order), _timing(runner, resumed=False))
+    chunks = [batches[i : i + batches_per_chunk] for i in range(0, len(batches), batches_per_chunk)]
+    identity = f"{config_text}\n# settings: {settings}\n# data: {_data_identity(dataset)}\n"
+    writer = records.RecordWriter(output_dir, dataset.name, identity, len(chunks))
+    done = set(writer.done_chunks())
+    for i, chunk in enumerate(chunks):
+        if i not in done:
+            writer.write_chunk(i, _decode(runner, dataset, chunk, progress))
+        elif progress:
+            progress(sum(int(batch.valid.sum()) for batch in chunk), len(dataset.prompts), {})
+    path = writer.finish(order)
+    in_order = list(writer.read_all())
+    metrics, timing = _metrics(dataset, settings, in_order), _timing(runner, resumed=bool(done))
+    writer.write_metrics(metrics)
+    writer.write_timing(timing)
+    writer.write_summary(_summary(dataset, settings, metrics, timing))
+    return InferResult(in_order, path, metrics, timing)
+
+
+def _decode(
+    runner: Runner, dataset: Dataset, batches: list[batching.Batch], progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Records of some batches, in the order of their rows."""
+    found = []
+    for batch in batches:
+        decoded = runner.decode(batch)
+        for index in batch.example_ids[batch.valid].tolist():
+            record = {"inputs": dataset.inputs_text[index]}
+            if dataset.targets_text[index] is not None:
+                record["targets"] = dataset.targets_text[index]
+            found.append(record | {name: decoded[index][name] for name in _RECORD_FIELDS})
+        if progress:
+            progress(int(batch.valid.sum()), len(dataset.prompts), accounting.rates(runner.totals))
+    return found
+
+
+def _from_task(
+    pair: LoadedPair, runner: Runner, task: str, split: str, limit: int | None
+) -> Dataset:
+    """Reads a seqio task and checks that it speaks the pair's vocabulary."""
+    from speccascade_t5x.runtime import data  # loads TensorFlow and seqio
+
+    for feature, spoken in data.task_vocabularies(task).items():
+        ours = data.as_vocabulary(spoken)
+        vocabulary.check_same(ours, pair.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
+    lengths = {"inputs": runner.max_input_len}
+    examples = data.examples(task, split, lengths, limit=limit, truncate=runner.settings.truncate)
+    with_targets = all(example.targets_text is not None for example in examples)
+    return Dataset(
+        name=task,
+        prompts=[batching.Example(e.index, e.inputs) for e in examples],
+        inputs_text=[e.inputs_text for e in examples],
+        targets_text=[e.targets_text for e in examples],
+        score=(lambda predictions: data.score(task, examples, predictions)) if with_targets else None,
+    )
+
+
+def _from_text(pair: LoadedPair, source: str, limit: int | None) -> Dataset:
+    """Reads lines of text."""
+    examples = text_input.read(source, limit)
+    eos = pair.vocabulary.eos_id
+    return Dataset(
+        name="stdin" if source == "-" else Path(source).stem,
+        prompts=[
+            batching.Example(e.index, np.array([*pair.vocabulary.encode(e.inputs_text), eos], np.int32))
+            for e in examples
+        ],
+        inputs_text=[e.inputs_text for e in examples],
+        targets_text=[e.targets_text for e in examples],
+        score=None,
+    )
+
+
+def _data_identity(dataset: Dataset) -> str:
+    """A short text that differs where the examples differ, so that records of other data are never mixed in."""
+    digest = hashlib.sha256()
+    for inputs, targets in zip(dataset.inputs_text, dataset.targets_text, strict=True):
+        digest.update(repr((inputs, targets)).encode())
+    return f"{dataset.name}, {len(dataset.prompts)} examples, sha256 {digest.hexdigest()[:16]}"
+
+
+def _metrics(dataset: Dataset, settings: Settings, in_order: list[dict[str, Any]]) -> dict[str, float]:
+    """The task's metrics, of the first sample, and the rates of all records, resumed ones included."""
+    one = settings.num_samples == 1
+    predictions = [record["prediction"] if one else record["prediction"][0] for record in in_order]
+    totals: dict[str, float] = {}
+    for record in in_order:
+        for counts in [record["counts"]] if one else record["counts"]:
+            for name, value in counts.items():
+                totals[name] = totals.get(name, 0) + value
+    scores = dataset.score(predictions) if dataset.score else {}
+    return {**scores, **accounting.rates(totals), "examples": len(in_order)}
+
+
+def _timing(runner: Runner, resumed: bool) -> dict[str, Any]:
+    seconds, tokens = runner.timing.decode_s, runner.totals.get("committed", 0)
+    device = jax.devices()[0]
+    return {
+        "compile_s": round(runner.timing.compile_s, 3),
+        "decode_s": round(seconds, 3),
+        "compiled_shapes": runner.timing.compiled_shapes,
+        "tokens_decoded": tokens,
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else 0.0,
+        "resumed": resumed,
+        "device": f"{device.device_kind} x {jax.device_count()}",
+        "machine": platform.platform(),
+        "jax": jax.__version__,
+    }
+
+
+def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
+    """A page for people."""
+    how = settings.method
+    if settings.method == "speculative":
+        how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
+    lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    lines += [f"| {name} | {value} |" for name, value in timing.items()]
+    if timing["resumed"]:
+        lines += ["", "This run was resumed: the times are those of its last part."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,273 @@
+"""The tasks `l10n_en_de` and `restore_de` over an English-German localisation corpus.
+
+The corpus is a folder with `train.tsv.gz`, `validation.tsv.gz` and `test.tsv.gz`: UTF-8, no header,
+no quoting, one pair per line with the tab-separated columns English, German, source package.
+
+  l10n_en_de   English -> German, SentencePiece vocabulary
+  restore_de   folded German -> German, bytes (id = byte + 3)
+
+Importing this module registers both. Folder, vocabulary and row filter are looked up when a dataset
+is opened, so a gin file may bind them after the import:
+
+    from __gin__ import dynamic_registration
+    from speccascade_t5x.tasks import l10n
+
+    l10n.data_dir.path = 'corpora/l10n_en_de'
+    l10n.vocabulary_file.path = 'corpora/en_de.model'
+    l10n.restore_de_rows.max_target_bytes = 79
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gin
+import sentencepiece
+
+from speccascade_t5x.interfaces import UserError
+
+# TensorFlow and seqio come through runtime.data, which loads them quietly and off accelerators.
+from speccascade_t5x.runtime.data import seqio, tf
+from speccascade_t5x.tasks import metrics
+from speccascade_t5x.tasks.folding import fold
+
+DIR_VARIABLE = "SPECCASCADE_L10N_DIR"
+SPLITS = ("train", "validation", "test")
+# 3 special ids + 256 bytes + 125 extra ids = 384, the width of byte models in the T5 family.
+BYTE_EXTRA_IDS = 125
+
+
+class Row(NamedTuple):
+    """One line of the corpus."""
+
+    en: str
+    de: str
+    source: str
+
+
+def data_dir(path: str | None = None) -> str | None:
+    """Names the corpus folder; None leaves it to the environment variable SPECCASCADE_L10N_DIR."""
+    return path
+
+
+def vocabulary_file(path: str | None = None) -> str | None:
+    """Names the SentencePiece model of `l10n_en_de`: pad id 0, eos id 1, unk id 2."""
+    return path
+
+
+def restore_de_rows(max_target_bytes: int | None = None) -> Callable[[Row], bool]:
+    """Returns which rows `restore_de` keeps.
+
+    Args:
+      max_target_bytes: longest German side in UTF-8 bytes, that length included; None keeps all.
+    """
+    if max_target_bytes is None:
+        return lambda row: True
+    return lambda row: len(row.de.encode()) <= max_target_bytes
+
+
+def _configured(function: Callable) -> Callable:
+    """Returns `function` with the bindings of the gin configuration, where it has any."""
+    try:
+        return gin.get_configurable(function)
+    except ValueError:  # no gin file has named it
+        return function
+
+
+def corpus_dir() -> Path:
+    """Returns the configured corpus folder.
+
+    Raises:
+      UserError: none is configured, or it does not exist.
+    """
+    named = _configured(data_dir)() or os.environ.get(DIR_VARIABLE)
+    how = (
+        f"bind `l10n.data_dir.path` in gin or set the environment variable {DIR_VARIABLE} to the "
+        f"folder that holds {', '.join(f'{s}.tsv.gz' for s in SPLITS)}"
+    )
+    if not named:
+        raise UserError(f"No corpus folder is set for l10n_en_de and restore_de: {how}.")
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"The corpus folder {folder} does not exist: {how}.")
+    return folder
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with gzip.open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file} is not a whole gzip file, reading stopped after line {number} ({error}); "
+            "copy it again."
+        ) from error
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Reads and checks a whole file, so that a bad line stops a run before anything is decoded.
+
+    Raises:
+      UserError: the file is missing or not a whole gzip file; or a line is not UTF-8, does not
+        have three tab-separated columns, or has an empty one. The message names file and line.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist: `l10n.data_dir.path` in gin or the environment variable "
+            f"{DIR_VARIABLE} must name the folder that holds it."
+        )
+    rows = []
+    for number, line in _lines(file):
+        try:
+            columns = line.decode("utf-8").rstrip("\n").split("\t")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, line {number} is not UTF-8 ({error.reason}).") from error
+        if len(columns) != len(Row._fields):
+            raise UserError(
+                f"{file}, line {number} has {len(columns)} tab-separated columns, expected "
+                f"{len(Row._fields)}: English, German, source package."
+            )
+        for name, value in zip(Row._fields, columns, strict=True):
+            if not value.strip():
+                raise UserError(f"{file}, line {number} has an empty column '{name}'.")
+        rows.append(Row(*columns))
+    return rows
+
+
+class TsvSource(seqio.DataSource):
+    """Rows of the corpus as {"inputs", "targets"} texts, in file order unless shuffled.
+
+    Args:
+      pair: row -> (input text, target text).
+      keep: a function whose result says which rows to keep; called with its gin bindings each
+        time a split is opened.
+    """
+
+    def __init__(
+        self,
+        pair: Callable[[Row], tuple[str, str]],
+        keep: Callable[[], Callable[[Row], bool]] | None = None,
+    ):
+        self._pair = pair
+        self._keep = keep
+        super().__init__(splits=SPLITS, performs_internal_shuffling=True)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """Opens a split; see `seqio.DataSource`.
+
+        Raises:
+          UserError: there is no such split, or what `corpus_dir` and `read_rows` raise.
+        """
+        if split not in SPLITS:
+            raise UserError(f"There is no split '{split}'; it must be one of {', '.join(SPLITS)}.")
+        rows = read_rows(corpus_dir() / f"{split}.tsv.gz")
+        if self._keep is not None:
+            keep = _configured(self._keep)()
+            rows = [row for row in rows if keep(row)]
+        if shard_info is not None:
+            rows = rows[shard_info.index :: shard_info.num_shards]
+        pairs = [self._pair(row) for row in rows]
+        # The dtype is given because a list that the filter has emptied carries none.
+        dataset = tf.data.Dataset.from_tensor_slices(
+            {
+                "inputs": tf.constant([source for source, _ in pairs], tf.string),
+                "targets": tf.constant([target for _, target in pairs], tf.string),
+            }
+        )
+        return dataset.shuffle(len(rows), seed=seed) if shuffle and rows else dataset
+
+
+@functools.lru_cache
+def _sentencepiece(file: Path) -> seqio.SentencePieceVocabulary:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    found = (model.pad_id(), model.eos_id(), model.unk_id())
+    if found != (0, 1, 2):
+        raise UserError(
+            f"The SentencePiece vocabulary {file} has pad, eos and unk ids {found}; train it with "
+            "pad id 0, eos id 1 and unk id 2."
+        )
+    return seqio.SentencePieceVocabulary(str(file))
+
+
+def translation_vocabulary() -> seqio.SentencePieceVocabulary:
+    """Returns the configured vocabulary of `l10n_en_de`.
+
+    Raises:
+      UserError: none is configured, the file does not exist or is no SentencePiece model, or its
+        special ids are not T5's.
+    """
+    named = _configured(vocabulary_file)()
+    how = (
+        "bind `l10n.vocabulary_file.path` in gin to a SentencePiece model with pad id 0, eos id 1 "
+        "and unk id 2"
+    )
+    if not named:
+        raise UserError(f"No vocabulary is set for l10n_en_de: {how}.")
+    file = Path(named).expanduser()
+    if not file.is_file():
+        raise UserError(f"The vocabulary {file} of l10n_en_de does not exist: {how}.")
+    try:
+        return _sentencepiece(file)
+    except RuntimeError as error:
+        raise UserError(f"The vocabulary {file} is not a SentencePiece model: {how}.") from error
+
+
+def _features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    return {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
+
+
+class SentencePieceTask(seqio.Task):
+    """A task whose vocabulary file is looked up at first use instead of at registration."""
+
+    @property
+    def output_features(self) -> Mapping[str, seqio.Feature]:
+        return _features(translation_vocabulary())
+
+
+# EOS is appended after any cut, as T5 does: a cut text still ends for the model.
+_PREPROCESSORS = (
+    seqio.preprocessors.tokenize,
+    seqio.CacheDatasetPlaceholder(),
+    seqio.preprocessors.append_eos_after_trim,
+)
+
+seqio.TaskRegistry.add(
+    "l10n_en_de",
+    task_cls=SentencePieceTask,
+    source=TsvSource(lambda row: (row.en, row.de)),
+    output_features={},
+    preprocessors=list(_PREPROCESSORS),
+    metric_fns=[metrics.bleu, metrics.chrf, metrics.exact_match],
+    shuffle_buffer_size=None,
+)
+
+seqio.TaskRegistry.add(
+    "restore_de",
+    source=TsvSource(lambda row: (fold(row.de), row.de), keep=restore_de_rows),
+    output_features=_features(seqio.ByteVocabulary(extra_ids=BYTE_EXTRA_IDS)),
+    preprocessors=list(_PREPROCESSORS),
+    metric_fns=[metrics.exact_match, metrics.word_accuracy, metrics.character_accuracy],
+    shuffle_buffer_size=None,
+)

@@ -1,0 +1,48 @@
+"""What every test shares: eight simulated CPU devices, and the material beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when JAX and TensorFlow load, so they stand before any import that could bring them in.
+_DEVICE_FLAG = "--xla_force_host_platform_device_count"
+if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_FLAG}=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+from corpora import ROWS, write_split
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """The eight simulated devices."""
+    found = jax.devices()
+    assert len(found) == 8, f"expected 8 simulated devices, JAX has {len(found)}"
+    assert {d.platform for d in found} == {"cpu"}
+    return found
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared material beside the checkout; the test is skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared material (../shared), which is not beside this checkout")
+    return SHARED.resolve()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A corpus folder whose three splits hold `corpora.ROWS`, named by the environment variable."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        write_split(folder, split, ROWS)
+    monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(folder))
+    return folder
