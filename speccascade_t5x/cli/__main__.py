@@ -41,7 +41,9 @@ def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> in
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        return verb(argv)
+        code = verb(argv)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserError as error:
         # gin appends where in the configuration a call came from; that is for developers.
         message = str(error).partition("\n  In call to configurable")[0]

@@ -38,13 +38,13 @@ class Writer:
     marks: tuple[str, str]
 
 
-# The common source keeps the terminal's own colours; the others bring their background along, so that
-# dark and light terminals show them alike and a single space can be seen. Blue, orange and purple stay
-# apart for every common colour blindness; bold and underline repeat the difference.
+# The common source keeps the terminal's own colours; the others bring their background along, so
+# that dark and light terminals show them alike and a single space can be seen. Blue, orange and
+# purple stay apart for every common colour blindness; bold and underline repeat the difference.
 WRITERS = {
     SOURCE_ACCEPTED: Writer("accepted draft", "", ("", "")),
-    SOURCE_RESIDUAL: Writer("residual (a draft was rejected here)", "bold #000000 on #e69f00", ("[", "]")),
-    SOURCE_BONUS: Writer("bonus (after a wholly accepted draft)", "underline #ffffff on #0060a8", ("{", "}")),
+    SOURCE_RESIDUAL: Writer("residual of a rejection", "bold #000000 on #e69f00", ("[", "]")),
+    SOURCE_BONUS: Writer("bonus of a whole draft", "underline #ffffff on #0060a8", ("{", "}")),
     SOURCE_VERIFIER: Writer("verifier alone", "#ffffff on #8a3d78", ("<", ">")),
     SOURCE_DRAFTER: Writer("drafter alone", "#ffffff on #5f5f5f", ("|", "|")),
 }
@@ -60,8 +60,8 @@ def trace(pieces: Sequence[str], sources: Sequence[int], *, colour: bool) -> Tex
     """Shows every token in the way of its source; neighbours of one source stand together.
 
     Args:
-      pieces: display text per token, as `Vocabulary.decode_pieces` gives it: '' for tokens that show nothing
-        by themselves, such as EOS or the first byte of an umlaut.
+      pieces: display text per token, as `Vocabulary.decode_pieces` gives it: '' for tokens that
+        show nothing by themselves, such as EOS or the first byte of an umlaut.
       sources: `source` of the same tokens, SOURCE_*.
       colour: styles if True, marks if not.
 
@@ -85,7 +85,6 @@ def legend(sources: Iterable[int], *, colour: bool) -> Text:
     """Explains the given sources, each shown in its own way."""
     entries = []
     for source in sorted(set(sources)):
-        meaning = WRITERS[source].meaning
-        plain = source == SOURCE_ACCEPTED
-        entries.append(Text(f"plain: {meaning}") if plain else trace([meaning], [source], colour=colour))
-    return Text("   ").join(entries)
+        entry = Text("plain: ") if source == SOURCE_ACCEPTED else Text()
+        entries.append(entry + trace([WRITERS[source].meaning], [source], colour=colour))
+    return Text("  ").join(entries)

@@ -1,15 +1,14 @@
-"""`speccascade demo`: every kind of method on the packaged pair, with no network and no data folder.
+"""`speccascade demo`: the methods side by side on the packaged pair, without network or data.
 
-The pair restores capitals, umlauts, sharp s and accents of German text from its lower-case ASCII-folded
-form. Sentences written for this package, and those given with `--text`, are decoded by each model alone
-and together under three rules; one table compares quality and speed, and a coloured trace shows who wrote
-what. Takes about a minute on two CPU cores.
+The pair restores capitals, umlauts, sharp s and accents of German text from its lower-case
+ASCII-folded form. Sentences written for this package, and those given with `--text`, are decoded by
+each model alone and by both together under three rules; one table compares quality and speed, and a
+coloured trace shows who wrote what. Takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import sys
@@ -18,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
 from rich.console import Console
 
 import speccascade_t5x
@@ -106,18 +104,22 @@ def main(argv: list[str]) -> int:
     """Runs the verb. Raises UserError where the flags or the bundle are wrong."""
     options, width = parse(argv)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without umlauts shows '?', no traceback
-    console = Console(width=width, highlight=False)
+        # A terminal that knows no umlauts shows '?' instead of ending the run.
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     log = Console(stderr=True, highlight=False)
-    status = log.status("loading") if log.is_terminal else contextlib.nullcontext()
-    with status as shown:
-        run_demo(options, console, progress=shown.update if shown else lambda _: None)
+    if not log.is_terminal:
+        run_demo(options, console)
+        return 0
+    # Seldom refreshed: the spinner runs beside what is being measured.
+    with log.status("loading", refresh_per_second=2) as status:
+        run_demo(options, console, lambda what: status.update(what) if what else status.stop())
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"demo: {message}; see `speccascade demo --help`")
+        raise UserError(f"{message}; see `speccascade demo --help`")
 
 
 def parse(argv: Sequence[str]) -> tuple[DemoOptions, int | None]:
@@ -161,22 +163,21 @@ def _alphas(given: Sequence[str]) -> tuple[float, float]:
         values = tuple(float(word) for word in words)
     except ValueError:
         values = ()
-    if len(values) != 2 or not all(low <= value <= high for value in values) or values[0] == values[1]:
+    in_range = all(low <= value <= high for value in values)
+    if len(values) != 2 or not in_range or values[0] == values[1]:
         raise UserError(
             f"--alphas {' '.join(given)}: give two different numbers from {low:g} to {high:g}, such as --alphas 0.3 0.9"
         )
     return values
 
 
-def run_demo(
-    options: DemoOptions, console: Console, progress: Callable[[str], None] = lambda _: None
-) -> DemoResult:
+def run_demo(options: DemoOptions, console: Console, progress: Callable[[str], None] = lambda _: None) -> DemoResult:
     """Decodes, measures and prints.
 
     Args:
       options: what to do.
       console: where the output goes.
-      progress: told what is going on, in a few words.
+      progress: told what is going on, in a few words, and '' before the first line is printed.
 
     Raises:
       UserError: no bundle or one without a drafter, nothing to decode, a text or option out of range.
@@ -185,9 +186,12 @@ def run_demo(
     pair = speccascade_t5x.load(options.bundle)
     examples = _examples(options, pair)
     result = _measure(pair, examples, _methods(options, pair), options, progress)
+    progress("")
     report.show(result, pair.vocabulary, console)
-    console.print(f"\nTime: {time.perf_counter() - begin:.0f} s in all; {result.compile_s:.1f} s of it compiling, once per method and in no "
-        f"figure above, and {result.decode_s:.1f} s decoding.")
+    console.print(
+        f"\nTime: {time.perf_counter() - begin:.0f} s in all; {result.compile_s:.1f} s of it compiling, "
+        f"once per method and in no figure above, and {result.decode_s:.1f} s decoding."
+    )
     report.show_end(console)
     return result
 
@@ -213,8 +217,8 @@ def _examples(options: DemoOptions, pair: LoadedPair) -> tuple[Example, ...]:
             raise UserError(f"--text {text!r} must be one line with at least one letter")
         if length > limit:
             raise UserError(
-                f"--text {text!r} has {length} tokens when folded, end of text included, but the pair reads "
-                f"{limit}: shorten it or give its parts one by one"
+                f"--text {text!r} has {length} tokens when folded, end of text included, but the "
+                f"pair reads {limit}: shorten it or give its parts one by one"
             )
         examples.append(Example(fold(text), text if text != fold(text) else None))
     examples += [Example(fold(text), text) for text in packaged_sentences()[: options.sentences]]
@@ -227,7 +231,8 @@ def _methods(options: DemoOptions, pair: LoadedPair) -> dict[str, Settings]:
     """Label to settings, in the order of the table."""
     for name, least in (("draft_len", 1), ("repeats", 1)):
         if getattr(options, name) < least:
-            raise UserError(f"--{name}={getattr(options, name)} is too small: it must be {least} or more")
+            value = getattr(options, name)
+            raise UserError(f"--{name}={value} is too small: it must be {least} or more")
     if pair.drafter is None:
         raise UserError(f"the bundle {options.bundle} holds a verifier alone, but the demo needs a pair")
     common = Settings(
@@ -242,8 +247,8 @@ def _methods(options: DemoOptions, pair: LoadedPair) -> dict[str, Settings]:
         report.DRAFTER: dataclasses.replace(common, method="drafter"),
         report.LOSSLESS: common,
     }
-    for rule in report.COMPARED:
-        for alpha in options.alphas:
+    for alpha in options.alphas:
+        for rule in report.COMPARED:
             found[report.label(rule, alpha)] = dataclasses.replace(common, rule=rule, alpha=alpha)
     return found
 
@@ -255,7 +260,7 @@ def _measure(
     options: DemoOptions,
     progress: Callable[[str], None],
 ) -> DemoResult:
-    """Compiles every method, then runs rounds of all methods, each round beginning with another one."""
+    """Compiles every method, then runs rounds of all methods, each beginning with another one."""
     texts = [example.inputs for example in examples]
     compile_s = 0.0
     for name, settings in methods.items():
@@ -267,7 +272,8 @@ def _measure(
         # Drift of the machine, and what runs first or last, then hit every method alike.
         for name in order[i % len(order) :] + order[: i % len(order)]:
             progress(f"round {i + 1} of {options.repeats}: {name}")
-            rounds[name].append(pair.run(texts, dataclasses.replace(methods[name], seed=options.seed + i)))
+            settings = dataclasses.replace(methods[name], seed=options.seed + i)
+            rounds[name].append(pair.run(texts, settings))
     alone = [_tokens_per_s(generation) for generation in rounds[report.VERIFIER]]
     results = {n: _result(n, s, rounds[n], alone, examples) for n, s in methods.items()}
     timings = [generation.timing for each in rounds.values() for generation in each]
@@ -289,19 +295,23 @@ def _result(
         for example, record in zip(examples, generation.records, strict=True)
         if example.reference is not None
     ]
-    targets, predictions = [t for t, _ in judged], [p for _, p in judged]
+    quality: dict[str, float] = {}
+    if judged:
+        texts = [list(side) for side in zip(*judged, strict=True)]
+        quality = metrics.exact_match(*texts) | metrics.character_accuracy(*texts)
     speeds = [_tokens_per_s(generation) for generation in rounds]
     totals = {key: sum(generation.totals[key] for generation in rounds) for key in rounds[0].totals}
     rates = accounting.rates(totals)
     if settings.method == "drafter":  # its own steps are counted where the verifier's would be
-        rates |= {"verifier_calls_per_token": 0.0, "drafter_calls_per_token": rates["verifier_calls_per_token"]}
+        steps = rates["verifier_calls_per_token"]
+        rates |= {"verifier_calls_per_token": 0.0, "drafter_calls_per_token": steps}
     return MethodResult(
         label=name,
         settings=settings,
-        exact_match=metrics.exact_match(targets, predictions)["exact_match"] if judged else None,
-        character_accuracy=metrics.character_accuracy(targets, predictions)["character_accuracy"] if judged else None,
+        exact_match=quality.get("exact_match"),
+        character_accuracy=quality.get("character_accuracy"),
         tokens_per_s=statistics.median(speeds),
-        speedups=tuple(speed / reference for speed, reference in zip(speeds, alone, strict=True)),
+        speedups=tuple(speed / base for speed, base in zip(speeds, alone, strict=True)),
         rates=rates,
         first=rounds[0],
     )
@@ -312,6 +322,6 @@ def _tokens_per_s(generation: Generation) -> float:
 
 
 if __name__ == "__main__":
-    from speccascade_t5x.cli.__main__ import main as speccascade
+    from speccascade_t5x.cli.__main__ import run_verb
 
-    sys.exit(speccascade(["demo", *sys.argv[1:]]))
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade demo"))

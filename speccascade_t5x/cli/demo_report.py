@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from speccascade_t5x.cli import colour
 from speccascade_t5x.interfaces import SOURCE_RESIDUAL
 from speccascade_t5x.runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from speccascade_t5x.cli.demo import DemoResult, MethodResult
+    from speccascade_t5x.cli.demo import DemoResult
 
 VERIFIER, DRAFTER, LOSSLESS = "verifier alone", "drafter alone", "lossless speculation"
 COMPARED = ("token_v3", "min_p")  # read at the same alphas, see `truncation_notes`
@@ -32,10 +34,15 @@ def label(rule: str, alpha: float) -> str:
 
 def show(result: DemoResult, vocabulary: Vocabulary, console: Console) -> None:
     """Prints everything that depends on the result alone."""
-    console.print(_head(result))
+    console.print(_head(result, vocabulary))
+    console.print()
     console.print(_table(result))
+    console.print()
+    notes = Table.grid(padding=(0, 1))
     for note in [*chance_notes(result), *truncation_notes(result), *speed_notes(result)]:
-        console.print(f"- {note}")
+        notes.add_row("-", note)
+    console.print(notes)
+    console.print("\nWho wrote what; a character of several tokens counts as its last one's:")
     for index in _shown_examples(result):
         _show_trace(index, result, vocabulary, console)
 
@@ -44,8 +51,8 @@ def show_end(console: Console) -> None:
     """Prints the machine and what to try next."""
     console.print(f"Machine: {machine()}.")
     console.print(
-        'Try next: --text "Schöne Grüße aus Köln" for your own words, --temperature 0 for the greedy case, '
-        "--draft_len 3; `speccascade infer --help` decodes a file or a task, `speccascade methods` lists the rules."
+        'Try next: --text "Schöne Grüße aus Köln" for your own words, --temperature 0 for the greedy '
+        "case, --draft_len 3 for shorter drafts; `speccascade infer --help` says how to decode a file."
     )
 
 
@@ -67,23 +74,25 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _head(result: DemoResult) -> str:
+def _head(result: DemoResult, vocabulary: Vocabulary) -> str:
     options, examples = result.options, result.examples
     judged = sum(example.reference is not None for example in examples)
+    unit = "; a token is a byte" if vocabulary.kind == "byte" else ""
     return (
         "restore_de: German text back from its lower-case ASCII-folded form.\n"
         f"{_count(len(examples), 'text')}, {judged} with a reference, one at a time; temperature "
-        f"{options.temperature:g}, draft length {options.draft_len}; a token is a byte. "
+        f"{options.temperature:g}, draft length {options.draft_len}{unit}. "
         f"{_count(options.repeats, 'round')}, methods taking turns."
     )
 
 
 def _table(result: DemoResult) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
+    # Narrow columns: the whole table fits a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
     table.add_column("method", overflow="fold")
     for heading in (
-        *("exact\nmatch %", "character\naccuracy %", "tokens\nper s"),
-        *("speed-up\n(spread)", "accept-\nance %", "verifier\ncalls per\ntoken"),
+        *("exact\nmatch %", "char.\nacc. %", "tokens\nper s", "speed-up", "spread"),
+        *("accept-\nance %", "verifier\ncalls per\ntoken"),
     ):
         table.add_column(heading, justify="right", overflow="fold")
     for row in result.methods.values():
@@ -94,7 +103,8 @@ def _table(result: DemoResult) -> Table:
             _percent(row.exact_match),
             _percent(row.character_accuracy),
             f"{row.tokens_per_s:.0f}",
-            f"{row.speedup:.2f}x" + (f" ({low:.2f}-{high:.2f})" if high > low else ""),
+            f"{_ratio(row.speedup)}x",
+            f"{_ratio(low)}-{_ratio(high)}" if high > low else "",
             _percent(100 * row.rates["acceptance"] if drafts else None),
             f"{row.rates['verifier_calls_per_token']:.2f}",
         )
@@ -103,36 +113,39 @@ def _table(result: DemoResult) -> Table:
 
 def chance_notes(result: DemoResult) -> list[str]:
     """How far two methods of the SAME law lie apart here: the yardstick for every other difference."""
-    apart = _gap(result, LOSSLESS)
-    if apart is None:
-        return ["No text has a reference, so quality is not judged: give plain German, not its folded form."]
+    apart = _gains(result, LOSSLESS)
+    if not apart:
+        return ["Quality is not judged, for no text has a reference: give plain German, not folded."]
     if result.options.temperature == 0:
         return ["At temperature 0 lossless speculation writes what the verifier alone writes."]
+    points = _points({metric: abs(gain) for metric, gain in apart.items()})
     return [
-        f"Lossless speculation follows the verifier's own law: the {abs(apart):.1f} points of character accuracy "
-        f"between the two are chance, {_count(len(result.examples), 'text')} and "
-        f"{_count(result.options.repeats, 'seed')} being few. Read no smaller difference as one."
+        f"Lossless speculation follows the verifier's own law, so the {points} between the two are chance: with "
+        f"{_count(len(result.examples), 'text')} and {_count(result.options.repeats, 'seed')}, no difference of that "
+        "order says anything."
     ]
 
 
 def truncation_notes(result: DemoResult) -> list[str]:
-    """Says how much of TokenV3's gain MinP has as well, which keeps the same tokens and reads no drafter."""
+    """Says how much of TokenV3's gain MinP shows as well: same kept tokens, no drafter in its law."""
+    chance = _gains(result, LOSSLESS)
     notes = []
     for alpha in result.options.alphas:
-        gain, without_drafter = (_gap(result, label(rule, alpha)) for rule in COMPARED)
-        if gain is None or gain < _VISIBLE:
+        gains, truncated = (_gains(result, label(rule, alpha)) for rule in COMPARED)
+        gains = {metric: gain for metric, gain in gains.items() if gain >= _VISIBLE}
+        if not gains:
             continue
-        text = (
-            f"{label('token_v3', alpha)} gains {gain:.1f} points of character accuracy over the verifier alone. MinP "
-            "at the same alpha, with the same kept tokens and no drafter in its law, "
-        )
-        if without_drafter < _VISIBLE:
-            notes.append(text + "gains nothing: leaving out unlikely tokens does not explain it.")
-            continue
-        share = "all of that" if without_drafter >= gain - _VISIBLE else f"{without_drafter:.1f} points of that"
+        within = ", within chance" if all(gain <= abs(chance[metric]) for metric, gain in gains.items()) else ""
+        shown = " and ".join(f"{truncated[metric]:+.1f}" for metric in gains)
+        if all(truncated[metric] >= gain - _VISIBLE for metric, gain in gains.items()):
+            verdict = "all of that can come from leaving out unlikely tokens (truncation), not from the drafter"
+        elif all(truncated[metric] < _VISIBLE for metric in gains):
+            verdict = "leaving out unlikely tokens (truncation) does not explain it"
+        else:
+            verdict = "that part can come from leaving out unlikely tokens (truncation), not from the drafter"
         notes.append(
-            text + f"gains {without_drafter:.1f}: {share} can come from leaving out unlikely tokens (truncation), "
-            "not from the drafter."
+            f"{label('token_v3', alpha)} gains {_points(gains)} over the verifier alone{within}. MinP at the same "
+            f"alpha, with the same kept tokens and no drafter in its law, stands at {shown}: {verdict}."
         )
     return notes
 
@@ -143,18 +156,33 @@ def speed_notes(result: DemoResult) -> list[str]:
     notes = []
     if max(row.speedup for row in speculative) < 1:
         notes.append(
-            "No speculative method was faster than the verifier alone on this machine: scoring a block costs much "
-            "more than one step here. Try a shorter --draft_len."
+            "No speculative method was faster than the verifier alone: on this machine, and with "
+            "models this small, scoring a block costs too much more than one step."
         )
     if any(row.spread[1] > 1.5 * row.spread[0] for row in speculative):
-        notes.append("Speed-ups differ widely between rounds, as on a busy machine; a larger --repeats steadies them.")
+        notes.append(
+            "Some speed-ups differ widely between rounds, as on a busy machine: a larger --repeats "
+            "steadies the medians."
+        )
     return notes
 
 
-def _gap(result: DemoResult, name: str) -> float | None:
-    """Points of character accuracy over the verifier alone; None where nothing was judged."""
-    reached, base = (result.methods[n].character_accuracy for n in (name, VERIFIER))
-    return None if reached is None else reached - base
+def _gains(result: DemoResult, name: str) -> dict[str, float]:
+    """Points over the verifier alone, by metric; empty where nothing was judged."""
+    row, base = result.methods[name], result.methods[VERIFIER]
+    if row.exact_match is None:
+        return {}
+    return {
+        "exact match": row.exact_match - base.exact_match,
+        "character accuracy": row.character_accuracy - base.character_accuracy,
+    }
+
+
+def _points(gains: Mapping[str, float]) -> str:
+    """'1.0 points of exact match and 2.0 of character accuracy'."""
+    return " and ".join(
+        f"{gain:.1f} {'points ' if i == 0 else ''}of {metric}" for i, (metric, gain) in enumerate(gains.items())
+    )
 
 
 def _shown_examples(result: DemoResult) -> list[int]:
@@ -171,22 +199,25 @@ def _show_trace(index: int, result: DemoResult, vocabulary: Vocabulary, console:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(overflow="fold")
     grid.add_column(overflow="fold")
-    grid.add_row("input", example.inputs)
+    grid.add_row("input", Text(example.inputs))
     if example.reference is not None:
-        grid.add_row("reference", example.reference)
+        grid.add_row("reference", Text(example.reference))
     seen: set[int] = set()
     for name in (LOSSLESS, *(label("token_v3", alpha) for alpha in result.options.alphas)):
         record = result.methods[name].first.records[index]
         pieces = vocabulary.decode_pieces(record["tokens"])
         grid.add_row(name, colour.trace(pieces, record["source"], colour=coloured))
         seen.update(record["source"])
-    console.print("\nWho wrote what:" if index == 0 or not result.options.texts else "")
     console.print(grid)
     console.print(colour.legend(seen, colour=coloured))
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _percent(value: float | None) -> str:

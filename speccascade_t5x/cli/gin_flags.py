@@ -7,10 +7,13 @@ import contextlib
 import difflib
 import inspect
 import logging
+import math
 import re
+import sys
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gin
 
@@ -33,15 +36,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gin_search_paths", default="", metavar="DIR,DIR", help="folders to search before the packaged gin files"
     )
-    group.add_argument("--gin.NAME=VALUE", action="append", dest="_documented", help="one binding; may be repeated")
+    # Only documented here: `split` takes bindings out before argparse sees them.
+    group.add_argument(
+        "--gin.NAME=VALUE",
+        action="store_true",
+        dest="_documented",
+        help="one binding, texts in quotes of their own; may be repeated",
+    )
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses flags. Returns (namespace, bindings "NAME = VALUE" of the `--gin.` flags in order).
 
     Raises:
-      UserError: a flag nobody knows; the message names the nearest.
+      UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
     """
+    parser.error = _refuse  # argparse would print its usage and exit
     bindings, rest = [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)
@@ -84,17 +94,22 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
         for binding in bindings:
             name = binding.partition(" = ")[0]
             if "." not in name and name not in macros:
-                near = difflib.get_close_matches(name, macros, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"the gin files know {', '.join(sorted(macros))}"
-                raise UserError(f"the binding {binding!r} sets {name}, which no gin file reads: {hint}")
+                hint = _hint(name, macros) if macros else ": begin with a run file, such as --gin_file=runs/infer.gin"
+                raise UserError(f"the binding {binding!r} sets {name}, which no gin file reads{hint}")
             _parse(gin.parse_config, binding, f"the binding {binding!r}")
-    with _in_one_line("the configuration"):
-        gin.finalize()
+    _check_complete()
     return gin.config_str()
 
 
 def literal(values: Mapping[str, Any]) -> list[str]:
-    """Bindings of Python values: {"LIMIT": 3} -> ["LIMIT = 3"]; None is left out."""
+    """Bindings of Python values: {"LIMIT": 3} -> ["LIMIT = 3"]; None is left out.
+
+    Raises:
+      UserError: an infinity or NaN, which a gin file cannot hold.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} cannot be written in a gin file: give a finite number")
     return [f"{name} = {value!r}" for name, value in values.items() if value is not None]
 
 
@@ -104,9 +119,25 @@ def _macros() -> set[str]:
     return set(re.findall(r"^([A-Za-z_]\w*) = ", text, re.MULTILINE)) | set(re.findall(r"%([A-Za-z_]\w*)", text))
 
 
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _check_complete() -> None:
+    """Refuses a configuration that lacks required values or reads a macro nothing sets."""
+    missing = re.findall(r"^(\S+) = \\?\s*%gin\.REQUIRED", gin.config_str(), re.MULTILINE)
+    if missing:
+        flags = " ".join(f"--gin.{name}=VALUE" for name in missing)
+        raise UserError(f"the configuration needs {', '.join(missing)}: set {flags}")
+    with _in_one_line("the configuration"):
+        gin.finalize()
+
+
 @contextlib.contextmanager
 def _search_quietly(folders: Iterable[Path]):
     """Lets `include` search the folders; gin logs an error for each that lacks the file, found or not."""
+    prefixes = gin.config._LOCATION_PREFIXES  # gin can only add to it, and an earlier load must not matter
+    before = list(prefixes)
     for folder in folders:
         gin.add_config_file_search_path(str(folder))
     drop = lambda record: not str(record.msg).startswith("Path not found")  # noqa: E731
@@ -116,6 +147,7 @@ def _search_quietly(folders: Iterable[Path]):
         yield
     finally:
         root.removeFilter(drop)
+        prefixes[:] = before
 
 
 def _parse(parse: Any, argument: str, what: str) -> None:
@@ -130,25 +162,70 @@ def _in_one_line(what: str):
         yield
     except UserError:
         raise
-    except (ValueError, SyntaxError, ImportError, AttributeError, TypeError, OSError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{what} is not usable: {text}{_nearest(str(error))}") from error
+    except (
+        ValueError,
+        SyntaxError,
+        tokenize.TokenError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        place = re.search(r'In file "([^"]+)", line (\d+)', str(error))
+        if place:
+            what = f"the gin file {place[1]}, line {place[2]}"
+        elif isinstance(error, SyntaxError) and error.filename:
+            what = f"the gin file {error.filename}, line {error.lineno}"
+        raise UserError(f"{what} is not usable: {_explain(error)}") from error
 
 
-def _nearest(message: str) -> str:
-    """A hint for an unknown configurable or parameter, from gin's message."""
-    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
-    configurable = re.search(r"No configurable matching '([^']+)'", message)
-    required = re.search(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", message)
-    if required:
-        return f" Set it with --gin.{required[1]}=VALUE."
+def _explain(error: Exception) -> str:
+    """gin's message in our words where we know it, with the nearest valid name; its first line otherwise."""
+    text = str(error)
+    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
     if parameter:
-        known = list(inspect.signature(gin.get_configurable(parameter[1])).parameters)
-        wanted = parameter[2]
-    elif configurable:
-        known = re.findall(r"^# Parameters for (\S+):", gin.config_str(), re.MULTILINE)
-        wanted = configurable[1]
-    else:
-        return ""
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+        known = _parameters(gin.get_configurable(parameter[1]))
+        return f"{parameter[1]} has no parameter {parameter[2]!r}{_hint(parameter[2], known)}"
+    configurable = re.search(r"No configurable matching (?:reference )?'@?([^'()]+)", text)
+    if configurable:
+        return f"there is no {configurable[1]!r}{_hint(configurable[1], _configurables())}"
+    macro = re.search(r"No bindings specified for '(\w+)/gin.macro'", text)
+    if macro:
+        return f"it reads %{macro[1]}, which nothing sets{_hint(macro[1], _macros() - {macro[1]})}"
+    included = re.search(r"Unable to open file: (\S+?)\. Searched", text)
+    if included:
+        return f"it includes {included[1]}, which is not there"
+    bare = re.search(r"Failed to parse token '([^']+)'", text)
+    if bare:
+        return f"{bare[1]!r} is no value: a text needs quotes of its own, \"'{bare[1]}'\" in a shell"
+    if isinstance(error, tokenize.TokenError):
+        return "a bracket or a quote is not closed"
+    if isinstance(error, SyntaxError):
+        return f"syntax error ({error.msg.splitlines()[0].strip(' .')})"
+    return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def _hint(wanted: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wanted, list(known), n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def _parameters(configurable: Any) -> list[str]:
+    """Parameter names of what a user wrote; gin's own subclass of a class shows none of them."""
+    for written in inspect.getmro(configurable) if inspect.isclass(configurable) else [configurable]:
+        names = list(inspect.signature(written).parameters)
+        if names != ["args", "kwargs"]:
+            return names
+    return []
+
+
+def _configurables() -> set[str]:
+    """Public functions and classes of the modules the gin files import, as a binding names them."""
+    found = set()
+    for package, name in re.findall(r"^from (\S+) import (\w+)$", gin.config_str(), re.MULTILINE):
+        module = sys.modules.get(f"{package}.{name}")
+        for attribute, value in vars(module).items() if module else ():
+            if getattr(value, "__module__", None) == module.__name__ and not attribute.startswith("_"):
+                found.add(f"{name}.{attribute}")
+    return found

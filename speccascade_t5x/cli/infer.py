@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import paths, records
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import options, paths, records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
 _MACROS = {
@@ -44,26 +46,46 @@ _SETTINGS = {
     "seed": (int, "of the random key"),
 }
 
+_EPILOG = """\
+required:
+  --task and --output_dir, or --input
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
+  generate.Settings.method, rule, alpha, draft_len, verification, temperature, top_k, top_p, min_p,
+    max_input_len, max_len, truncate, num_samples, batch_size, seed; without a flag: stop_sequences, buckets
+  infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
+  l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
+
+gin files:
+  --task=NAME reads runs/infer_NAME.gin where that is packaged, else runs/infer.gin. Name the run file first
+  where other files follow it:
+    --gin_file=runs/infer_restore_de.gin --gin_file=rules/token_v3.gin
+
+The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
+Without --output_dir, a line break inside a prediction is printed as a space and samples are parted by tabs.
+"""
+
 
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
-    options, bindings = gin_flags.split(_parser(), argv)
-    files = options.gin_file or [_default_file(options.task)]
-    shorts = {name.upper(): getattr(options, name) for name in _MACROS}
-    shorts |= {f"generate.Settings.{name}": getattr(options, name) for name in _SETTINGS}
-    shorts["generate.Settings.truncate"] = options.truncate or None
-    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), options.gin_search_paths)
-    import gin
-
-    from speccascade_t5x.runtime import infer
-
-    job = gin.get_configurable(infer.infer)
+    for argument in argv:
+        if argument.startswith("--"):
+            options.refuse_unsupported(argument[2:].partition("=")[0].removeprefix("gin.generate.Settings."))
+    flags, bindings = gin_flags.split(_parser(), argv)
+    files = flags.gin_file or [_default_file(flags.task)]
+    shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
+    shorts |= {f"generate.Settings.{name}": getattr(flags, name) for name in _SETTINGS}
+    shorts["generate.Settings.truncate"] = flags.truncate or None
+    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    job = _job()
     with _progress_bar() as progress:
         result = job(config_text=config_text, progress=progress)
     if result.predictions is None:
         for record in result.records:
             predictions = record["prediction"]
-            print(predictions if isinstance(predictions, str) else "\t".join(predictions))
+            samples = [predictions] if isinstance(predictions, str) else predictions
+            print("\t".join(" ".join(sample.splitlines()) for sample in samples))
         return 0
     records.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
@@ -76,9 +98,11 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="speccascade infer",
+        usage="speccascade infer --task=NAME --output_dir=FOLDER [flags]\n"
+        "       speccascade infer --input=FILE [--output_dir=FOLDER] [flags]",
         description="Decodes a seqio task, or lines of text, with a pair.",
-        epilog="Required: --task and --output_dir, or --input. Each flag stands for a gin binding of "
-        "runs/infer.gin; --task=NAME reads runs/infer_NAME.gin where that is packaged.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for name, (kind, text) in (_MACROS | _SETTINGS).items():
@@ -86,6 +110,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     gin_flags.add_flags(parser)
     return parser
+
+
+def _job() -> Callable[..., Any]:
+    """The configured job.
+
+    Raises:
+      UserError: the gin files configure another one, or none.
+    """
+    import gin
+
+    from speccascade_t5x.runtime import infer
+
+    for argument in ("pair", "settings"):
+        try:
+            gin.query_parameter(f"infer.infer.{argument}")
+        except ValueError as error:
+            raise UserError(
+                f"no gin file binds infer.infer.{argument}: begin with a run file, such as --gin_file=runs/infer.gin"
+            ) from error
+    return gin.get_configurable(infer.infer)
 
 
 def _default_file(task: str | None) -> str:

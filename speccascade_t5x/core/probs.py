@@ -78,7 +78,8 @@ def tempered(logits: Array, temperature: Array | float, vocab_size: int | None =
     logits = mask_vocabulary(logits, vocab_size)
     temperature = expand_right(jnp.asarray(temperature, jnp.float32), logits.ndim)
     is_greedy = temperature == 0.0
-    soft = jax.nn.softmax(logits / jnp.where(is_greedy, 1.0, temperature), axis=-1)
+    # Below 1e-6 nothing but the argmax and its ties are left, and the quotient must not overflow.
+    soft = jax.nn.softmax(logits / jnp.where(is_greedy, 1.0, jnp.maximum(temperature, 1e-6)), axis=-1)
     return jnp.where(is_greedy, greedy(logits), soft)
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.interfaces import Array, UserError
@@ -211,8 +212,8 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
     if alpha is None:
         raise UserError(f"the rule {name!r} needs an alpha ({describe_range(cls)}; {cls.ends})")
     low, high = cls.alpha_range
-    for value in alpha if hasattr(alpha, "__len__") else [alpha]:
-        if not (low <= float(value) <= high):
+    for value in np.ravel(alpha):
+        if not low <= float(value) <= high:
             raise UserError(
                 f"alpha={value} is outside the range of the rule {name!r}: {describe_range(cls)} ({cls.ends})"
             )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.decoding import api
-from speccascade_t5x.decoding.state import Output, Program
+from speccascade_t5x.decoding.state import Output, Program, State
 from speccascade_t5x.interfaces import Array, PyTree
 
 
@@ -39,5 +39,21 @@ class CompiledDecoder:
 
     def __call__(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
         """Decodes one batch. Arguments must have the shapes compiled for."""
-        state = self._start(program, inputs, key, example_ids)
-        return self._finish(self._run(program, state, program.config.max_len))
+        return self.finish(self.run(program, self.start(program, inputs, key, example_ids)))
+
+    def start(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> State:
+        """Reads the inputs: encoders and caches."""
+        return self._start(program, inputs, key, example_ids)
+
+    def run(self, program: Program, state: State) -> State:
+        """The loop, to the end of every row. Consumes `state`."""
+        return self._run(program, state, program.config.max_len)
+
+    def finish(self, state: State) -> Output:
+        """Cuts every row at its end."""
+        return self._finish(state)
+
+    def temporary_bytes(self) -> int:
+        """Temporary memory of the loop beside its arguments, as the compiler plans it; 0 where it does not say."""
+        analysis = self._run.memory_analysis()
+        return analysis.temp_size_in_bytes if analysis else 0

@@ -114,7 +114,7 @@ def dropout(rate: float) -> nn.Dropout:
     return nn.Dropout(rate, broadcast_dims=(-2,))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _distance_buckets(bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
     """Bucket of each clipped distance d = query - key, at index d + max_distance: [2 * max_distance + 1].
 

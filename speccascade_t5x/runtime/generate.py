@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,11 +19,10 @@ from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.core import accounting, rules
 from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import batching, paths
+from speccascade_t5x.runtime import batching, options, paths
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
 METHODS = ("speculative", "verifier", "drafter")
-_UNSUPPORTED = ("num_beams", "beam_size", "beams", "repetition_penalty", "length_penalty", "logit_bias", "bad_words")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Settings:
       max_input_len: longest prompt in tokens, EOS included.
       max_len: longest output in tokens, EOS included.
       truncate: cut longer prompts instead of refusing them.
-      stop_sequences: texts that end an output; kept in it.
+      stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
+        them, so with SentencePiece as whole words.
       num_samples: outputs per input.
       batch_size: inputs decoded together.
       buckets: prompt lengths to pad to; few lengths, few compiles.
@@ -68,17 +69,27 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("method", "rule", "verification"):
+            options.text(name, getattr(self, name))
         if self.method not in METHODS:
             raise UserError(f"method={self.method!r} is unknown: use one of {', '.join(METHODS)}")
-        for name, low, high in (("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{name}={value} is outside its range: it must lie from {low:g} to {high:g}")
+        for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0)):
+            options.real(name, getattr(self, name), 0.0, high)
         if self.top_p == 0.0:
             raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
-        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is too small: it must be {least} or more")
+        options.whole("seed", self.seed, 0, 2**32 - 1)  # what a random key holds
+        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1)):
+            options.whole(name, getattr(self, name), least)
+        for name, least in (("draft_len", 0), ("max_input_len", 1), ("max_len", 1)):
+            if getattr(self, name) is not None:
+                options.whole(name, getattr(self, name), least)
+        if self.alpha is not None:
+            options.real("alpha", self.alpha)
+        if not isinstance(self.truncate, bool):
+            raise UserError(f"truncate={self.truncate!r} is neither True nor False")
+        object.__setattr__(self, "stop_sequences", options.sequence("stop_sequences", self.stop_sequences))
+        if self.buckets is not None:
+            object.__setattr__(self, "buckets", options.sequence("buckets", self.buckets))
 
     def rule_object(self) -> rules.Rule:
         """The rule, with alpha checked."""
@@ -155,12 +166,8 @@ class LoadedPair:
         """
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text: put it in brackets")
-        eos = self.vocabulary.eos_id
-        prompts = [
-            batching.Example(i, np.array([*self.vocabulary.encode(text), eos], np.int32))
-            for i, text in enumerate(texts)
-        ]
         runner = Runner(self, settings)
+        prompts = [runner.prompt(i, text, f"text {i}") for i, text in enumerate(texts)]
         found: dict[int, dict[str, Any]] = {}
         for batch in runner.batches(prompts):
             found.update(runner.decode(batch))
@@ -195,6 +202,27 @@ class Runner:
     def max_input_len(self) -> int:
         """Longest prompt in tokens."""
         return self.settings.max_input_len or self.pair.feature_lengths["inputs"]
+
+    def prompt(self, index: int, text: str, where: str) -> batching.Example:
+        """The ids of a text. A text that is cut keeps its EOS, as tasks do it.
+
+        Args:
+          index: of the example.
+          text: what to encode.
+          where: what a message calls it.
+
+        Raises:
+          UserError: no text, or a text that is too long while settings.truncate is off.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"{where} is no text but {type(text).__name__}")
+        ids, room = self.pair.vocabulary.encode(text), self.max_input_len
+        if len(ids) >= room and not self.settings.truncate:
+            raise UserError(
+                f"{where} has {len(ids) + 1} tokens, EOS included, more than the feature length {room} of the inputs: "
+                "shorten it, set max_input_len, or set truncate"
+            )
+        return batching.Example(index, np.array([*ids[: room - 1], self.pair.vocabulary.eos_id], np.int32))
 
     def batches(self, prompts: Iterable[batching.Prompt]) -> list[batching.Batch]:
         """Groups prompts into batches of few shapes."""
@@ -260,9 +288,14 @@ def load(path: str | Path) -> LoadedPair:
     Raises:
       UserError: no bundle is there, or it is damaged; the message names the file.
     """
-    packaged = paths.data_dir() / path
-    known = not Path(path).exists() and (packaged / "bundle.json").is_file()
-    return LoadedPair(load_bundle(packaged if known else path))
+    if Path(path).exists():
+        return LoadedPair(load_bundle(path))
+    packaged = sorted(manifest.parent.name for manifest in paths.data_dir().glob("*/bundle.json"))
+    if str(path) not in packaged:
+        near = difflib.get_close_matches(str(path), packaged, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(packaged)}"
+        raise UserError(f"there is no bundle {str(path)!r}, neither a folder nor packaged: {hint}")
+    return LoadedPair(load_bundle(paths.data_dir() / path))
 
 
 def from_checkpoints(
@@ -293,8 +326,10 @@ def from_checkpoints(
         pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
     else:
         pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
-    models = {name: None if path is None else checkpoints.load(path) for name, path in
-              (("verifier", verifier), ("drafter", drafter))}
+    models = {
+        name: None if path is None else checkpoints.load(path)
+        for name, path in (("verifier", verifier), ("drafter", drafter))
+    }
     for name, bound in models.items():
         if bound is not None and bound.model.vocab_size < pieces.vocab_size:
             raise UserError(
@@ -308,19 +343,20 @@ def from_checkpoints(
     )
 
 
-def make_settings(**options: Any) -> Settings:
+def make_settings(**choices: Any) -> Settings:
     """Settings from keyword arguments; wishes no method here can grant are refused by name.
 
     Raises:
       UserError: an unsupported or unknown option.
     """
     known = {field.name for field in dataclasses.fields(Settings)}
-    for name in options:
-        if name in _UNSUPPORTED:
-            raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+    for name in choices:
+        options.refuse_unsupported(name)
         if name not in known:
-            raise UserError(f"there is no option {name!r}: the options are {', '.join(sorted(known))}")
-    return Settings(**options)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
+            raise UserError(f"there is no option {name!r}: {hint}")
+    return Settings(**choices)
 
 
 def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
@@ -352,5 +388,3 @@ def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
 def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """One record per sample to one record of lists."""
     return {name: [record[name] for record in records] for name in records[0]}
-
-

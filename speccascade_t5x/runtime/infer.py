@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from speccascade_t5x.core import accounting
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import batching, records, text_input, vocabulary
+from speccascade_t5x.runtime import batching, options, records, text_input, vocabulary
 from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
 
 _RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source")
@@ -92,11 +93,11 @@ def infer(
         raise UserError("name either a task or an input file to decode (TASK or INPUT), and not both")
     if task is not None and output_dir is None:
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
+    options.whole("batches_per_chunk", batches_per_chunk, 1)
+    if limit is not None:
+        options.whole("limit", limit, 1)
     runner = Runner(pair, settings)  # refuses bad settings before any data is read
-    if task is not None:
-        dataset = _from_task(pair, runner, task, split, limit)
-    else:
-        dataset = _from_text(pair, input, limit)
+    dataset = _from_text(runner, input, limit) if task is None else _from_task(pair, runner, task, split, limit)
     batches = runner.batches(dataset.prompts)
     written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]
     order = np.argsort(written).tolist()
@@ -105,7 +106,9 @@ def infer(
         in_order = [found[i] for i in order]
         return InferResult(in_order, None, _metrics(dataset, settings, in_order), _timing(runner, resumed=False))
     chunks = [batches[i : i + batches_per_chunk] for i in range(0, len(batches), batches_per_chunk)]
-    identity = f"{config_text}\n# settings: {settings}\n# data: {_data_identity(dataset)}\n"
+    identity = (
+        f"{config_text}\n# settings: {settings}\n# data: {_data_identity(dataset)}\n# pair: {_pair_identity(pair)}\n"
+    )
     writer = records.RecordWriter(output_dir, dataset.name, identity, len(chunks))
     done = set(writer.done_chunks())
     for i, chunk in enumerate(chunks):
@@ -115,8 +118,12 @@ def infer(
             progress(sum(int(batch.valid.sum()) for batch in chunk), len(dataset.prompts), {})
     path = writer.finish(order)
     in_order = list(writer.read_all())
-    metrics, timing = _metrics(dataset, settings, in_order), _timing(runner, resumed=bool(done))
+    metrics = _metrics(dataset, settings, in_order)
     writer.write_metrics(metrics)
+    timed = path.parent / f"{records.file_stem(dataset.name)}-timing.json"
+    if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
+        return InferResult(in_order, path, metrics, json.loads(timed.read_text("utf-8")))
+    timing = _timing(runner, resumed=bool(done))
     writer.write_timing(timing)
     writer.write_summary(_summary(dataset, settings, metrics, timing))
     return InferResult(in_order, path, metrics, timing)
@@ -139,9 +146,7 @@ def _decode(
     return found
 
 
-def _from_task(
-    pair: LoadedPair, runner: Runner, task: str, split: str, limit: int | None
-) -> Dataset:
+def _from_task(pair: LoadedPair, runner: Runner, task: str, split: str, limit: int | None) -> Dataset:
     """Reads a seqio task and checks that it speaks the pair's vocabulary."""
     from speccascade_t5x.runtime import data  # loads TensorFlow and seqio
 
@@ -160,16 +165,12 @@ def _from_task(
     )
 
 
-def _from_text(pair: LoadedPair, source: str, limit: int | None) -> Dataset:
+def _from_text(runner: Runner, source: str, limit: int | None) -> Dataset:
     """Reads lines of text."""
     examples = text_input.read(source, limit)
-    eos = pair.vocabulary.eos_id
     return Dataset(
         name="stdin" if source == "-" else Path(source).stem,
-        prompts=[
-            batching.Example(e.index, np.array([*pair.vocabulary.encode(e.inputs_text), eos], np.int32))
-            for e in examples
-        ],
+        prompts=[runner.prompt(e.index, e.inputs_text, e.where) for e in examples],
         inputs_text=[e.inputs_text for e in examples],
         targets_text=[e.targets_text for e in examples],
         score=None,
@@ -182,6 +183,17 @@ def _data_identity(dataset: Dataset) -> str:
     for inputs, targets in zip(dataset.inputs_text, dataset.targets_text, strict=True):
         digest.update(repr((inputs, targets)).encode())
     return f"{dataset.name}, {len(dataset.prompts)} examples, sha256 {digest.hexdigest()[:16]}"
+
+
+def _pair_identity(pair: LoadedPair) -> str:
+    """A short text that differs where the models or their vocabulary differ."""
+    digest = hashlib.sha256(pair.vocabulary.fingerprint().encode())
+    models = (pair.verifier, pair.drafter)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(models):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    digest.update(repr([bound and bound.model for bound in models]).encode())
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def _metrics(dataset: Dataset, settings: Settings, in_order: list[dict[str, Any]]) -> dict[str, float]:

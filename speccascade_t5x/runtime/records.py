@@ -6,7 +6,7 @@
     <output_dir>/<task>-predict.chunks/                finished chunks, until the shard is whole
 
 A file appears by rename after its bytes are on disk, so a reader never meets half of one. A killed
-run that is started again writes only the chunks it lacks; the final file is the chunks in order, so
+run that is started again writes only the chunks it lacks; the final file is made of these chunks alone, so
 it is byte-identical to an uninterrupted run's.
 """
 
@@ -211,9 +211,11 @@ class RecordWriter:
                     f"Cannot finish {self.path}: chunk {missing[0]} of {self.num_chunks} has "
                     "not been written."
                 )
-            write_bytes(
-                self.path, (self._chunk_path(i).read_bytes() for i in range(self.num_chunks))
-            )
+            chunks = (self._chunk_path(i).read_bytes() for i in range(self.num_chunks))
+            if order is not None:
+                lines = [line for chunk in chunks for line in chunk.splitlines(keepends=True)]
+                chunks = (lines[i] for i in order)
+            write_bytes(self.path, chunks)
         shutil.rmtree(self._chunk_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._chunk_dir.parent.rmdir()  # stays while other shards still write

@@ -18,11 +18,13 @@ class TextExample(NamedTuple):
       index: its place in the input, counted from 0; blank lines do not count.
       inputs_text: the text.
       targets_text: its reference, None where there is none.
+      where: file and line, for messages.
     """
 
     index: int
     inputs_text: str
     targets_text: str | None
+    where: str
 
 
 def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
@@ -30,7 +32,7 @@ def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
 
     Args:
       source: "-" for standard input, a `.jsonl` file of objects with "inputs" and perhaps "targets", or a
-        file with one text per line. Blank lines are skipped.
+        file with one text per line. Blank lines are skipped, and so is a byte order mark.
       limit: read at most so many texts.
 
     Raises:
@@ -42,10 +44,14 @@ def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
         if limit is not None and len(found) == limit:
             break
         inputs, targets = parse(text, where)
-        found.append(TextExample(len(found), inputs, targets))
+        found.append(TextExample(len(found), inputs, targets, where))
     if not found:
-        raise UserError(f"there is nothing to decode: {source} holds no text")
+        raise UserError(f"there is nothing to decode: {_name(source)} holds no text")
     return found
+
+
+def _name(source: str | Path) -> str:
+    return "standard input" if str(source) == "-" else str(source)
 
 
 def _lines(source: str | Path) -> Iterator[tuple[str, str]]:
@@ -56,9 +62,9 @@ def _lines(source: str | Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"the input {source} cannot be read: {error.strerror}") from error
     with stream:
         for number, line in enumerate(stream, start=1):
-            where = f"{source}, line {number}"
+            where = f"{_name(source)}, line {number}"
             try:
-                text = line.decode("utf-8").strip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8 ({error.reason})") from error
             if text.strip():
@@ -72,6 +78,10 @@ def _json_line(text: str, where: str) -> tuple[str, str | None]:
         raise UserError(f"{where} is not JSON ({error.msg})") from error
     if not isinstance(value, dict) or not isinstance(value.get("inputs"), str):
         raise UserError(f'{where} needs an object with a text under "inputs"')
+    try:
+        value["inputs"].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise UserError(f'{where} has a text under "inputs" that is not Unicode ({error.reason})') from error
     targets = value.get("targets")
     if targets is not None and not isinstance(targets, str):
         raise UserError(f'{where} has something else than a text under "targets"')

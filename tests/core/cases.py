@@ -68,11 +68,7 @@ def golden(name: str, options: dict) -> list[dict]:
     """The golden cases of one rule variant."""
     wanted = GOLDEN_RESIDUALS.get(options.get("residual"))
     rule = GOLDEN_NAMES.get(name, name)
-    return [
-        case
-        for case in golden_cases()
-        if case["rule"] == rule and case.get("residual_kind") == wanted
-    ]
+    return [case for case in golden_cases() if case["rule"] == rule and case.get("residual_kind") == wanted]
 
 
 def random_logits(seed: int, rows: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:

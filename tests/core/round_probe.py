@@ -70,14 +70,12 @@ def intervals(case: Case, how: str) -> list[tuple[float, float]]:
             spare = math.fsum(oracle.positive_part(case.targets[i + 1], case.laws[i + 1], scale))
             low, high = max(0.0, spare - ROUNDING), spare + ROUNDING
             gap = 1.0 - scale
-            found.append(
-                (low / (low + gap + ROUNDING), min(1.0, high / (high + max(0.0, gap - ROUNDING))))
-            )
+            found.append((low / (low + gap + ROUNDING), min(1.0, high / (high + max(0.0, gap - ROUNDING)))))
     return found
 
 
 def uniforms_for(bounds: list[tuple[float, float]], passed: tuple[bool, ...]) -> list[float] | None:
-    """One uniform per test, beside its threshold on the wanted side; None if one is out of reach."""
+    """A uniform per test, beside its threshold on the wanted side; None if one is out of reach."""
     chosen = []
     for (low, high), wanted in zip(bounds, passed, strict=True):
         u = low * (1 - MARGIN) if wanted else high * (1 + MARGIN)
@@ -117,9 +115,7 @@ def draws_for(case: Case, stop: int, how: str, next_law: np.ndarray) -> tuple[li
     margin, impossible = MARGIN, next_law <= 0
     if how == "block" and stop < len(case.draft):
         scale = scales(case)[stop]
-        difference = scale * np.asarray(case.targets[stop], float) - np.asarray(
-            case.laws[stop], float
-        )
+        difference = scale * np.asarray(case.targets[stop], float) - np.asarray(case.laws[stop], float)
         margin += ROUNDING / max(difference.clip(0).sum(), 1e-30)
         if 0.0 < scale < 1.0:  # scale * pi is rounded before d is taken from it
             impossible = difference < -ROUNDING
@@ -152,8 +148,7 @@ def probes_of(case: Case, how: str):
     branches = oracle.BRANCHES[how](case.draft, case.laws, case.targets)
     seen = set()
     scripts = [
-        (uniforms_for(bounds, passed), passed)
-        for passed in itertools.product((True, False), repeat=len(bounds))
+        (uniforms_for(bounds, passed), passed) for passed in itertools.product((True, False), repeat=len(bounds))
     ]
     scripts += [([u] * len(bounds), extreme(bounds, u)) for u in (0.0, BELOW_ONE)]
     for uniforms, passed in scripts:
@@ -178,8 +173,10 @@ def rows_of(cases: list[Case], how: str, size: int, seed: int = 0) -> Rows:
     for case in cases:
         n = len(case.draft)
         draft = np.concatenate([case.draft, rng.integers(0, vocab, size - n)]).astype(np.int32)
-        # Padding an honest implementation must not read: laws of zero, targets that are not laws.
-        law = np.concatenate([case.laws.reshape(n, vocab), np.zeros((size - n, vocab))])
+        # Padding that must not be read: drafts of zero probability or not, targets that are no laws.
+        # Zero laws alone would hide a block test that reads one: its threshold is then right by chance.
+        junk = np.full((size - n, vocab), rng.choice([0.0, 0.3]))
+        law = np.concatenate([case.laws.reshape(n, vocab), junk])
         target = np.concatenate([case.targets, np.full((size - n, vocab), 0.9)])
         other = np.concatenate([case.other, np.full((size - n, vocab), 0.9)])
         for uniforms, w, stop, allowed in probes_of(case, how):
@@ -187,9 +184,7 @@ def rows_of(cases: list[Case], how: str, size: int, seed: int = 0) -> Rows:
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
         branches = oracle.BRANCHES[how](case.draft, case.laws, case.targets)
-        blur += case.chance * blur_of(
-            case, how, intervals(case, how), branches.weights, branches.next_laws
-        )
+        blur += case.chance * blur_of(case, how, intervals(case, how), branches.weights, branches.next_laws)
     kinds = [np.int32, np.int32] + [np.float32] * 5 + [np.int32, bool]
     arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)]
     return Rows(tuple(arrays[:6]), arrays[6], arrays[7], arrays[8], blur)

@@ -23,19 +23,14 @@ def pair():
 def test_matches_the_oracle(pair, name):
     p, q = pair
     got = getattr(divergences, name)(jnp.asarray(p), jnp.asarray(q))
-    wanted = [
-        [getattr(oracle, name)(a, b) for a, b in zip(x, y, strict=True)]
-        for x, y in zip(p, q, strict=True)
-    ]
+    wanted = [[getattr(oracle, name)(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(p, q, strict=True)]
     assert got.shape == (5, 3) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-6)
 
 
 def test_entropy_matches_the_oracle(pair):
     wanted = [[oracle.entropy(law) for law in row] for row in pair[0]]
-    np.testing.assert_allclose(
-        divergences.entropy(jnp.asarray(pair[0])), wanted, rtol=2e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(divergences.entropy(jnp.asarray(pair[0])), wanted, rtol=2e-6, atol=1e-6)
 
 
 def test_zeros_are_harmless():

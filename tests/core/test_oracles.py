@@ -90,9 +90,7 @@ def test_sampler_by_hand():
     assert [sampler.inverse_cdf([0, 0.5, 0, 0.5, 0], u) for u in (0, 0.499, 0.5, 1)] == [1, 1, 3, 3]
 
 
-def table(
-    seed: int, name: str, temperature: float, truncation: dict, options: dict, vocab: int = 3
-):
+def table(seed: int, name: str, temperature: float, truncation: dict, options: dict, vocab: int = 3):
     """(draft law, target law) of a random pair, both depending on the whole prefix."""
     memory = {}
 
@@ -126,9 +124,7 @@ def test_block_commits_at_least_as_many_tokens():
     gains = []
     for name, options in VARIANTS:
         d, pi = table(23, name, 1.0, {}, options)
-        token, block = (
-            verify.tokens_per_round(verify.round_law(d, pi, 3, how)) for how in ("token", "block")
-        )
+        token, block = (verify.tokens_per_round(verify.round_law(d, pi, 3, how)) for how in ("token", "block"))
         gains.append(block - token)
     assert min(gains) > -1e-13 and max(gains) > 1e-3
 
@@ -153,16 +149,12 @@ def test_enumeration_sees_a_wrong_draft_law():
     told, _ = table(8, "lossless", 1.0, {}, {})
     law: dict = {}
     for draft, chance in verify.drafts(d, verify.fixed_length(2)):
-        branches = verify.token_branches(
-            draft, [told(draft[:i]) for i in range(2)], [pi(draft[:i]) for i in range(3)]
-        )
+        branches = verify.token_branches(draft, [told(draft[:i]) for i in range(2)], [pi(draft[:i]) for i in range(3)])
         for kept, weight in enumerate(branches.weights):
             for x, probability in enumerate(branches.next_laws[kept]):
                 key = (*draft[:kept], x)
                 law[key] = law.get(key, 0.0) + chance * weight * probability
-    assert (
-        verify.distance(verify.round_then_target(law, pi, 3), verify.autoregressive(pi, 3)) > 0.01
-    )
+    assert verify.distance(verify.round_then_target(law, pi, 3), verify.autoregressive(pi, 3)) > 0.01
 
 
 def test_first_rejection_has_the_documented_rate():

@@ -51,9 +51,7 @@ def tables(name: str, options: tuple, temperature: float, truncation: tuple):
     """(d, pi, p) of the package at every prefix, [prefixes, V] float32."""
     drafter, verifier = (jnp.asarray(x) for x in logits())
     q, p = probs.tempered(drafter, temperature), probs.tempered(verifier, temperature)
-    rule = rules.by_name(
-        name, **({} if ALPHA[name] is None else {"alpha": ALPHA[name]}), **dict(options)
-    )
+    rule = rules.by_name(name, **({} if ALPHA[name] is None else {"alpha": ALPHA[name]}), **dict(options))
     sampling = Sampling(temperature=temperature, **dict(truncation))
     if rule.truncates_inputs:
         q, p = _truncate(q, sampling), _truncate(p, sampling)
@@ -96,9 +94,7 @@ def drafts_of(key, draft_len: int) -> list[round_probe.Case]:
 
 
 @functools.cache
-def probes(
-    variant_key: tuple, how: str, size: int, lengths: tuple[int, ...]
-) -> list[round_probe.Rows]:
+def probes(variant_key: tuple, how: str, size: int, lengths: tuple[int, ...]) -> list[round_probe.Rows]:
     """Probes of one rule: for each setting, drafts of all `lengths` in one ragged batch."""
     variant = (variant_key[0], dict(variant_key[1:]))
     return [
@@ -108,13 +104,8 @@ def probes(
 
 
 def joined(parts: list[round_probe.Rows]) -> round_probe.Rows:
-    inputs = tuple(
-        np.concatenate(column) for column in zip(*(r.inputs for r in parts), strict=True)
-    )
-    rest = [
-        np.concatenate([getattr(r, name) for r in parts])
-        for name in ("other", "accepted", "allowed")
-    ]
+    inputs = tuple(np.concatenate(column) for column in zip(*(r.inputs for r in parts), strict=True))
+    rest = [np.concatenate([getattr(r, name) for r in parts]) for name in ("other", "accepted", "allowed")]
     return round_probe.Rows(inputs, *rest, max(r.blur for r in parts))
 
 
@@ -126,9 +117,7 @@ def test_draft_and_target_laws_are_the_oracles(variant):
         _, _, temperature, truncation = key
         d, pi, p = tables(*key)
         wanted = [
-            rule_oracle.draft_and_target(
-                name, a, b, ALPHA[name], temperature, dict(truncation), **options
-            )
+            rule_oracle.draft_and_target(name, a, b, ALPHA[name], temperature, dict(truncation), **options)
             for a, b in zip(*logits(), strict=True)
         ]
         np.testing.assert_allclose(d, [x for x, _ in wanted], rtol=0, atol=2e-6, err_msg=str(key))
@@ -140,9 +129,7 @@ def test_draft_and_target_laws_are_the_oracles(variant):
 
 @VARIANT
 @HOW
-@pytest.mark.parametrize(
-    ("size", "lengths"), [(1, (1,)), (2, (2,)), (LONGEST, tuple(range(LONGEST + 1)))]
-)
+@pytest.mark.parametrize(("size", "lengths"), [(1, (1,)), (2, (2,)), (LONGEST, tuple(range(LONGEST + 1)))])
 def test_branches_of_the_round_are_the_oracles(variant, how, size, lengths):
     """Draft width 1, 2 and 3; at 3 the rows of one batch also draft 0, 1 and 2 tokens."""
     name, options = variant
@@ -174,9 +161,7 @@ def _round(how, draft, lengths, law, target, accept_noise, residual_noise):
 
 def bonus_from_the_verifier(how, draft, lengths, law, target, accept_noise, residual_noise, other):
     last = (jnp.arange(target.shape[1]) == lengths[:, None])[..., None]
-    return _round(
-        how, draft, lengths, law, jnp.where(last, other, target), accept_noise, residual_noise
-    )
+    return _round(how, draft, lengths, law, jnp.where(last, other, target), accept_noise, residual_noise)
 
 
 def accept_by_the_verifier(how, draft, lengths, law, target, accept_noise, residual_noise, other):
@@ -188,9 +173,7 @@ def accept_by_the_verifier(how, draft, lengths, law, target, accept_noise, resid
     return verify.Verification(stopped.accepted, probs.sample(drawn, residual_noise), stopped.bonus)
 
 
-def residual_from_the_whole_target(
-    how, draft, lengths, law, target, accept_noise, residual_noise, other
-):
+def residual_from_the_whole_target(how, draft, lengths, law, target, accept_noise, residual_noise, other):
     right = _round(how, draft, lengths, law, target, accept_noise, residual_noise)
     drawn = probs.sample(target[jnp.arange(len(draft)), right.accepted], residual_noise)
     return verify.Verification(right.accepted, drawn, right.bonus)
@@ -224,9 +207,7 @@ def slightly_lenient(how, draft, lengths, law, target, accept_noise, residual_no
 
 def accepts_at_equality(how, draft, lengths, law, target, accept_noise, residual_noise, other):
     """u d <= pi where it must be <: a uniform of exactly 0 then accepts an impossible token."""
-    drafted = jnp.where(
-        accept_noise[..., None] == 0, jnp.maximum(target[:, :-1], 1e-20), target[:, :-1]
-    )
+    drafted = jnp.where(accept_noise[..., None] == 0, jnp.maximum(target[:, :-1], 1e-20), target[:, :-1])
     nudged = jnp.concatenate([drafted, target[:, -1:]], axis=1)
     return _round(how, draft, lengths, law, nudged, accept_noise, residual_noise)
 
@@ -273,10 +254,5 @@ def test_enumeration_sees_a_wrong_target(how):
     d, pi, p = (law_at(table) for table in tables("token_v3", (), 1.0, ()))
     law = oracle.round_then_target(oracle.round_law(d, pi, 2, how), pi, 3)
     assert oracle.distance(law, oracle.autoregressive(p, 3)) > 0.01
-    bonus_from_p = oracle.round_law(
-        d, lambda prefix: (p if len(prefix) == 2 else pi)(prefix), 2, how
-    )
-    assert (
-        oracle.distance(oracle.round_then_target(bonus_from_p, pi, 3), oracle.autoregressive(pi, 3))
-        > 1e-3
-    )
+    bonus_from_p = oracle.round_law(d, lambda prefix: (p if len(prefix) == 2 else pi)(prefix), 2, how)
+    assert oracle.distance(oracle.round_then_target(bonus_from_p, pi, 3), oracle.autoregressive(pi, 3)) > 1e-3

@@ -163,9 +163,7 @@ def test_ends_of_alpha(variant):
             np.testing.assert_allclose(whole, np.where(sure[:, None], pair.q, pair.p), atol=1e-6)
         for alpha, end in ENDS.get(name, ()):
             target = rule_of(variant, alpha).target(pair)
-            np.testing.assert_allclose(
-                target, getattr(pair, end), rtol=0, atol=1e-6, err_msg=str(alpha)
-            )
+            np.testing.assert_allclose(target, getattr(pair, end), rtol=0, atol=1e-6, err_msg=str(alpha))
 
 
 def test_token_v3_at_zero_is_not_lossless():
@@ -196,9 +194,7 @@ def test_alpha_per_row(variant):
             alone = rule_of(variant, alpha).target(pair_of(drafter[b], verifier[b], temperature))
             np.testing.assert_allclose(got[b], alone, rtol=0, atol=1e-7)
         flat = pair_of(drafter[:, 0], verifier[:, 0], temperature)  # [B, V] with B == V
-        np.testing.assert_allclose(
-            rule_of(variant, alphas).target(flat), got[:, 0], rtol=0, atol=1e-7
-        )
+        np.testing.assert_allclose(rule_of(variant, alphas).target(flat), got[:, 0], rtol=0, atol=1e-7)
 
 
 @ALL
@@ -220,9 +216,7 @@ def test_greedy_may_be_traced_and_per_row(variant):
         np.testing.assert_allclose(got[b], alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS if v[0] != "lossless"], ids=cases.variant_id
-)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] != "lossless"], ids=cases.variant_id)
 def test_alpha_sweep_traces_once(variant):
     traces = []
 
@@ -232,10 +226,7 @@ def test_alpha_sweep_traces_once(variant):
         return rule.target(pair)
 
     pair = pair_of(*cases.random_logits(9, 40, 5), 1.0)
-    results = {
-        np.asarray(target(rule_of(variant, alpha), pair)).tobytes()
-        for alpha in cases.ALPHAS[variant[0]]
-    }
+    results = {np.asarray(target(rule_of(variant, alpha), pair)).tobytes() for alpha in cases.ALPHAS[variant[0]]}
     assert len(traces) == 1
     assert len(results) > 1, "alpha has no effect"
 
@@ -257,11 +248,7 @@ def test_reads_drafter_says_the_truth(variant):
 
 
 # Rules whose target law is p when the pair agrees. The others rule out tokens by a test on p.
-AGREEABLE = [
-    v
-    for v in VARIANTS
-    if v[0] not in ("token_v1", "token_v2", "token_v3", "typical", "min_p", "bild")
-]
+AGREEABLE = [v for v in VARIANTS if v[0] not in ("token_v1", "token_v2", "token_v3", "typical", "min_p", "bild")]
 
 
 @pytest.mark.parametrize("how", ["token", "block"])
@@ -276,9 +263,7 @@ def test_equal_models_never_reject(variant, how):
         pair = pair_of(logits, logits, temperature)
         for alpha in cases.ALPHAS[variant[0]]:
             pi = rule_of(variant, alpha).target(pair)
-            ids = np.where(
-                np.asarray(pair.q)[np.arange(rows), draft] > 0, draft, np.argmax(logits, -1)
-            )
+            ids = np.where(np.asarray(pair.q)[np.arange(rows), draft] > 0, draft, np.argmax(logits, -1))
             for u in (0.0, BELOW_ONE):
                 out = round_(
                     jnp.asarray(ids)[:, None],
@@ -313,9 +298,7 @@ def test_one_bad_alpha_of_many_is_found():
         rules.by_name("chow", alpha=[0.1, 7.0])
 
 
-@pytest.mark.parametrize(
-    "alpha", [0.3, np.float32(0.3), np.array(0.3), np.array([0.3, 0.4]), (0.3, 0.4)], ids=repr
-)
+@pytest.mark.parametrize("alpha", [0.3, np.float32(0.3), np.array(0.3), np.array([0.3, 0.4]), (0.3, 0.4)], ids=repr)
 def test_alpha_comes_in_many_forms(alpha):
     rule = rules.by_name("token_v3", alpha=alpha)
     np.testing.assert_allclose(rule.alpha, alpha, rtol=1e-6)

@@ -2,8 +2,8 @@
 
 Full-prefix tables (every prefix has laws of its own) with a rare EOS are decoded in one batch of
 independent rows; the frequencies of whole outputs are compared with the law enumerated in float64.
-With 60,000 rows a law that is off by 0.04 in total variation is found with certainty (bar 1e-7), and a
-single prefix whose probability is off by 0.02 likewise; mutations below show what that means.
+With 50,000 rows a law that is off by 0.045 in total variation is found with certainty (bar 1e-7), and a
+single prefix whose probability is off by 0.03 likewise. The planted bugs below show what that means.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from speccascade_t5x.models import bigram
 
 from .tables import EOS, decoder, exact_law, inputs, random_tables, tally
 
-ROWS = 60_000
+ROWS = 50_000
 MAX_LEN = 4
 ALPHAS = {
     "lossless": None,
@@ -130,7 +130,7 @@ def mutant_agreement(
     draft_len: int,
     verification: str,
     vocab: int = 4,
-    rows: int = ROWS,
+    rows: int = ROWS // 2,
     truncation: str = "off",
 ) -> Agreement:
     """As `check` at temperature 1, but compiled afresh, so that patched functions are traced."""
@@ -162,7 +162,7 @@ REAL_LAWS, REAL_NOISE = loop.rule_laws, loop._noise
 def test_unpatched_program_passes():
     assert mutant_agreement("token_v3", 2, "token").holds
     assert mutant_agreement("token_v3", 2, "token", truncation="top_k").holds
-    assert mutant_agreement("lossless", 3, "block", rows=4 * ROWS).holds
+    assert mutant_agreement("lossless", 3, "block", rows=2 * ROWS).holds
 
 
 def test_bonus_from_the_verifier_instead_of_pi_is_found(monkeypatch):
@@ -214,7 +214,7 @@ def _noise_by_absolute_position(program, state):
 def test_noise_by_absolute_position_is_found_in_block_verification(monkeypatch):
     """Later drafts took part in choosing where the round stopped: using their noise again biases the law."""
     monkeypatch.setattr(loop, "_noise", _noise_by_absolute_position)
-    assert not mutant_agreement("lossless", 3, "block", rows=4 * ROWS).holds
+    assert not mutant_agreement("lossless", 3, "block", rows=2 * ROWS).holds
 
 
 def test_draft_law_reported_before_truncation_is_found(monkeypatch):

@@ -135,9 +135,7 @@ def target(
     if name == "cos":
         return np.array([(1 - alpha) * p[v] + alpha * q[v] for v in range(size)])
     if name == "min_p":
-        return sampler.normalise(
-            [p[v] if p_raw[v] >= (1 - alpha) * max(p_raw) else 0.0 for v in range(size)]
-        )
+        return sampler.normalise([p[v] if p_raw[v] >= (1 - alpha) * max(p_raw) else 0.0 for v in range(size)])
     if name == "lossy_sd":
         return _lossy(q, p, p_raw, alpha, greedy, residual)
     if name in PREFIX_TESTS:

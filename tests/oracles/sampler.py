@@ -30,9 +30,7 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
     return np.array([w / total for w in weights], dtype=np.float64)
 
 
-def tempered(
-    logits: Sequence[float], temperature: float = 1.0, vocab_size: int | None = None
-) -> np.ndarray:
+def tempered(logits: Sequence[float], temperature: float = 1.0, vocab_size: int | None = None) -> np.ndarray:
     """softmax(logits / temperature) over the first `vocab_size` ids; one-hot argmax at 0."""
     size = len(logits) if vocab_size is None else vocab_size
     allowed = [float(value) for value in logits[:size]]
@@ -45,9 +43,7 @@ def tempered(
     return law
 
 
-def truncate(
-    law: Sequence[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> np.ndarray:
+def truncate(law: Sequence[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
     """Tr(law): top-k, renormalise, top-p, min-p, renormalise.
 
     Top-p keeps an id iff the mass of the ids strictly before it (in descending order) is < top_p.

@@ -46,9 +46,7 @@ def after_rejection(pi: Sequence[float], d: Sequence[float], scale: float = 1.0)
     return sampler.normalise(gain if math.fsum(gain) > 0 else pi)
 
 
-def token_branches(
-    draft: Prefix, laws: Sequence[Sequence[float]], targets: Sequence[Sequence[float]]
-) -> Branches:
+def token_branches(draft: Prefix, laws: Sequence[Sequence[float]], targets: Sequence[Sequence[float]]) -> Branches:
     """Token verification: test the drafted tokens in order, stop at the first that fails."""
     thresholds = [min(1.0, targets[i][x] / laws[i][x]) for i, x in enumerate(draft)]
     weights, next_laws, reached = [], [], 1.0
@@ -61,9 +59,7 @@ def token_branches(
     return Branches(thresholds, weights, next_laws)
 
 
-def block_branches(
-    draft: Prefix, laws: Sequence[Sequence[float]], targets: Sequence[Sequence[float]]
-) -> Branches:
+def block_branches(draft: Prefix, laws: Sequence[Sequence[float]], targets: Sequence[Sequence[float]]) -> Branches:
     """Block verification: keep up to the LAST position whose test succeeds."""
     n = len(draft)
     scales = [1.0]
@@ -106,9 +102,7 @@ def drafts(draft_law: LawAt, stop: StopAt, prefix: Prefix = ()) -> Iterator[tupl
                 yield draft, chance * rest
 
 
-def round_law(
-    draft_law: LawAt, target_law: LawAt, draft_len: int | StopAt, verification: str
-) -> dict[Prefix, float]:
+def round_law(draft_law: LawAt, target_law: LawAt, draft_len: int | StopAt, verification: str) -> dict[Prefix, float]:
     """{committed tokens: probability} of one round that begins at the empty prefix."""
     stop = fixed_length(draft_len) if isinstance(draft_len, int) else draft_len
     law: dict[Prefix, float] = {}
@@ -142,9 +136,7 @@ def autoregressive(target_law: LawAt, length: int, prefix: Prefix = ()) -> dict[
     return law
 
 
-def round_then_target(
-    round_: dict[Prefix, float], target_law: LawAt, length: int
-) -> dict[Prefix, float]:
+def round_then_target(round_: dict[Prefix, float], target_law: LawAt, length: int) -> dict[Prefix, float]:
     """The law of the first `length` tokens: one round, then pi one token at a time."""
     law: dict[Prefix, float] = {}
     for committed, chance in round_.items():
