@@ -301,10 +301,6 @@ def _result(
         quality = metrics.exact_match(*texts) | metrics.character_accuracy(*texts)
     speeds = [_tokens_per_s(generation) for generation in rounds]
     totals = {key: sum(generation.totals[key] for generation in rounds) for key in rounds[0].totals}
-    rates = accounting.rates(totals)
-    if settings.method == "drafter":  # its own steps are counted where the verifier's would be
-        steps = rates["verifier_calls_per_token"]
-        rates |= {"verifier_calls_per_token": 0.0, "drafter_calls_per_token": steps}
     return MethodResult(
         label=name,
         settings=settings,
@@ -312,7 +308,7 @@ def _result(
         character_accuracy=quality.get("character_accuracy"),
         tokens_per_s=statistics.median(speeds),
         speedups=tuple(speed / base for speed, base in zip(speeds, alone, strict=True)),
-        rates=rates,
+        rates=accounting.rates(totals),
         first=rounds[0],
     )
 

@@ -118,11 +118,13 @@ def chance_notes(result: DemoResult) -> list[str]:
         return ["Quality is not judged, for no text has a reference: give plain German, not folded."]
     if result.options.temperature == 0:
         return ["At temperature 0 lossless speculation writes what the verifier alone writes."]
-    points = _points({metric: abs(gain) for metric, gain in apart.items()})
+    sample = f"{_count(len(result.examples), 'text')}, {_count(result.options.repeats, 'seed')}"
+    visible = {metric: abs(gain) for metric, gain in apart.items() if abs(gain) >= _VISIBLE}
+    if not visible:
+        return [f"Quality is that of one sample ({sample}): small differences say nothing."]
     return [
-        f"Lossless speculation follows the verifier's own law, so the {points} between the two are chance: with "
-        f"{_count(len(result.examples), 'text')} and {_count(result.options.repeats, 'seed')}, no difference of that "
-        "order says anything."
+        f"Lossless speculation follows the verifier's own law: the {_points(visible)} between the two are chance "
+        f"({sample}), and other differences of that order say nothing either."
     ]
 
 

@@ -24,6 +24,7 @@ from speccascade_t5x.decoding.state import OFFSET, Program, State
 from speccascade_t5x.interfaces import (
     SOURCE_ACCEPTED,
     SOURCE_BONUS,
+    SOURCE_DRAFTER,
     SOURCE_PAD,
     SOURCE_RESIDUAL,
     Array,
@@ -222,17 +223,19 @@ def _commit(
     emitted = jnp.take_along_axis(laws.target_raw, block[..., None], axis=-1)[..., 0]
     tiny = jnp.finfo(jnp.float32).tiny  # a law at temperature 1 may underflow where the sampled one did not
     log_probs = jnp.sum(jnp.where(kept, jnp.log(jnp.maximum(emitted, tiny)), 0.0), axis=1)
+    # A drafter that runs alone sits in the verifier's place of the loop, but its calls are a drafter's.
+    verified = program.solo_source != SOURCE_DRAFTER
     counts = state.counts.add(
         alive,
         rounds=1,
-        drafter_calls=program.drafter.model.calls_per_round if program.drafter else 0,
-        verifier_calls=1,
+        drafter_calls=program.drafter.model.calls_per_round if program.drafter else int(not verified),
+        verifier_calls=int(verified),
         drafted=proposal.lengths,
         accepted=jnp.minimum(outcome.accepted, grown),
         examined=jnp.minimum(grown, outcome.accepted + ~outcome.bonus),
         committed=grown,
-        scored=width,
-        deferred=jnp.sum(jnp.where(kept, laws.deferral, 0.0), axis=1),
+        scored=width if verified else 0,
+        deferred=jnp.sum(jnp.where(kept, laws.deferral, 0.0), axis=1) if verified else 0.0,
     )
     committed = state.committed + grown
     drafter_state = state.drafter_state

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Settings:
       method: "speculative", or one model alone: "verifier" or "drafter".
       rule: registry name of the rule; read by "speculative" only.
       alpha: the rule's trade-off; None for rules without one.
+      rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
       draft_len: tokens drafted per round; 0 drafts nothing.
       verification: "token" or "block".
       temperature: 0 to 2; 0 takes the argmax.
@@ -53,6 +54,7 @@ class Settings:
     method: str = "speculative"
     rule: str = "lossless"
     alpha: float | None = None
+    rule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     draft_len: int | None = None
     verification: str = "token"
     temperature: float = 1.0
@@ -93,7 +95,7 @@ class Settings:
 
     def rule_object(self) -> rules.Rule:
         """The rule, with alpha checked."""
-        return rules.by_name(self.rule, self.alpha)
+        return rules.by_name(self.rule, self.alpha, **self.rule_options)
 
     def sampling(self) -> decoding.Sampling:
         """The traced options, strongly typed so that no value compiles a program of its own."""

@@ -261,8 +261,12 @@ def test_no_gain_needs_no_explanation(v3):
 
 def test_the_two_methods_of_one_law_are_the_yardstick():
     (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(22.5, 88.2)))
-    assert "so the 2.5 points of exact match and 1.8 of character accuracy between the two are chance" in note
-    assert "with 1 text and 3 seeds" in note
+    assert "the 2.5 points of exact match and 1.8 of character accuracy between the two are chance" in note
+    assert "(1 text, 3 seeds)" in note
+    (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(20, 88.2)))
+    assert "the 1.8 points of character accuracy between" in note
+    (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(20, 90)))
+    assert note == "Quality is that of one sample (1 text, 3 seeds): small differences say nothing."
     (note,) = demo_report.chance_notes(scripted({"temperature": 0.0}, verifier=(20, 90), lossless=(20, 90)))
     assert note.startswith("At temperature 0 lossless speculation writes what the verifier alone writes")
 

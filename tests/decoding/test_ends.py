@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from decoding.tables import EOS, inputs, outputs
 from speccascade_t5x import decoding
 from speccascade_t5x.core import accounting, rules
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import bigram
-
-from .tables import EOS, inputs, outputs
 
 VOCAB = 12
 GREEDY = decoding.Sampling(temperature=0.0)
@@ -182,7 +181,11 @@ def test_stop_sequence_at_every_offset(size):
     """8 9 stands inside one round or across two; it stays in the output and nothing follows it."""
     path = (*range(2, 2 + size), 8, 9, 11, 10)
     output = decode(
-        script(*path), script(*path), max_len=10, draft_len=3, stop_sequences=((8, 9), (8, 11, 9), (10,))
+        script(*path),
+        script(*path),
+        max_len=10,
+        draft_len=3,
+        stop_sequences=((8, 9), (8, 11, 9), (10,)),
     )
     assert outputs(output) == [path[: size + 2]]
     assert row(output)["committed"] == size + 2
@@ -192,7 +195,11 @@ def test_stop_sequence_at_every_offset(size):
 def test_the_first_stop_sequence_to_stand_whole_ends_the_row():
     path = (2, 3, 10, 8, 9, EOS)
     output = decode(
-        script(*path), script(*path), max_len=10, draft_len=3, stop_sequences=((8, 9), (8, 11, 9), (10,))
+        script(*path),
+        script(*path),
+        max_len=10,
+        draft_len=3,
+        stop_sequences=((8, 9), (8, 11, 9), (10,)),
     )
     assert outputs(output) == [(2, 3, 10)]
 

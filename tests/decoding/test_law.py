@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decoding.tables import EOS, decoder, exact_law, inputs, random_tables, tally
 from oracles.tables import Agreement, agreement, prefix_law
 from speccascade_t5x import decoding
 from speccascade_t5x.core import probs, rules, verify
 from speccascade_t5x.decoding import loop
 from speccascade_t5x.drafting import ModelDrafter
 from speccascade_t5x.models import bigram
-
-from .tables import EOS, decoder, exact_law, inputs, random_tables, tally
 
 ROWS = 50_000
 MAX_LEN = 4
@@ -49,6 +48,7 @@ PROGRAMS = [
     ("token_v3", 2, "block", 4),
     ("token_v3", 1, "token", 3),
     ("min_p", 3, "block", 3),
+    ("min_p", 1, "token", 4),
 ]
 SETTINGS = [(1.0, "off"), (0.5, "top_p"), (1.0, "top_k"), (0.0, "off")]
 EVERY_PROGRAM = [
@@ -80,9 +80,7 @@ def check(program, setting, seed: int = 0) -> Agreement:
     output = decoder(config, rule, ROWS)(
         alpha, *tables, sampling_of(temperature, truncation), jax.random.key(seed + 7)
     )
-    law = exact_law(
-        rule, float(alpha), *tables, MAX_LEN, temperature, TRUNCATIONS[truncation]
-    )
+    law = exact_law(rule, float(alpha), *tables, MAX_LEN, temperature, TRUNCATIONS[truncation])
     return agreement(tally(output, vocab), law)
 
 
@@ -108,7 +106,10 @@ def test_the_alphas_are_neither_end_of_their_rule(rule, vocab):
     """Guards the tests above: the law they check must differ from the verifier's and the drafter's."""
     q, p = random_tables(0, vocab, MAX_LEN)
     law = exact_law(rule, ALPHAS[rule], q, p, MAX_LEN)
-    for other in (exact_law("lossless", None, q, p, MAX_LEN), exact_law("lossless", None, p, q, MAX_LEN)):
+    for other in (
+        exact_law("lossless", None, q, p, MAX_LEN),
+        exact_law("lossless", None, p, q, MAX_LEN),
+    ):
         assert 0.5 * sum(abs(law.get(o, 0.0) - other[o]) for o in other) > 0.05
 
 

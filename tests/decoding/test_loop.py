@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from models.test_t5_parity import load
 from speccascade_t5x import decoding
@@ -25,14 +25,18 @@ KEY = jax.random.key(11)
 
 def fields(output: decoding.Output) -> list[np.ndarray]:
     """Everything of an output that must not depend on the batch: all but the float log-probabilities."""
-    return [np.asarray(x) for x in (output.tokens, output.lengths, output.source, output.counts.rounds)]
+    return [
+        np.asarray(x) for x in (output.tokens, output.lengths, output.source, output.counts.rounds)
+    ]
 
 
 def assert_same_rows(one, other, rows_of_one=slice(None), rows_of_other=slice(None)) -> None:
     for a, b in zip(fields(one), fields(other), strict=True):
         np.testing.assert_array_equal(a[rows_of_one], b[rows_of_other])
     np.testing.assert_allclose(
-        np.asarray(one.log_probs)[rows_of_one], np.asarray(other.log_probs)[rows_of_other], atol=1e-4
+        np.asarray(one.log_probs)[rows_of_one],
+        np.asarray(other.log_probs)[rows_of_other],
+        atol=1e-4,
     )
 
 
@@ -71,11 +75,13 @@ def alone(source, ids, temperature=1.0, config=CONFIG) -> decoding.Output:
 
 
 def test_greedy_lossless_is_the_verifiers_own_output():
-    source, ids = tiny_pair.sources(16), np.arange(16)
+    source, ids = tiny_pair.sources(8), np.arange(8)
     speculative, single = (f(source, ids, temperature=0.0) for f in (t5_decode, alone))
     np.testing.assert_array_equal(speculative.tokens, single.tokens)
     np.testing.assert_allclose(speculative.log_probs, single.log_probs, atol=1e-4)
-    accepted, examined = (np.asarray(x) for x in (speculative.counts.accepted, speculative.counts.examined))
+    accepted, examined = (
+        np.asarray(x) for x in (speculative.counts.accepted, speculative.counts.examined)
+    )
     assert 0 < accepted.sum() < examined.sum()  # the drafter was right at times, and wrong at times
 
 
@@ -124,25 +130,29 @@ def test_equal_models_never_reject(verification):
             example_ids=np.arange(4000),
         )
         np.testing.assert_array_equal(output.counts.accepted, output.counts.examined)
-        assert set(np.unique(output.source)) == {0, 1, 3}
+        assert {1, 3} <= set(np.unique(output.source).tolist()) <= {0, 1, 3}
 
 
 def test_a_row_does_not_depend_on_its_batch():
     """The same examples in another order, with other mates, and alone (which has its own write path)."""
-    source, ids = tiny_pair.sources(6), np.array([5, 900, 3, 77, 12, 2**31 - 1])
+    source = tiny_pair.sources(8)
+    tokens = source["encoder_input_tokens"]
+    ids = np.array([5, 900, 3, 77, 12, 2**31 - 1, 0, 1])
     wanted = t5_decode(source, ids)
-    order = np.array([4, 0, 5, 2, 1, 3])
-    turned = {"encoder_input_tokens": source["encoder_input_tokens"][order]}
+    order = np.array([4, 0, 5, 7, 2, 1, 6, 3])
+    turned = {"encoder_input_tokens": tokens[order]}
     assert_same_rows(t5_decode(turned, ids[order]), wanted, rows_of_other=order)
-    others = tiny_pair.sources(6, seed=1)
-    others["encoder_input_tokens"][2] = source["encoder_input_tokens"][3]
-    mixed = t5_decode(others, np.array([1, 2, 77, 4, 6, 8]))
+    others = tiny_pair.sources(8, seed=1)
+    others["encoder_input_tokens"][2] = tokens[3]
+    mixed = t5_decode(others, np.array([1, 2, 77, 4, 6, 8, 9, 10]))
     assert_same_rows(mixed, wanted, [2], [3])
+    padded = {"encoder_input_tokens": np.where(np.arange(8)[:, None] < 5, tokens, 0)}
+    assert_same_rows(
+        t5_decode(padded, np.where(np.arange(8) < 5, ids, 0)), wanted, slice(5), slice(5)
+    )
     for index in (0, 3):
-        one = {"encoder_input_tokens": source["encoder_input_tokens"][[index]]}
+        one = {"encoder_input_tokens": tokens[[index]]}
         assert_same_rows(t5_decode(one, ids[[index]]), wanted, rows_of_other=[index])
-    padded = {"encoder_input_tokens": np.pad(source["encoder_input_tokens"], ((0, 3), (0, 0)))}
-    assert_same_rows(t5_decode(padded, np.append(ids, [0, 0, 0])), wanted, slice(6))
 
 
 def test_the_key_and_the_example_id_matter():
@@ -185,15 +195,13 @@ def test_an_unfinished_decode_can_be_read():
 
 def test_refilled_rows_decode_as_fresh_ones():
     drafter, verifier = tiny_pair.pair()
-    program = decoding.speculative_program(
-        drafter, verifier, rules.by_name("token_v3", 0.5), CONFIG, decoding.Sampling()
-    )
-    source, later = tiny_pair.sources(4), tiny_pair.sources(4, seed=1)
-    ids, later_ids = np.arange(4), np.arange(10, 14)
-    first = decoding.decode(program, source, KEY, ids)
-    second = decoding.decode(program, later, KEY, later_ids)
+    sampling = decoding.Sampling(temperature=np.float32(1.0))
+    program = decoding.speculative_program(drafter, verifier, rules.Lossless(), CONFIG, sampling)
+    source, later = tiny_pair.sources(8), tiny_pair.sources(8, seed=1)
+    ids, later_ids = np.arange(8), np.arange(10, 18)
+    first, second = t5_decode(source, ids), t5_decode(later, later_ids)
     state = decoding.run(program, decoding.start(program, source, KEY, ids), 3)
-    rows = np.array([True, False, True, False])
+    rows = np.arange(8) % 3 == 0
     state = decoding.refill(program, state, rows, later, KEY, later_ids)
     mixed = decoding.finish(CONFIG, decoding.run(program, state, CONFIG.max_len))
     assert_same_rows(mixed, second, rows, rows)
@@ -214,18 +222,18 @@ def test_samples_of_one_example():
 
 
 def test_samples_of_one_input_share_its_encoder_output():
-    source, ids = tiny_pair.sources(2), np.array([4, 9])
-    config = decoding.DecodeConfig(max_len=12, draft_len=3, num_samples=3)
-    output = t5_decode(source, ids, config=config)
-    assert_same_rows(output, t5_decode(source, ids), [0, 3])
+    source, ids = tiny_pair.sources(8), np.arange(8)
+    config = decoding.DecodeConfig(max_len=12, draft_len=3, num_samples=2)
+    first_samples = slice(0, None, 2)
+    assert_same_rows(t5_decode(source, ids, config=config), t5_decode(source, ids), first_samples)
 
 
 @pytest.mark.sharding
 def test_eight_devices_give_what_one_gives(devices):
-    mesh = jax.make_mesh((8,), ("data",), devices=devices)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,), devices=devices)
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    source, ids = tiny_pair.sources(16), jnp.arange(16)
+    source, ids = tiny_pair.sources(8), jnp.arange(8)
     wanted = t5_decode(source, ids)
     drafter, verifier = jax.device_put(tiny_pair.pair(), everywhere)
     output = decoding.speculative(

@@ -24,22 +24,20 @@ from speccascade_t5x.models import cache as kv_cache
 
 LENGTH = 9
 SOURCE = 7
-TINY = dict(
-    vocab_size=19,
-    emb_dim=16,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    head_dim=6,  # 2 x 6 is not emb_dim, so a swapped axis shows
-    mlp_dim=24,
-)
+TINY = {
+    "vocab_size": 19,
+    "emb_dim": 16,
+    "num_heads": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "head_dim": 6,  # 2 x 6 is not emb_dim, so a swapped axis shows
+    "mlp_dim": 24,
+}
 SMALLER = {**TINY, "num_encoder_layers": 1, "num_decoder_layers": 1}
 KINDS = {
     "1.0-tied": T5Config(**TINY, mlp_activations=("relu",), logits_via_embedding=True),
     "1.0-untied": T5Config(**SMALLER, mlp_activations=("relu",)),
-    "1.1-tied": T5Config(
-        **SMALLER, mlp_activations=("gelu", "linear"), logits_via_embedding=True
-    ),
+    "1.1-tied": T5Config(**SMALLER, mlp_activations=("gelu", "linear"), logits_via_embedding=True),
     "1.1-untied": T5Config(**TINY, mlp_activations=("gelu", "linear")),
 }
 
@@ -55,7 +53,9 @@ def tiny(kind: str):
     )
     for stack in ("encoder", "decoder"):
         table = shaken[stack]["relpos_bias"]["rel_embedding"]
-        shaken[stack]["relpos_bias"]["rel_embedding"] = table + rng.normal(0, 1, table.shape).astype("f4")
+        shaken[stack]["relpos_bias"]["rel_embedding"] = table + rng.normal(
+            0, 1, table.shape
+        ).astype("f4")
     return T5(config), shaken
 
 
@@ -75,7 +75,9 @@ def jitted(kind: str):
     model, params = tiny(kind)
     module = model.module
     start = jax.jit(
-        lambda tokens, size, room: model.start(params, {"encoder_input_tokens": tokens}, size, room),
+        lambda tokens, size, room: model.start(
+            params, {"encoder_input_tokens": tokens}, size, room
+        ),
         static_argnums=(1, 2),
     )
     extend = jax.jit(lambda cache, tokens, at: model.extend(params, cache, tokens, at))
@@ -144,7 +146,11 @@ def test_rollback_overwrites(rows):
     for kept in (1, 3, 1, 4):
         at = np.full(rows, committed, np.int32)
         block = np.concatenate(
-            [decoder[:, committed : committed + kept], garbage[:, committed + kept : committed + 4]], 1
+            [
+                decoder[:, committed : committed + kept],
+                garbage[:, committed + kept : committed + 4],
+            ],
+            1,
         )
         logits, cache = extend(cache, block, at)
         np.testing.assert_allclose(
@@ -314,4 +320,10 @@ def test_table_model_refuses_what_it_has_not():
     model = TableModel(3)
     cache = model.start({}, {}, 1, 4)
     with pytest.raises(UserError, match="hidden"):
-        model.extend({"logits": np.zeros((3, 3))}, cache, np.zeros((1, 1), int), np.zeros(1, int), ("hidden",))
+        model.extend(
+            {"logits": np.zeros((3, 3))},
+            cache,
+            np.zeros((1, 1), int),
+            np.zeros(1, int),
+            ("hidden",),
+        )

@@ -11,36 +11,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from models.fixtures import load
 from speccascade_t5x import decoding
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.models import T5, T5Config, param_shapes
+from speccascade_t5x.models import param_shapes
 
 FIXTURES = ("t5x_native", "t5x_v1_0")
 TOLERANCE = 1e-5  # of logits that reach about 4; the promise is 1e-4
-
-
-def architecture(folder: Path) -> T5Config:
-    """The architecture a fixture's config.json describes."""
-    stored = json.loads((folder / "config.json").read_text())
-    stored = stored.get("config", stored)
-    known = {field: stored[field] for field in T5Config.__dataclass_fields__ if field in stored}
-    return T5Config(**known)
-
-
-def parameters(folder: Path) -> dict:
-    """The nested parameters of params.npz, whose names are joined by '/'."""
-    with np.load(folder / "params.npz") as stored:
-        return traverse_util.unflatten_dict({name: stored[name] for name in stored.files}, sep="/")
-
-
-def load(folder: Path, **changes) -> tuple[Bound, dict[str, np.ndarray]]:
-    """(bound model, expected arrays) of a fixture."""
-    if not folder.is_dir():
-        pytest.skip(f"needs {folder.name} of the shared material, which is not there")
-    config = T5Config(**{**vars(architecture(folder)), **changes})
-    with np.load(folder / "expected.npz") as stored:
-        expected = {name: stored[name] for name in stored.files}
-    return Bound(T5(config), parameters(folder)), expected
 
 
 @pytest.fixture(params=FIXTURES)

@@ -1,12 +1,4 @@
-"""Rules: what law may be emitted, given the drafter's law q and the verifier's law p.
-
-A rule implements ONE method, `target(pair) -> pi`. How drafts are accepted and what replaces a rejected
-one follow from pi alone (`verify.py`). Sources: [SC] Narasimhan et al., "Faster Cascades via Speculative
-Decoding" (ICLR 2025); [LEV] Leviathan et al. 2023; [LV] the lossy-verification audit (2607.26627).
-
-Tests read the raw pair (temperature 1); what is mixed into pi is the temperature-scaled pair. Every test
-is "keep the drafter iff >=". To add a rule: one class, `register`, one oracle, one gin file.
-"""
+"""What a rule is, and the registry of rules."""
 
 from __future__ import annotations
 
@@ -19,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.core import divergences, probs
+from speccascade_t5x.core import probs
 from speccascade_t5x.interfaces import Array, UserError
 
 
@@ -149,7 +141,8 @@ class TokenRule(AlphaRule):
         return jnp.sum(jnp.where(self.rejects(pair), pair.q, 0.0), axis=-1)
 
 
-def _peak(law: Array) -> Array:
+def peak(law: Array) -> Array:
+    """Largest probability, [..., V] -> [...]."""
     return jnp.max(law, axis=-1)
 
 
@@ -228,99 +221,3 @@ def describe_range(cls: type[Rule]) -> str:
     if math.isinf(high):
         return f"{low:g} or more"
     return f"from {low:g} to {high:g}"
-
-
-class Lossless(Rule):
-    """pi = p: plain speculative decoding [LEV]."""
-
-    reads_drafter = False
-    source = "Leviathan et al. 2023"
-
-    def target(self, pair: Pair) -> Array:
-        return pair.p
-
-
-class Chow(PrefixRule):
-    """Defer iff max q_raw < 1 - alpha ([SC], Chow's rule)."""
-
-    alpha_range = (0.0, 1.0)
-    ends = "0 is lossless, 1 is the drafter alone"
-    source = "Faster Cascades via Speculative Decoding, Chow"
-
-    def defers(self, pair: Pair) -> Array:
-        peak = _peak(pair.q_raw)
-        alpha = self._alpha(peak.ndim)
-        # At alpha = 0 the law must be p even where q is certain: a float32 maximum can reach exactly 1.
-        return (peak < 1.0 - alpha) | (alpha <= 0.0)
-
-
-class Diff(PrefixRule):
-    """Defer iff max q_raw < max p_raw - alpha ([SC], Diff)."""
-
-    alpha_range = (-1.0, 1.0)
-    ends = "-1 is lossless, 1 is the drafter alone"
-    source = "Faster Cascades via Speculative Decoding, Diff"
-
-    def defers(self, pair: Pair) -> Array:
-        peak = _peak(pair.q_raw)
-        return peak < _peak(pair.p_raw) - self._alpha(peak.ndim)
-
-
-class Opt(PrefixRule):
-    """Defer iff max q_raw < max p_raw - alpha D_TV(p, q) ([SC], OPT: the plug-in of the optimal rule).
-
-    Hybrid, as in the authors' notebook: the maxima are raw, the distance is of the temperature-scaled,
-    untruncated pair.
-    """
-
-    alpha_range = (-math.inf, math.inf)
-    ends = "minus infinity is lossless, plus infinity the drafter alone"
-    source = "Faster Cascades via Speculative Decoding, OPT"
-
-    def defers(self, pair: Pair) -> Array:
-        peak = _peak(pair.q_raw)
-        distance = divergences.total_variation(pair.p, pair.q)
-        return peak < _peak(pair.p_raw) - self._alpha(peak.ndim) * distance
-
-
-class TokenV3(TokenRule):
-    """Rule out v iff p_raw(v) < (1 - alpha) max p_raw ([SC], Token-specific V3, its main result).
-
-    alpha = 0 is NOT lossless at temperature > 0: only the verifier's argmax may then come from the drafter.
-    """
-
-    alpha_range = (-math.inf, 1.0)
-    ends = "0 keeps only the verifier's argmax from the drafter, 1 is the drafter alone, below 0 is lossless"
-    source = "Faster Cascades via Speculative Decoding, Token-specific V3"
-
-    def rejects(self, pair: Pair) -> Array:
-        floor = 1.0 - self._alpha(pair.p_raw.ndim)
-        return pair.p_raw < floor * jnp.max(pair.p_raw, axis=-1, keepdims=True)
-
-
-class MinP(AlphaRule):
-    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the law ([LV]).
-
-    The fair baseline of TokenV3 at the same alpha: the same kept set, without the drafter's mass.
-    """
-
-    reads_drafter = False
-    alpha_range = (0.0, 1.0)
-    ends = "0 is the verifier's argmax, 1 is plain p"
-    source = "lossy-verification audit (2607.26627), baseline of Token V3"
-
-    def target(self, pair: Pair) -> Array:
-        floor = 1.0 - self._alpha(pair.p_raw.ndim)
-        keep = pair.p_raw >= floor * jnp.max(pair.p_raw, axis=-1, keepdims=True)
-        return probs.normalise(jnp.where(keep, pair.p, 0.0))
-
-
-for _name, _cls in {
-    "lossless": Lossless,
-    "chow": Chow,
-    "diff": Diff,
-    "opt": Opt,
-    "token_v3": TokenV3,
-    "min_p": MinP,
-}.items():
-    register(_name, _cls)

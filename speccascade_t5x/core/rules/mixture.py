@@ -1,0 +1,131 @@
+"""Rules with no deferral test: the lossless law, mixtures and truncations of p, lossy speculative decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import probs
+from speccascade_t5x.core.rules.base import AlphaRule, Pair, Rule, peak, register
+from speccascade_t5x.interfaces import Array, UserError
+
+_LV = "lossy-verification audit (2607.26627)"
+
+
+class Lossless(Rule):
+    """pi = p: plain speculative decoding [LEV]."""
+
+    reads_drafter = False
+    source = "Leviathan et al. 2023"
+
+    def target(self, pair: Pair) -> Array:
+        return pair.p
+
+
+class CoS(AlphaRule):
+    """pi = (1 - alpha) p + alpha q ([LV])."""
+
+    alpha_range = (0.0, 1.0)
+    ends = "0 is lossless, 1 is the drafter alone"
+    source = f"{_LV}, CoS"
+
+    def target(self, pair: Pair) -> Array:
+        # Written so that p == q gives exactly q, and a draft is then never rejected by an ulp.
+        return pair.q + (1.0 - self._alpha(pair.p.ndim)) * (pair.p - pair.q)
+
+    def deferral(self, pair: Pair) -> Array:
+        return jnp.broadcast_to(1.0 - self._alpha(pair.p.ndim - 1), pair.p.shape[:-1])
+
+
+class MinP(AlphaRule):
+    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the law ([LV]).
+
+    The fair baseline of TokenV3 at the same alpha: the same kept set, without the drafter's mass.
+    """
+
+    reads_drafter = False
+    alpha_range = (0.0, 1.0)
+    ends = "0 is the verifier's argmax, 1 is plain p"
+    source = f"{_LV}, baseline of Token V3"
+
+    def target(self, pair: Pair) -> Array:
+        floor = 1.0 - self._alpha(pair.p_raw.ndim)
+        keep = pair.p_raw >= floor * peak(pair.p_raw)[..., None]
+        return probs.normalise(jnp.where(keep, pair.p, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class LossySD(AlphaRule):
+    """Lossy speculative decoding with lenience l = 1 - alpha: drafts stand with probability min(1, p / (l q)).
+
+    What replaces a rejected draft decides the law:
+      shifted: pi = min(q, p/l) + (1 - sum min(q, p/l)) norm(max(0, p - q))    [the [SC] notebook]
+      optimal: pi = max(min(q, p/l), p/b), b >= 1 chosen so that it sums to 1  [Tran-Thien, mentored decoding]
+    At temperature 0, where both p and q are one-hot: the drafter's argmax iff p_raw of it is at least
+    l max p_raw, else the verifier's (the greedy lenience of [LEV]). Its INPUTS are truncated, not pi.
+
+    Attributes:
+      residual: "shifted" or "optimal"; static.
+    """
+
+    residual: str = dataclasses.field(default="shifted", metadata={"static": True})
+
+    truncates_inputs = True
+    alpha_range = (0.0, 1.0)
+    ends = "0 is lossless, 1 is the drafter alone"
+    source = "Leviathan et al. 2023, lenience; Tran-Thien, mentored decoding"
+
+    def __post_init__(self) -> None:
+        if self.residual not in ("shifted", "optimal"):
+            raise UserError(f"residual={self.residual!r} is unknown: use 'shifted' or 'optimal'")
+
+    def target(self, pair: Pair) -> Array:
+        sampled = self._sampled(pair)
+        choice = jnp.argmax(pair.q, axis=-1)[..., None]
+        floor = self._lenience(pair.p.ndim) * peak(pair.p_raw)[..., None]
+        stands = jnp.take_along_axis(pair.p_raw, choice, axis=-1) >= floor
+        greedy = probs.expand_right(jnp.asarray(pair.greedy), pair.p.ndim)
+        return jnp.where(greedy, jnp.where(stands, pair.q, pair.p), sampled)
+
+    def deferral(self, pair: Pair) -> Array:
+        return 1.0 - jnp.sum(self._kept(pair), axis=-1)
+
+    def _lenience(self, rank: int) -> Array:
+        return 1.0 - self._alpha(rank)
+
+    def _kept(self, pair: Pair) -> Array:
+        """min(q, p / l): the drafter's mass that stands."""
+        smallest = jnp.finfo(jnp.float32).tiny  # alpha = 1: p / l is then large wherever p is positive
+        return jnp.minimum(pair.q, pair.p / jnp.maximum(self._lenience(pair.p.ndim), smallest))
+
+    def _sampled(self, pair: Pair) -> Array:
+        kept = self._kept(pair)
+        missing = jnp.maximum(1.0 - jnp.sum(kept, axis=-1, keepdims=True), 0.0)
+        if self.residual == "shifted":
+            return kept + missing * probs.normalise(jnp.maximum(pair.p - pair.q, 0.0))
+        return jnp.maximum(kept, _share_of_p(pair, missing) * pair.p)
+
+
+def _share_of_p(pair: Pair, missing: Array) -> Array:
+    """t = 1/b in [0, 1] with sum_v max(0, t p - q) = missing, [..., 1].
+
+    The left side is convex, piecewise linear and increasing in t, and at least `missing` at t = 1, so
+    Newton's steps from there fall towards the root, each landing on a new piece, and need no sort.
+    """
+
+    def improve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        t, _ = carry
+        active = t * pair.p > pair.q
+        slope = jnp.sum(jnp.where(active, pair.p, 0.0), axis=-1, keepdims=True)
+        offset = jnp.sum(jnp.where(active, pair.q, 0.0), axis=-1, keepdims=True)
+        better = jnp.where(slope > 0, jnp.minimum(t, (missing + offset) / jnp.where(slope > 0, slope, 1.0)), t)
+        return better, jnp.any(better < t)
+
+    start = jnp.ones_like(missing)
+    return jax.lax.while_loop(lambda carry: carry[1], improve, (start, jnp.array(True)))[0]
+
+
+for _name, _cls in {"lossless": Lossless, "cos": CoS, "min_p": MinP, "lossy_sd": LossySD}.items():
+    register(_name, _cls)
