@@ -24,7 +24,8 @@ def name() -> str:
         pass
     device = jax.devices()[0]
     where = "" if device.platform == "cpu" else f", {device.device_kind}"
-    return f"{model}, {len(os.sched_getaffinity(0))} cores{where}, Python {platform.python_version()}, jax {jax.__version__}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores{where}, Python {platform.python_version()}, jax {jax.__version__}"
 
 
 def load_average() -> float:

@@ -92,6 +92,7 @@ class Proposal:
       law: [B, G, V] d, the law each token was really drawn from.
       q: [B, G + 1, V] the drafter model's law after temperature, untruncated; None where the rule reads no drafter.
       q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
+      calls: [B] model calls this proposal cost each row, for the counters.
     """
 
     tokens: Array
@@ -99,10 +100,11 @@ class Proposal:
     law: Array
     q: Array | None
     q_raw: Array | None
+    calls: Array
 
 
 jax.tree_util.register_dataclass(
-    Proposal, data_fields=["tokens", "lengths", "law", "q", "q_raw"], meta_fields=[]
+    Proposal, data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls"], meta_fields=[]
 )
 
 
@@ -113,10 +115,6 @@ class Drafter(Protocol):
     @property
     def noise_size(self) -> int:
         """Uniforms in [0, 1) this drafter consumes per row and round."""
-
-    @property
-    def calls_per_round(self) -> int:
-        """Model calls one `propose` costs, for the counters."""
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Reads `inputs` once and returns the drafter's state (batch on axis 0 of every leaf)."""

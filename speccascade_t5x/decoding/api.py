@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,15 @@ from speccascade_t5x.core import rules
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.decoding import loop
 from speccascade_t5x.decoding.config import DecodeConfig
+from speccascade_t5x.decoding.programs import (
+    autoregressive_program,
+    sequence_cascade_program,
+    speculative_program,
+    token_cascade_program,
+)
 from speccascade_t5x.decoding.state import Output, Program, harvest
-from speccascade_t5x.drafting import ModelDrafter
-from speccascade_t5x.interfaces import SOURCE_DRAFTER, SOURCE_VERIFIER, Array, Bound, Drafter, PyTree, UserError
+from speccascade_t5x.drafting import DraftStop
+from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 
 
 def speculative(
@@ -26,6 +33,7 @@ def speculative(
     key: Array,
     example_ids: Array,
     sampling: Sampling | None = None,
+    draft_stop: DraftStop | None = None,
 ) -> Output:
     """Speculative execution of any rule (GenSpecSample of "Faster Cascades via Speculative Decoding").
 
@@ -38,6 +46,7 @@ def speculative(
       key: random key (jax.random.key or a raw uint32 key); required.
       example_ids: [rows] names of the examples; a row's output depends on its id, not on its batch.
       sampling: traced options, Sampling() by default.
+      draft_stop: ends a row's draft before config.draft_len, see `drafting.stop`; None always drafts it whole.
 
     Returns:
       Output with B = rows x config.num_samples rows.
@@ -45,7 +54,7 @@ def speculative(
     Raises:
       UserError: the two vocabularies do not fit each other, or alpha has another number of rows.
     """
-    program = speculative_program(drafter, verifier, rule, config, sampling)
+    program = speculative_program(drafter, verifier, rule, config, sampling, draft_stop)
     return decode(program, inputs, key, example_ids)
 
 
@@ -73,34 +82,58 @@ def autoregressive(
     return decode(autoregressive_program(model, config, sampling, role), inputs, key, example_ids)
 
 
-def speculative_program(
-    drafter: Bound, verifier: Bound, rule: rules.Rule, config: DecodeConfig, sampling: Sampling | None = None
-) -> Program:
-    """The Program `speculative` runs, for callers that compose init, run, harvest and refill themselves."""
-    sampling = sampling or Sampling()
-    width = _common_width(drafter, verifier, config)
-    if config.draft_len == 0 and not rule.reads_drafter:
-        bound = None
-    elif isinstance(drafter.model, Drafter):
-        bound = drafter
-    else:
-        wrapped = ModelDrafter(
-            sampling, drafter.model, config.draft_len, width, config.vocab_size, rule.reads_drafter
-        )
-        bound = Bound(wrapped, drafter.params)
-    return Program(verifier, rule, sampling, bound, config, width, SOURCE_VERIFIER)
+def token_cascade(
+    *,
+    drafter: Bound,
+    verifier: Bound,
+    rule: rules.PrefixRule,
+    inputs: PyTree,
+    config: DecodeConfig,
+    key: Array,
+    example_ids: Array,
+    sampling: Sampling | None = None,
+    oracle: bool = False,
+) -> Output:
+    """TokenCascade, the sequential baseline: the drafter writes a token, or the verifier where the rule defers.
+
+    Args:
+      rule: a rule whose test reads the drafter alone (Chow, ChowLog); with `oracle` any prefix rule.
+      oracle: charge the verifier only at the tokens the rule defers, as if its test were free (Oracle[Diff]).
+      config: draft_len + 1 is the chunk in which the verifier's cache catches up.
+
+    Other arguments and the output are as for `speculative`. The emitted law is the rule's pi.
+
+    Raises:
+      UserError: a rule this execution cannot run; the message says what to use instead.
+    """
+    program = token_cascade_program(drafter, verifier, rule, config, sampling, oracle)
+    return decode(program, inputs, key, example_ids)
 
 
-def autoregressive_program(
-    model: Bound, config: DecodeConfig, sampling: Sampling | None = None, role: str = "verifier"
-) -> Program:
-    """The Program `autoregressive` runs."""
-    sources = {"verifier": SOURCE_VERIFIER, "drafter": SOURCE_DRAFTER}
-    if role not in sources:
-        raise UserError(f"role={role!r} is unknown: use 'verifier' or 'drafter'")
-    config = dataclasses.replace(config, draft_len=0)
-    sampling = sampling or Sampling()
-    return Program(model, rules.Lossless(), sampling, None, config, model.model.vocab_size, sources[role])
+def sequence_cascade(
+    *,
+    drafter: Bound,
+    verifier: Bound,
+    threshold: Array | float,
+    inputs: PyTree,
+    config: DecodeConfig,
+    key: Array,
+    example_ids: Array,
+    sampling: Sampling | None = None,
+    confidence: Literal["sum", "mean", "quantile"] = "mean",
+    quantile: Array | float = 0.0,
+) -> Output:
+    """SeqCascade: the drafter writes the whole output; below `threshold` the verifier writes it again.
+
+    Args:
+      threshold: a log-probability, scalar or one per input; -inf is the drafter alone, inf the verifier.
+      confidence: of the drafter's output: "sum", "mean" or "quantile" of its log-probabilities.
+      quantile: which one, 0 to 1, for "quantile".
+
+    Other arguments and the output are as for `speculative`; log_probs are those of the model that wrote the row.
+    """
+    program = sequence_cascade_program(drafter, verifier, config, sampling, threshold, confidence, quantile)
+    return decode(program, inputs, key, example_ids)
 
 
 def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
@@ -108,8 +141,8 @@ def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> 
     key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     example_ids = jnp.asarray(example_ids, jnp.int32)
     state = start(program, inputs, key, example_ids)
-    program = _rows_of_alpha(program, state.done.shape[0])
-    return finish(program.config, run(program, state, program.config.max_len))
+    program = per_row(program, state.done.shape[0])
+    return finish(program.config, run(program, state, program.max_rounds))
 
 
 # The state is donated to each segment of the loop: caches are updated in place, never copied. The Program
@@ -120,11 +153,15 @@ refill = jax.jit(loop.refill, donate_argnums=1)
 finish = jax.jit(harvest, static_argnums=0)
 
 
-def _rows_of_alpha(program: Program, batch: int) -> Program:
-    """Repeats a per-input alpha for every sample of the input."""
+def per_row(program: Program, batch: int) -> Program:
+    """Repeats a per-input alpha or threshold for every sample of the input.
+
+    Raises:
+      UserError: it has another number of rows than the inputs.
+    """
     samples = program.config.num_samples
 
-    def per_row(leaf: Array) -> Array:
+    def repeat(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
         if leaf.ndim == 0:
             return leaf
@@ -132,15 +169,5 @@ def _rows_of_alpha(program: Program, batch: int) -> Program:
             raise UserError(f"alpha has {leaf.shape[0]} rows, but there are {batch // samples} inputs")
         return jnp.repeat(leaf, samples, axis=0)
 
-    return dataclasses.replace(program, rule=jax.tree.map(per_row, program.rule))
-
-
-def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
-    """The logits' width both models share; a padded tail may differ where config.vocab_size masks it."""
-    sizes = [drafter.model.vocab_size, verifier.model.vocab_size]
-    if sizes[0] != sizes[1] and (config.vocab_size is None or config.vocab_size > min(sizes)):
-        raise UserError(
-            f"the drafter has {sizes[0]} logits and the verifier {sizes[1]}: they must share a vocabulary; "
-            f"if only their padding differs, set vocab_size (at most {min(sizes)})"
-        )
-    return min(sizes)
+    rule, execution = jax.tree.map(repeat, (program.rule, program.execution))
+    return dataclasses.replace(program, rule=rule, execution=execution)

@@ -33,7 +33,7 @@ class CompiledDecoder:
         key, ids = jax.random.key(0), jnp.zeros(jax.tree.leaves(inputs)[0].shape[0], jnp.int32)
         self._start = api.start.lower(program, inputs, key, ids).compile()
         state = jax.eval_shape(api.start, program, inputs, key, ids)
-        self._run = api.run.lower(program, state, program.config.max_len).compile()
+        self._run = api.run.lower(program, state, program.max_rounds).compile()
         self._finish = api.finish.lower(program.config, state).compile()
         self.seconds = time.perf_counter() - begin
 
@@ -47,7 +47,7 @@ class CompiledDecoder:
 
     def run(self, program: Program, state: State) -> State:
         """The loop, to the end of every row. Consumes `state`."""
-        return self._run(program, state, program.config.max_len)
+        return self._run(program, state, program.max_rounds)
 
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""

@@ -22,6 +22,7 @@ class DecodeConfig:
       verification: "token" or "block".
       stop_sequences: token sequences that end a row once they stand in its output; kept.
       num_samples: outputs per input, side by side in the batch.
+      trace: keep per-token diagnostics (`Output.trace`); the drafter is then scored at the bonus position too.
     """
 
     max_len: int
@@ -33,6 +34,7 @@ class DecodeConfig:
     verification: str = "token"
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     num_samples: int = 1
+    trace: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_sequences", tuple(tuple(map(int, s)) for s in self.stop_sequences))

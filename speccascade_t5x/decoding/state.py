@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +19,65 @@ from speccascade_t5x.interfaces import SOURCE_PAD, Array, Bound, PyTree
 OFFSET = 2
 
 
+class Execution(Protocol):
+    """When each model is run: what one round of the loop does. A pytree."""
+
+    writings: ClassVar[int]  # how often a row's output may be written from its beginning
+
+    def begin(self, program: Program, first: Array) -> PyTree:
+        """What the execution itself carries from round to round, for rows that begin at positions first [B]."""
+
+    def round(self, program: Program, state: State) -> State:
+        """One round for every row; rows that are done must not change."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What runs: models, rule and options. Never donated, so parameters outlive a decode.
+    """What runs: models, rule, execution and options. Never donated, so parameters outlive a decode.
 
     Attributes:
       verifier: bound LanguageModel.
       rule: its alpha is scalar or [B].
       sampling: traced sampling options.
-      drafter: bound Drafter, or None where nothing is drafted.
+      drafter: bound Drafter; bound LanguageModel in a sequence cascade; None where nothing is drafted.
+      execution: what a round does.
       config: static options.
       width: V that laws are computed on.
-      solo_source: `source` of tokens where nothing is drafted.
     """
 
     verifier: Bound
     rule: Rule
     sampling: Sampling
     drafter: Bound | None
+    execution: Execution
     config: DecodeConfig
     width: int
-    solo_source: int
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds after which every row is done: each adds at least one token."""
+        return self.config.max_len * self.execution.writings
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Diagnostics of each output token, [B, N] float32; NaN where a law was not computed.
+
+    Attributes:
+      log_prob: log pi of the token, temperature 1, untruncated.
+      max_q, max_p: largest probability of either model at temperature 1.
+      total_variation: D_TV(p, q) of the temperature-scaled, untruncated pair.
+      entropy_q, entropy_p: in nats, at temperature 1.
+      deferral: probability that the rule turned to the verifier.
+    """
+
+    log_prob: Array
+    max_q: Array
+    max_p: Array
+    total_variation: Array
+    entropy_q: Array
+    entropy_p: Array
+    deferral: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +95,8 @@ class State:
       counts: per-row counters.
       verifier_cache: the verifier's.
       drafter_state: the drafter's, or None.
+      progress: what the execution carries, or None.
+      trace: [B, max_len + G + 1] diagnostics, or None.
     """
 
     tokens: Array
@@ -68,6 +109,8 @@ class State:
     counts: Counts
     verifier_cache: PyTree
     drafter_state: PyTree
+    progress: PyTree
+    trace: Trace | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +124,7 @@ class Output:
         NaN where a model produced NaN.
       counts: per-row counters.
       source: [B, max_len], see interfaces.SOURCE_*.
+      trace: [B, max_len] diagnostics, NaN after the end; None unless config.trace.
     """
 
     tokens: Array
@@ -88,9 +132,10 @@ class Output:
     log_probs: Array
     counts: Counts
     source: Array
+    trace: Trace | None
 
 
-for _cls, _static in ((Program, ["config", "width", "solo_source"]), (State, []), (Output, [])):
+for _cls, _static in ((Program, ["config", "width"]), (State, []), (Output, []), (Trace, [])):
     _names = [f.name for f in dataclasses.fields(_cls) if f.name not in _static]
     jax.tree_util.register_dataclass(_cls, data_fields=_names, meta_fields=_static)
 
@@ -105,4 +150,5 @@ def harvest(config: DecodeConfig, state: State) -> Output:
         log_probs=state.log_probs,
         counts=state.counts,
         source=jnp.where(inside, state.source[:, : config.max_len], SOURCE_PAD),
+        trace=jax.tree.map(lambda x: jnp.where(inside, x[:, : config.max_len], jnp.nan), state.trace),
     )

@@ -1,4 +1,4 @@
-"""A language model as drafter: it samples `draft_len` tokens one after another from Tr(q)."""
+"""A language model as drafter: it samples up to `draft_len` tokens one after another from Tr(q)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.core import probs
+from speccascade_t5x.drafting.stop import DraftStop
 from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
 
 
@@ -22,6 +23,7 @@ class ModelDrafter:
 
     Attributes:
       sampling: how the drafter's law is shaped; traced.
+      stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
       model: the language model.
       draft_len: G.
       width: V; logits are cut to it.
@@ -30,6 +32,7 @@ class ModelDrafter:
     """
 
     sampling: probs.Sampling
+    stop: DraftStop | None
     model: LanguageModel
     draft_len: int
     width: int
@@ -40,11 +43,6 @@ class ModelDrafter:
     def noise_size(self) -> int:
         """One uniform per drafted token."""
         return self.draft_len
-
-    @property
-    def calls_per_round(self) -> int:
-        """Model calls of one proposal."""
-        return self.draft_len + self.score_bonus
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Starts the model's cache; remembers where each row begins."""
@@ -59,31 +57,42 @@ class ModelDrafter:
     ) -> tuple[Proposal, PyTree]:
         """Drafts G tokens after `tokens`; see the Protocol."""
         logits, cache = self._catch_up(params, state, tokens, positions)
+        batch, steps = tokens.shape[0], self.draft_len if self.score_bonus else self.draft_len - 1
 
-        def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
+        def draw(logits: Array, uniform: Array, going: Array) -> tuple[Array, Array, Array]:
+            if self.stop is not None:
+                going &= ~self.stop.stops(probs.raw(logits, self.vocab_size))
             law = probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
-            return probs.sample(law, uniform), law
+            return probs.sample(law, uniform), law, going
 
         def step(carry, xs):
-            logits, cache = carry
+            logits, cache, going = carry
             i, uniform = xs
-            token, law = draw(logits, uniform)
-            after, cache = self._extend(params, cache, token[:, None], positions + 1 + i)
-            return (after[:, 0], cache), (token, law, logits)
+            token, law, going = draw(logits, uniform, going)
+            feed = lambda cache: self._extend(params, cache, token[:, None], positions + 1 + i)  # noqa: E731
+            if self.stop is None:
+                after, cache = feed(cache)
+            else:  # once every row has stopped, the rest of the draft costs nothing
+                idle = lambda cache: (logits[:, None], cache)  # noqa: E731
+                after, cache = jax.lax.cond(jnp.any(going), feed, idle, cache)
+            return (after[:, 0], cache, going), (token, law, logits, going)
 
-        steps = self.draft_len if self.score_bonus else self.draft_len - 1
+        carry = (logits, cache, jnp.ones(batch, bool))
         xs = (jnp.arange(steps), noise.T[:steps])
-        (logits, cache), (drafted, laws, seen) = jax.lax.scan(step, (logits, cache), xs)
+        (logits, cache, going), (drafted, laws, seen, kept) = jax.lax.scan(step, carry, xs)
+        calls = 1 + jnp.sum(kept, axis=0, dtype=jnp.int32)
         if not self.score_bonus:
-            token, law = draw(logits, noise[:, -1])
-            drafted, laws = jnp.append(drafted, token[None], 0), jnp.append(laws, law[None], 0)
+            token, law, going = draw(logits, noise[:, -1], going)
+            drafted, laws, kept = (
+                jnp.append(done, last[None], 0) for done, last in ((drafted, token), (laws, law), (kept, going))
+            )
         q = q_raw = None
         if self.score_bonus:
             seen = jnp.append(seen, logits[None], 0).swapaxes(0, 1)
             q = probs.tempered(seen, self.sampling.temperature, self.vocab_size)
             q_raw = probs.raw(seen, self.vocab_size)
-        lengths = jnp.full(tokens.shape[0], self.draft_len, jnp.int32)
-        proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw)
+        lengths = jnp.sum(kept, axis=0, dtype=jnp.int32)
+        proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw, calls)
         return proposal, {**state, "cache": cache}
 
     def commit(self, state: PyTree, lengths: Array) -> PyTree:
@@ -109,6 +118,6 @@ class ModelDrafter:
 
 jax.tree_util.register_dataclass(
     ModelDrafter,
-    data_fields=["sampling"],
+    data_fields=["sampling", "stop"],
     meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus"],
 )

@@ -107,7 +107,12 @@ class AlphaRule(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRule(AlphaRule):
-    """pi = (1 - r) q + r p, with r(prefix) in {0, 1}: the whole position is the drafter's or the verifier's."""
+    """pi = (1 - r) q + r p, with r(prefix) in {0, 1}: the whole position is the drafter's or the verifier's.
+
+    Class attribute `tests_drafter_alone`: the test reads q_raw only, so it can be made before the verifier runs.
+    """
+
+    tests_drafter_alone: ClassVar[bool] = False
 
     def defers(self, pair: Pair) -> Array:
         """[...] bool r: True where the verifier must speak."""

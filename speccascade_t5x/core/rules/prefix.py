@@ -16,6 +16,7 @@ _SC = "Faster Cascades via Speculative Decoding"
 class Chow(PrefixRule):
     """Defer iff max q_raw < 1 - alpha ([SC], Chow's rule)."""
 
+    tests_drafter_alone = True
     alpha_range = (0.0, 1.0)
     ends = "0 is lossless, 1 is the drafter alone"
     source = f"{_SC}, Chow"
@@ -30,6 +31,7 @@ class Chow(PrefixRule):
 class ChowLog(PrefixRule):
     """Defer iff H(q_raw) > alpha, in nats ([SC], ChowLog)."""
 
+    tests_drafter_alone = True
     alpha_range = (0.0, math.inf)
     ends = "0 is lossless wherever q is not certain, log V is the drafter alone"
     source = f"{_SC}, ChowLog"

@@ -1,0 +1,85 @@
+"""From logits to the laws of one scored block: pi, its raw form, and what a trace shows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import divergences, probs
+from speccascade_t5x.core.rules import Pair
+from speccascade_t5x.decoding.state import Program, Trace
+from speccascade_t5x.interfaces import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Laws:
+    """What the rule makes of one scored block.
+
+    Attributes:
+      target: [B, G + 1, V] pi, tempered and truncated: what is emitted.
+      target_raw: [B, G + 1, V] pi of the raw pair: what log-probabilities are taken of.
+      deferral: [B, G + 1] probability that the rule turns to the verifier.
+      trace: [B, G + 1] columns of the trace, or None; `log_prob` is filled when the tokens are known.
+    """
+
+    target: Array
+    target_raw: Array
+    deferral: Array
+    trace: Trace | None
+
+
+jax.tree_util.register_dataclass(
+    Laws, data_fields=["target", "target_raw", "deferral", "trace"], meta_fields=[]
+)
+
+
+def rule_laws(program: Program, q: Array | None, q_raw: Array | None, logits: Array, positions: Array) -> Laws:
+    """Builds pi for a scored block.
+
+    Args:
+      program: its rule, sampling and vocabulary size are used.
+      q: [B, G + 1, V] the drafter's law after temperature, untruncated; None where the rule does not read it.
+      q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
+      logits: [B, G + 1, V] of the verifier.
+      positions: [B] of the block's first token.
+    """
+    rule, sampling, vocab_size = program.rule, program.sampling, program.config.vocab_size
+    p_raw = probs.raw(logits, vocab_size)
+    p = probs.tempered(logits, sampling.temperature, vocab_size)
+    position = positions[:, None] + jnp.arange(logits.shape[1])
+    trace = describe(q, p, q_raw, p_raw) if program.config.trace else None
+    if rule.truncates_inputs:
+        p, q = probs.truncate(p, sampling), q if q is None else probs.truncate(q, sampling)
+    greedy = jnp.asarray(sampling.temperature) == 0.0
+    pair = Pair(q=q, p=p, q_raw=q_raw, p_raw=p_raw, greedy=greedy, position=position)
+    target = rule.target(pair)
+    if not rule.truncates_inputs:
+        target = probs.truncate(target, sampling)
+    raw_pair = Pair(q=q_raw, p=p_raw, q_raw=q_raw, p_raw=p_raw, position=position)
+    deferral = rule.deferral(pair)
+    if trace is not None:
+        trace = dataclasses.replace(trace, deferral=deferral)
+    return Laws(target, rule.target(raw_pair), deferral, trace)
+
+
+def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:
+    """Columns of the trace from whichever laws are known ([..., V] each); NaN stands for the others."""
+    known = q_raw if q_raw is not None else p_raw
+    unknown = jnp.full(known.shape[:-1], jnp.nan, jnp.float32)
+
+    def of(law: Array | None, measure) -> Array:
+        return unknown if law is None else measure(law)
+
+    peak = lambda law: jnp.max(law, axis=-1)  # noqa: E731
+    both = q is not None and p is not None
+    return Trace(
+        log_prob=unknown,
+        max_q=of(q_raw, peak),
+        max_p=of(p_raw, peak),
+        total_variation=divergences.total_variation(p, q) if both else unknown,
+        entropy_q=of(q_raw, divergences.entropy),
+        entropy_p=of(p_raw, divergences.entropy),
+        deferral=unknown,
+    )

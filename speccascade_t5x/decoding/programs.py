@@ -1,0 +1,111 @@
+"""Programs: rule x drafter x execution put together, and combinations that make no sense refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from speccascade_t5x.core import rules
+from speccascade_t5x.core.probs import Sampling
+from speccascade_t5x.decoding.config import DecodeConfig
+from speccascade_t5x.decoding.rounds import Speculative
+from speccascade_t5x.decoding.sequential import SequenceCascade, TokenCascade
+from speccascade_t5x.decoding.state import Program
+from speccascade_t5x.drafting import Deferral, DraftStop, ModelDrafter
+from speccascade_t5x.interfaces import Array, Bound, Drafter, UserError
+
+
+def autoregressive_program(
+    model: Bound, config: DecodeConfig, sampling: Sampling | None = None, role: str = "verifier"
+) -> Program:
+    """One model alone; `role` ("verifier" or "drafter") says whose calls and tokens are counted."""
+    if role not in ("verifier", "drafter"):
+        raise UserError(f"role={role!r} is unknown: use 'verifier' or 'drafter'")
+    config = dataclasses.replace(config, draft_len=0)
+    width = model.model.vocab_size
+    return Program(model, rules.Lossless(), sampling or Sampling(), None, Speculative(role), config, width)
+
+
+def speculative_program(
+    drafter: Bound,
+    verifier: Bound,
+    rule: rules.Rule,
+    config: DecodeConfig,
+    sampling: Sampling | None = None,
+    draft_stop: DraftStop | None = None,
+    solo: str = "verifier",
+) -> Program:
+    """Speculative execution of a rule; nothing is drafted where config.draft_len is 0."""
+    sampling = sampling or Sampling()
+    width = _common_width(drafter, verifier, config)
+    reads = rule.reads_drafter or config.trace
+    if config.draft_len == 0 and not reads:
+        bound = None
+    elif isinstance(drafter.model, Drafter):
+        if draft_stop is not None:
+            raise UserError("draft_stop needs a language model as drafter: this drafter decides its lengths itself")
+        bound = drafter
+    else:
+        wrapped = ModelDrafter(
+            sampling, draft_stop, drafter.model, config.draft_len, width, config.vocab_size, reads
+        )
+        bound = Bound(wrapped, drafter.params)
+    return Program(verifier, rule, sampling, bound, Speculative(solo), config, width)
+
+
+def token_cascade_program(
+    drafter: Bound,
+    verifier: Bound,
+    rule: rules.PrefixRule,
+    config: DecodeConfig,
+    sampling: Sampling | None = None,
+    oracle: bool = False,
+) -> Program:
+    """TokenCascade, or the oracle that is charged for deferred tokens only."""
+    if not isinstance(rule, rules.PrefixRule):
+        raise UserError(
+            f"a token cascade needs a rule that defers whole positions, which {type(rule).__name__} does not: "
+            "use chow or chow_log, or run this rule by speculation"
+        )
+    if oracle:
+        alone = dataclasses.replace(config, draft_len=0)
+        return speculative_program(drafter, verifier, rule, alone, sampling, solo="oracle")
+    if not rule.tests_drafter_alone:
+        raise UserError(
+            f"the test of {type(rule).__name__} reads the verifier, so a token cascade would have to run it at every "
+            "token: use chow or chow_log, the oracle, or run this rule by speculation"
+        )
+    config = dataclasses.replace(config, draft_len=max(config.draft_len, 1))
+    # q is wanted at every position, whether or not it is drafted: the test and the log-probabilities read it.
+    program = speculative_program(drafter, verifier, rule, config, sampling, Deferral(rule))
+    return dataclasses.replace(program, execution=TokenCascade())
+
+
+def sequence_cascade_program(
+    drafter: Bound,
+    verifier: Bound,
+    config: DecodeConfig,
+    sampling: Sampling | None = None,
+    threshold: Array | float = 0.0,
+    confidence: str = "mean",
+    quantile: Array | float = 0.0,
+) -> Program:
+    """SeqCascade."""
+    if confidence not in ("sum", "mean", "quantile"):
+        raise UserError(f"confidence={confidence!r} is unknown: use 'sum', 'mean' or 'quantile'")
+    config = dataclasses.replace(config, draft_len=0)
+    width = _common_width(drafter, verifier, config)
+    execution = SequenceCascade(jnp.float32(threshold), jnp.float32(quantile), confidence)
+    return Program(verifier, rules.Lossless(), sampling or Sampling(), drafter, execution, config, width)
+
+
+def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
+    """The logits' width both models share; a padded tail may differ where config.vocab_size masks it."""
+    sizes = [drafter.model.vocab_size, verifier.model.vocab_size]
+    if sizes[0] != sizes[1] and (config.vocab_size is None or config.vocab_size > min(sizes)):
+        raise UserError(
+            f"the drafter has {sizes[0]} logits and the verifier {sizes[1]}: they must share a vocabulary; "
+            f"if only their padding differs, set vocab_size (at most {min(sizes)})"
+        )
+    return min(sizes)

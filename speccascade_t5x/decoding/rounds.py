@@ -1,0 +1,141 @@
+"""The speculative round: draft, score the block, build pi, verify, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import verify
+from speccascade_t5x.decoding.emit import Emission, emit
+from speccascade_t5x.decoding.laws import rule_laws
+from speccascade_t5x.decoding.state import Program, State
+from speccascade_t5x.interfaces import (
+    SOURCE_ACCEPTED,
+    SOURCE_BONUS,
+    SOURCE_DRAFTER,
+    SOURCE_RESIDUAL,
+    SOURCE_VERIFIER,
+    Array,
+    Proposal,
+    PyTree,
+)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """GenSpecSample of "Faster Cascades via Speculative Decoding"; plain autoregression where nothing is drafted.
+
+    Attributes:
+      solo: who stands in the verifier's place where nothing is drafted: "verifier", "drafter" (a model alone,
+        counted as such), or "oracle" (the verifier is charged only at the tokens a prefix rule defers, as if
+        its test were free: Oracle[Diff]).
+    """
+
+    solo: Literal["verifier", "drafter", "oracle"] = "verifier"
+    writings: ClassVar[int] = 1
+
+    def begin(self, program: Program, first: Array) -> PyTree:
+        """Nothing to carry."""
+        return None
+
+    def round(self, program: Program, state: State) -> State:
+        """One round; see Execution."""
+        config = program.config
+        draft_noise, accept_noise, residual_noise = noise(program, state)
+        last_two, positions = last_tokens(state), state.first + state.committed
+        proposal, drafter_state = propose(program, state, last_two, positions, draft_noise)
+        block = jnp.concatenate([last_two[:, 1:], proposal.tokens], axis=1)
+        verifier = program.verifier
+        logits, cache = verifier.model.extend(verifier.params, state.verifier_cache, block, positions)
+        laws = rule_laws(program, proposal.q, proposal.q_raw, logits[..., : program.width], positions)
+        outcome = verify.BY_NAME[config.verification](
+            proposal.tokens, proposal.lengths, proposal.law, laws.target, accept_noise, residual_noise
+        )
+        column, stop = jnp.arange(config.draft_len + 1), outcome.accepted[:, None]
+        tokens = jnp.where(column < stop, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), outcome.token[:, None])
+        emission = Emission(
+            tokens=tokens,
+            source=jnp.where(column < stop, SOURCE_ACCEPTED, self._source(program, outcome, laws.deferral)),
+            grown=outcome.accepted + 1,
+            prob_raw=jnp.take_along_axis(laws.target_raw, tokens[..., None], axis=-1)[..., 0],
+            deferral=laws.deferral if self.solo != "drafter" else jnp.zeros_like(laws.deferral),
+            trace=laws.trace,
+        )
+        alive = ~state.done
+        state = dataclasses.replace(state, verifier_cache=cache, drafter_state=drafter_state)
+        state, grown = emit(program, state, emission)
+        counts = self._count(program, state, alive, proposal, outcome, grown, laws.deferral)
+        return dataclasses.replace(commit_drafter(program, state), counts=counts)
+
+    def _source(self, program: Program, outcome: verify.Verification, deferral: Array) -> Array:
+        """[B, 1] who wrote the token after the accepted ones."""
+        if program.config.draft_len:
+            return jnp.where(outcome.bonus, SOURCE_BONUS, SOURCE_RESIDUAL)[:, None]
+        if self.solo == "oracle":
+            return jnp.where(deferral[:, :1] > 0, SOURCE_VERIFIER, SOURCE_DRAFTER)
+        return jnp.full(deferral[:, :1].shape, SOURCE_DRAFTER if self.solo == "drafter" else SOURCE_VERIFIER)
+
+    def _count(self, program, state, alive, proposal, outcome, grown, deferral):
+        drafts = program.config.draft_len
+        calls, scored = {"verifier": (1, drafts + 1), "drafter": (0, 0)}.get(self.solo, (0, 0))
+        if self.solo == "oracle":
+            calls = scored = (deferral[:, 0] > 0).astype(jnp.int32)
+        return state.counts.add(
+            alive,
+            rounds=1,
+            drafter_calls=proposal.calls if program.drafter else int(self.solo == "drafter"),
+            verifier_calls=calls,
+            drafted=proposal.lengths,
+            accepted=jnp.minimum(outcome.accepted, grown),
+            examined=jnp.minimum(grown, outcome.accepted + ~outcome.bonus),
+            scored=scored,
+        )
+
+
+def noise(program: Program, state: State) -> tuple[Array, Array, Array]:
+    """This round's uniforms: [B, drafter's], [B, G] for accepting, [B] for the residual or bonus token.
+
+    Fresh per round: later drafts took part in choosing where the last round stopped, so noise indexed by a
+    token's absolute position would make block verification wrong.
+    """
+    drafting = program.drafter.model.noise_size if program.drafter else 0
+    drafts = program.config.draft_len
+    uniforms = row_uniforms(state, drafting + drafts + 1)
+    return uniforms[:, :drafting], uniforms[:, drafting : drafting + drafts], uniforms[:, -1]
+
+
+def row_uniforms(state: State, size: int) -> Array:
+    """[B, size] uniforms of this round, from each row's key and the number of tokens it has committed."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.committed)
+    return jax.vmap(lambda key: jax.random.uniform(key, (size,)))(keys)
+
+
+def last_tokens(state: State) -> Array:
+    """[B, 2] the last two tokens of each row; the first token twice where there is no output yet."""
+    return jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (2,)))(state.tokens, state.committed)
+
+
+def propose(
+    program: Program, state: State, last_two: Array, positions: Array, draft_noise: Array
+) -> tuple[Proposal, PyTree]:
+    """Asks the drafter, or returns the empty proposal where there is none."""
+    if program.drafter is None:
+        batch = last_two.shape[0]
+        none = jnp.zeros(batch, jnp.int32)
+        law = jnp.zeros((batch, 0, program.width), jnp.float32)
+        return Proposal(jnp.zeros((batch, 0), jnp.int32), none, law, None, None, none), None
+    drafter = program.drafter
+    return drafter.model.propose(drafter.params, state.drafter_state, last_two, positions, draft_noise)
+
+
+def commit_drafter(program: Program, state: State) -> State:
+    """Tells the drafter how far each row has come."""
+    if program.drafter is None:
+        return state
+    return dataclasses.replace(
+        state, drafter_state=program.drafter.model.commit(state.drafter_state, state.committed)
+    )
