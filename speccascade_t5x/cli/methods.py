@@ -1,0 +1,47 @@
+"""`speccascade methods`: lists every execution, rule and drafter, with what alpha means and where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from speccascade_t5x.core import rules
+from speccascade_t5x.runtime import methods
+
+
+def main(argv: list[str]) -> int:
+    """Prints the three lists. Returns the exit code."""
+    argparse.ArgumentParser(prog="speccascade methods", description=__doc__).parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_edge=False)
+        for column in columns:
+            made.add_column(column, overflow="fold")
+        return made
+
+    executions = table("Executions (--method)", "name", "what it does", "reads", "source")
+    for name, method in methods.METHODS.items():
+        executions.add_row(name, method.what, ", ".join(method.reads) or "-", method.source)
+    listed = table("Rules (--rule, --alpha)", "name", "alpha", "what its ends mean", "source")
+    for name in rules.names():
+        cls = rules.get(name)
+        alpha = "none" if cls.alpha_range is None else rules.describe_range(cls)
+        listed.add_row(name, alpha, cls.ends or "-", cls.source)
+    drafters = table("Drafters", "name", "what it does")
+    for name, what in methods.DRAFTERS.items():
+        drafters.add_row(name, what)
+    for part in (executions, listed, drafters):
+        console.print(part)
+        console.print()
+    console.print("Alphas are not comparable across rules: sweep each on its own grid.")
+    return 0
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade methods"))
