@@ -53,7 +53,8 @@ required:
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
   generate.Settings.method, rule, alpha, draft_len, verification, temperature, top_k, top_p, min_p,
-    max_input_len, max_len, truncate, num_samples, batch_size, seed; without a flag: stop_sequences, buckets
+    max_input_len, max_len, truncate, num_samples, batch_size, seed; without a flag: rule_options,
+    stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 

@@ -87,6 +87,8 @@ class Settings:
                 options.whole(name, getattr(self, name), least)
         if self.alpha is not None:
             options.real("alpha", self.alpha)
+        if not isinstance(self.rule_options, Mapping):
+            raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
         if not isinstance(self.truncate, bool):
             raise UserError(f"truncate={self.truncate!r} is neither True nor False")
         object.__setattr__(self, "stop_sequences", options.sequence("stop_sequences", self.stop_sequences))

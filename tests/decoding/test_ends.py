@@ -96,7 +96,8 @@ def test_a_rule_that_reads_the_drafter_costs_one_more_call_and_defers_less():
 
 
 def test_single_models_name_who_wrote():
-    for role, code in (("verifier", 4), ("drafter", 5)):
+    """A drafter that runs alone pays for no verifier."""
+    for role, code, calls in (("verifier", 4, (0, 7, 7)), ("drafter", 5, (7, 0, 0))):
         output = decoding.autoregressive(
             model=bigram(PATH),
             inputs=inputs(2),
@@ -109,8 +110,8 @@ def test_single_models_name_who_wrote():
         assert outputs(output) == [(2, 3, 4, 5, 6, 7, EOS)] * 2
         assert source(output, 1) == [code] * 7
         counts = row(output)
-        assert (counts["rounds"], counts["scored"], counts["drafted"]) == (7, 7, 0)
-        assert (counts["drafter_calls"], counts["verifier_calls"]) == (0, 7)
+        assert (counts["rounds"], counts["drafted"], counts["committed"]) == (7, 0, 7)
+        assert (counts["drafter_calls"], counts["verifier_calls"], counts["scored"]) == calls
     with pytest.raises(UserError, match="role='judge'"):
         decoding.autoregressive_program(bigram(PATH), decoding.DecodeConfig(3), role="judge")
 

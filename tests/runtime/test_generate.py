@@ -131,6 +131,8 @@ def test_a_long_prompt_is_refused_or_cut(pair):
         ({"rule": "chow", "alpha": 1.5}, r"alpha=1.5 .*'chow': from 0 to 1"),
         ({"rule": "chow", "alpha": "big"}, r"alpha='big' .*a number"),
         ({"rule": "lossless", "alpha": 0.5}, r"'lossless' takes no alpha"),
+        ({"rule_options": ["residual"]}, r"rule_options=\['residual'\] is no dictionary"),
+        ({"rule_options": {"residual": 1}}, r"'lossless' has no option 'residual'"),
         ({"verification": "bloc"}, r"verification='bloc' is unknown: use 'token' or 'block'"),
         ({"draft_len": -1}, r"draft_len=-1 .*0 or more"),
         ({"max_len": 0}, r"max_len=0 .*1 or more"),
