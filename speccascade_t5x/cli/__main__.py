@@ -14,6 +14,7 @@ from speccascade_t5x.interfaces import UserError
 VERBS = {
     "demo": "decode a few sentences with the packaged pair under several methods",
     "infer": "decode a seqio task, or lines of text, with a pair",
+    "methods": "list every execution, rule and drafter, with what alpha means and its source",
 }
 
 

@@ -30,11 +30,15 @@ _MACROS = {
 }
 # Short flags that are fields of runtime.generate.Settings.
 _SETTINGS = {
-    "method": (str, '"speculative" (default), "verifier" or "drafter"'),
+    "method": (str, '"speculative" (default), or another of `speccascade methods`'),
     "rule": (str, "which rule (default: lossless)"),
     "alpha": (float, "the rule's trade-off"),
     "draft_len": (int, "tokens drafted per round"),
     "verification": (str, '"token" (default) or "block"'),
+    "draft_stop": (str, '"confidence" or "entropy": end a draft early'),
+    "stop_threshold": (float, "of draft_stop: a probability, or nats"),
+    "confidence": (str, 'of a sequence cascade: "mean" (default), "sum" or "quantile"'),
+    "quantile": (float, "which, for --confidence=quantile"),
     "temperature": (float, "0 to 2 (default: 1); 0 takes the argmax"),
     "top_k": (int, "0 is off"),
     "top_p": (float, "1 is off"),
@@ -52,8 +56,8 @@ required:
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
-  generate.Settings.method, rule, alpha, draft_len, verification, temperature, top_k, top_p, min_p,
-    max_input_len, max_len, truncate, num_samples, batch_size, seed; without a flag: rule_options,
+  generate.Settings.method, rule, alpha, draft_len, verification, draft_stop, stop_threshold, confidence, quantile,
+    temperature, top_k, top_p, min_p, max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
     stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
@@ -77,7 +81,8 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or [_default_file(flags.task)]
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= {f"generate.Settings.{name}": getattr(flags, name) for name in _SETTINGS}
-    shorts["generate.Settings.truncate"] = flags.truncate or None
+    for name in ("truncate", "trace"):
+        shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
     job = _job()
     with _progress_bar() as progress:

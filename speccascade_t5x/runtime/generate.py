@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,94 +16,12 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.core import accounting, rules
+from speccascade_t5x.core import accounting
 from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import batching, options, paths
+from speccascade_t5x.runtime import batching, methods, paths
+from speccascade_t5x.runtime.settings import Settings, make_settings
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
-
-METHODS = ("speculative", "verifier", "drafter")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to decode. None means: what the bundle says.
-
-    Attributes:
-      method: "speculative", or one model alone: "verifier" or "drafter".
-      rule: registry name of the rule; read by "speculative" only.
-      alpha: the rule's trade-off; None for rules without one.
-      rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
-      draft_len: tokens drafted per round; 0 drafts nothing.
-      verification: "token" or "block".
-      temperature: 0 to 2; 0 takes the argmax.
-      top_k: 0 is off.
-      top_p: 1 is off.
-      min_p: 0 is off.
-      max_input_len: longest prompt in tokens, EOS included.
-      max_len: longest output in tokens, EOS included.
-      truncate: cut longer prompts instead of refusing them.
-      stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
-        them, so with SentencePiece as whole words.
-      num_samples: outputs per input.
-      batch_size: inputs decoded together.
-      buckets: prompt lengths to pad to; few lengths, few compiles.
-      seed: of the random key.
-    """
-
-    method: str = "speculative"
-    rule: str = "lossless"
-    alpha: float | None = None
-    rule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    draft_len: int | None = None
-    verification: str = "token"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_input_len: int | None = None
-    max_len: int | None = None
-    truncate: bool = False
-    stop_sequences: tuple[str, ...] = ()
-    num_samples: int = 1
-    batch_size: int = 8
-    buckets: tuple[int, ...] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("method", "rule", "verification"):
-            options.text(name, getattr(self, name))
-        if self.method not in METHODS:
-            raise UserError(f"method={self.method!r} is unknown: use one of {', '.join(METHODS)}")
-        for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0)):
-            options.real(name, getattr(self, name), 0.0, high)
-        if self.top_p == 0.0:
-            raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
-        options.whole("seed", self.seed, 0, 2**32 - 1)  # what a random key holds
-        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1)):
-            options.whole(name, getattr(self, name), least)
-        for name, least in (("draft_len", 0), ("max_input_len", 1), ("max_len", 1)):
-            if getattr(self, name) is not None:
-                options.whole(name, getattr(self, name), least)
-        if self.alpha is not None:
-            options.real("alpha", self.alpha)
-        if not isinstance(self.rule_options, Mapping):
-            raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
-        if not isinstance(self.truncate, bool):
-            raise UserError(f"truncate={self.truncate!r} is neither True nor False")
-        object.__setattr__(self, "stop_sequences", options.sequence("stop_sequences", self.stop_sequences))
-        if self.buckets is not None:
-            object.__setattr__(self, "buckets", options.sequence("buckets", self.buckets))
-
-    def rule_object(self) -> rules.Rule:
-        """The rule, with alpha checked."""
-        return rules.by_name(self.rule, self.alpha, **self.rule_options)
-
-    def sampling(self) -> decoding.Sampling:
-        """The traced options, strongly typed so that no value compiles a program of its own."""
-        return decoding.Sampling(
-            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.float32(self.min_p)
-        )
 
 
 @dataclasses.dataclass
@@ -126,8 +44,8 @@ class Generation:
     """Records in input order, with their cost.
 
     Attributes:
-      records: dicts with inputs, prediction, log_prob, tokens, counts, source (lists of samples of the last
-        five where num_samples > 1).
+      records: dicts with inputs, prediction, log_prob, tokens, counts, source, and trace where settings.trace
+        asks for it (lists of samples of all but inputs where num_samples > 1).
       timing: compile and decode time.
       totals: counters summed over all outputs.
     """
@@ -240,7 +158,7 @@ class Runner:
         )
 
     def decode(self, batch: batching.Batch) -> dict[int, dict[str, Any]]:
-        """Decodes one batch. Returns {example index: prediction, log_prob, tokens, counts, source}.
+        """Decodes one batch. Returns {example index: prediction, log_prob, tokens, counts, source, maybe trace}.
 
         Raises:
           UserError: a model produced NaN.
@@ -274,13 +192,19 @@ class Runner:
         }
         for name, value in counts.items():
             self.totals[name] = self.totals.get(name, 0) + value
-        return {
+        record = {
             "prediction": self.pair.vocabulary.decode(tokens),
             "log_prob": log_prob,
             "tokens": tokens,
             "counts": counts,
             "source": output.source[row, :length].tolist(),
         }
+        if output.trace is not None:
+            record["trace"] = {
+                field.name: [None if math.isnan(x) else x for x in getattr(output.trace, field.name)[row, :length].tolist()]
+                for field in dataclasses.fields(output.trace)
+            }
+        return record
 
 
 def load(path: str | Path) -> LoadedPair:
@@ -347,29 +271,11 @@ def from_checkpoints(
     )
 
 
-def make_settings(**choices: Any) -> Settings:
-    """Settings from keyword arguments; wishes no method here can grant are refused by name.
-
-    Raises:
-      UserError: an unsupported or unknown option.
-    """
-    known = {field.name for field in dataclasses.fields(Settings)}
-    for name in choices:
-        options.refuse_unsupported(name)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
-            raise UserError(f"there is no option {name!r}: {hint}")
-    return Settings(**choices)
-
-
 def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
     """The Program of these settings."""
     defaults, vocabulary = pair.decode_defaults, pair.vocabulary
-    draft_len = defaults["draft_len"] if settings.draft_len is None else settings.draft_len
     config = decoding.DecodeConfig(
         max_len=settings.max_len or pair.feature_lengths["targets"],
-        draft_len=draft_len,
         eos_id=vocabulary.eos_id,
         pad_id=vocabulary.pad_id,
         start_id=defaults["start_id"],
@@ -377,16 +283,9 @@ def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
         verification=settings.verification,
         stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
         num_samples=settings.num_samples,
+        trace=settings.trace,
     )
-    if settings.method == "verifier":
-        return decoding.autoregressive_program(pair.verifier, config, settings.sampling())
-    if pair.drafter is None:
-        raise UserError(f"method={settings.method!r} needs a drafter, but this bundle holds a verifier alone")
-    if settings.method == "drafter":
-        return decoding.autoregressive_program(pair.drafter, config, settings.sampling(), role="drafter")
-    return decoding.speculative_program(
-        pair.drafter, pair.verifier, settings.rule_object(), config, settings.sampling()
-    )
+    return methods.program(settings, pair.verifier, pair.drafter, config, defaults["draft_len"])
 
 
 def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
 from speccascade_t5x import decoding, drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import Bound, UserError
+from speccascade_t5x.runtime.settings import Settings
 
-if TYPE_CHECKING:
-    from speccascade_t5x.runtime.generate import Settings
 
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0

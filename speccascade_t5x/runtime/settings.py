@@ -1,0 +1,119 @@
+"""What a user may choose about a decode, checked where it is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from speccascade_t5x import decoding
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import options
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode. None means: what the bundle says.
+
+    Attributes:
+      method: a name of `runtime.methods.METHODS`: "speculative", or one model alone ("verifier", "drafter"), or a
+        baseline ("bild", "token_cascade", "oracle", "sequence_cascade").
+      rule: registry name of the rule.
+      alpha: the rule's trade-off, None for rules without one; in a sequence cascade the log-probability below
+        which the verifier rewrites.
+      rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
+      draft_len: tokens drafted per round; 0 drafts nothing.
+      verification: "token" or "block".
+      draft_stop: None, or "confidence" or "entropy": ends a draft early, see `drafting.stop`.
+      stop_threshold: of draft_stop; a probability, or nats.
+      confidence: of a sequence cascade: "mean" (log-probability per token), "sum" or "quantile".
+      quantile: which quantile of the per-token log-probabilities, 0 to 1.
+      temperature: 0 to 2; 0 takes the argmax.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+      max_input_len: longest prompt in tokens, EOS included.
+      max_len: longest output in tokens, EOS included.
+      truncate: cut longer prompts instead of refusing them.
+      stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
+        them, so with SentencePiece as whole words.
+      num_samples: outputs per input.
+      batch_size: inputs decoded together.
+      buckets: prompt lengths to pad to; few lengths, few compiles.
+      trace: keep per-token diagnostics in the records.
+      seed: of the random key.
+    """
+
+    method: str = "speculative"
+    rule: str = "lossless"
+    alpha: float | None = None
+    rule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    draft_len: int | None = None
+    verification: str = "token"
+    draft_stop: str | None = None
+    stop_threshold: float | None = None
+    confidence: str = "mean"
+    quantile: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_input_len: int | None = None
+    max_len: int | None = None
+    truncate: bool = False
+    stop_sequences: tuple[str, ...] = ()
+    num_samples: int = 1
+    batch_size: int = 8
+    buckets: tuple[int, ...] | None = None
+    trace: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("method", "rule", "verification", "confidence"):
+            options.text(name, getattr(self, name))
+        for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0), ("quantile", 1.0)):
+            options.real(name, getattr(self, name), 0.0, high)
+        if self.top_p == 0.0:
+            raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
+        options.whole("seed", self.seed, 0, 2**32 - 1)  # what a random key holds
+        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1)):
+            options.whole(name, getattr(self, name), least)
+        for name, least in (("draft_len", 0), ("max_input_len", 1), ("max_len", 1)):
+            if getattr(self, name) is not None:
+                options.whole(name, getattr(self, name), least)
+        for name in ("alpha", "stop_threshold"):
+            if getattr(self, name) is not None:
+                options.real(name, getattr(self, name))
+        if not isinstance(self.rule_options, Mapping):
+            raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
+        for name in ("truncate", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        object.__setattr__(self, "stop_sequences", options.sequence("stop_sequences", self.stop_sequences))
+        if self.buckets is not None:
+            object.__setattr__(self, "buckets", options.sequence("buckets", self.buckets))
+
+    def sampling(self) -> decoding.Sampling:
+        """The traced options, strongly typed so that no value compiles a program of its own."""
+        return decoding.Sampling(
+            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.float32(self.min_p)
+        )
+
+
+def make_settings(**choices: Any) -> Settings:
+    """Settings from keyword arguments; wishes no method here can grant are refused by name.
+
+    Raises:
+      UserError: an unsupported or unknown option.
+    """
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for name in choices:
+        options.refuse_unsupported(name)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
+            raise UserError(f"there is no option {name!r}: {hint}")
+    return Settings(**choices)
