@@ -113,6 +113,14 @@ class Drafter(Protocol):
     """Who proposes. `noise_size` uniforms per row and round are handed to `propose`."""
 
     @property
+    def draft_len(self) -> int:
+        """G, the most tokens it drafts."""
+
+    @property
+    def width(self) -> int:
+        """V of the laws it reports."""
+
+    @property
     def noise_size(self) -> int:
         """Uniforms in [0, 1) this drafter consumes per row and round."""
 

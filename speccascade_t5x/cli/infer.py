@@ -56,9 +56,9 @@ required:
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
-  generate.Settings.method, rule, alpha, draft_len, verification, draft_stop, stop_threshold, confidence, quantile,
-    temperature, top_k, top_p, min_p, max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
-    stop_sequences, buckets
+  generate.Settings.method, rule, alpha, draft_len, verification, draft_stop, stop_threshold, confidence,
+    quantile, temperature, top_k, top_p, min_p, max_input_len, max_len, truncate, trace, num_samples,
+    batch_size, seed; without a flag: rule_options, stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         return 0
     records.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
-        print(f"{name:<26} {value:.4g}")
+        print(f"{name:<26} {infer.shown(value)}")
     print(f"{'tokens/s':<26} {result.timing['tokens_per_s']:g}  (compile {result.timing['compile_s']:g} s apart)")
     print(f"wrote {result.predictions}")
     return 0
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (kind, text) in (_MACROS | _SETTINGS).items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
+    parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     gin_flags.add_flags(parser)
     return parser
 

@@ -7,11 +7,13 @@ were finished before the round. Counters live on the device and are fetched once
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from speccascade_t5x.interfaces import Array
+from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_RESIDUAL, Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +90,25 @@ def rates(total: dict[str, float]) -> dict[str, float]:
         "scored_per_token": ratio("scored", "committed"),
         "deferral_rate": ratio("deferred", "committed"),
     }
+
+
+def acceptance_by_position(sources: Iterable[Sequence[int]]) -> list[float]:
+    """Share of examined drafts that were accepted, per draft position, read off who wrote each output token.
+
+    A round shows as accepted tokens followed by a residual (the draft was rejected there) or a bonus token; the
+    end of a row may cut it short.
+
+    Args:
+      sources: `source` of each row, without padding.
+
+    Returns:
+      One rate per draft position that was ever examined.
+    """
+    examined, accepted = Counter(), Counter()
+    for source in sources:
+        position = 0
+        for writer in source:
+            examined[position] += writer in (SOURCE_ACCEPTED, SOURCE_RESIDUAL)
+            accepted[position] += writer == SOURCE_ACCEPTED
+            position = position + 1 if writer == SOURCE_ACCEPTED else 0
+    return [accepted[i] / examined[i] for i in sorted(examined) if examined[i]]

@@ -80,7 +80,8 @@ def tempered(logits: Array, temperature: Array | float, vocab_size: int | None =
     is_greedy = temperature == 0.0
     # Below 1e-6 nothing but the argmax and its ties are left, and the quotient must not overflow.
     soft = jax.nn.softmax(logits / jnp.where(is_greedy, 1.0, jnp.maximum(temperature, 1e-6)), axis=-1)
-    return jnp.where(is_greedy, greedy(logits), soft)
+    # A NaN among the logits must stay visible at temperature 0 too, where an argmax would hide it.
+    return jnp.where(is_greedy & ~jnp.isnan(soft), greedy(logits), soft)
 
 
 def normalise(weights: Array) -> Array:

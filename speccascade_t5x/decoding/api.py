@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speccascade_t5x.core import rules
 from speccascade_t5x.core.probs import Sampling
@@ -138,36 +139,33 @@ def sequence_cascade(
 
 def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
     """Runs a Program to the end: one compiled program for the inputs, one for the loop."""
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    example_ids = jnp.asarray(example_ids, jnp.int32)
-    state = start(program, inputs, key, example_ids)
-    program = per_row(program, state.done.shape[0])
+    state = start(program, inputs, _as_key(key), _as_ids(example_ids, inputs))
     return finish(program.config, run(program, state, program.max_rounds))
 
 
 # The state is donated to each segment of the loop: caches are updated in place, never copied. The Program
 # is not, so parameters outlive the decode.
 start = jax.jit(loop.init)
-run = jax.jit(loop.run, donate_argnums=1, static_argnames="loop")
+run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1)
 refill = jax.jit(loop.refill, donate_argnums=1)
 finish = jax.jit(harvest, static_argnums=0)
 
 
-def per_row(program: Program, batch: int) -> Program:
-    """Repeats a per-input alpha or threshold for every sample of the input.
+def _as_key(key: Array) -> Array:
+    """A typed key from a typed or a raw one."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None:
+        raise UserError(f"key={key!r} is no random key: give jax.random.key(seed)")
+    return key if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
-    Raises:
-      UserError: it has another number of rows than the inputs.
-    """
-    samples = program.config.num_samples
 
-    def repeat(leaf: Array) -> Array:
-        leaf = jnp.asarray(leaf)
-        if leaf.ndim == 0:
-            return leaf
-        if leaf.shape[0] * samples != batch:
-            raise UserError(f"alpha has {leaf.shape[0]} rows, but there are {batch // samples} inputs")
-        return jnp.repeat(leaf, samples, axis=0)
-
-    rule, execution = jax.tree.map(repeat, (program.rule, program.execution))
-    return dataclasses.replace(program, rule=rule, execution=execution)
+def _as_ids(example_ids: Array, inputs: PyTree) -> Array:
+    """[rows] int32 ids; one that does not fit would silently repeat another example's noise."""
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    if jnp.shape(example_ids) != (rows,):
+        raise UserError(f"example_ids has shape {jnp.shape(example_ids)}, but there are {rows} inputs: give one id each")
+    if not isinstance(example_ids, jax.core.Tracer):
+        wide = np.asarray(example_ids)
+        if wide.size and (wide.min() < 0 or wide.max() > np.iinfo(np.int32).max):
+            raise UserError("example_ids must lie from 0 to 2**31 - 1")
+    return jnp.asarray(example_ids, jnp.int32)

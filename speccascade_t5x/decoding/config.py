@@ -37,6 +37,8 @@ class DecodeConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
+        if any(isinstance(s, (str, int)) for s in self.stop_sequences):
+            raise UserError(f"stop_sequences={self.stop_sequences!r} must be sequences of token ids, one each")
         object.__setattr__(self, "stop_sequences", tuple(tuple(map(int, s)) for s in self.stop_sequences))
         for name, least in (("max_len", 1), ("draft_len", 0), ("num_samples", 1)):
             value = getattr(self, name)

@@ -4,12 +4,15 @@ Everything here is jittable and sees models only through their Protocols. Caller
 
     state = init(program, inputs, key, example_ids)
     state = run(program, state, max_rounds)  # may be called again
-    state = refill(program, state, rows, inputs, key, example_ids)   # new inputs into finished rows
+    state = refill(program, state, rows, inputs, key, example_ids)  # new inputs into finished rows
     output = harvest(program.config, state)
+
+`decoding.start`, `run`, `refill` and `finish` are these four, jitted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from speccascade_t5x.core import probs
 from speccascade_t5x.core.accounting import Counts
 from speccascade_t5x.decoding.state import OFFSET, Program, State, Trace
-from speccascade_t5x.interfaces import SOURCE_PAD, Array, PyTree
+from speccascade_t5x.interfaces import SOURCE_PAD, Array, PyTree, UserError
 
 
 def init(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> State:
@@ -90,6 +93,7 @@ def run(
       max_rounds: bound for this call; traced.
       loop: "python" runs the same round eagerly, for breakpoints and tests.
     """
+    program = per_row(program, state.done.shape[0])
     if loop == "python":
         for _ in range(int(max_rounds)):
             if bool(jnp.all(state.done)):
@@ -104,3 +108,26 @@ def run(
         return carry[0] + 1, program.execution.round(program, carry[1])
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def per_row(program: Program, batch: int) -> Program:
+    """Repeats options that are given per input (alpha, temperature, thresholds) for every sample of the input.
+
+    Raises:
+      UserError: one has another number of rows than the inputs.
+    """
+    samples = program.config.num_samples
+
+    def repeat(leaf: Array) -> Array:
+        leaf = jnp.asarray(leaf)
+        if leaf.ndim == 0 or leaf.shape[0] == batch:
+            return leaf
+        if leaf.shape[0] * samples != batch:
+            raise UserError(f"an option is given for {leaf.shape[0]} rows, but there are {batch // samples} inputs")
+        return jnp.repeat(leaf, samples, axis=0)
+
+    drafter = program.drafter
+    if drafter is not None:
+        drafter = dataclasses.replace(drafter, model=jax.tree.map(repeat, drafter.model))
+    parts = {name: jax.tree.map(repeat, getattr(program, name)) for name in ("rule", "sampling", "execution")}
+    return dataclasses.replace(program, drafter=drafter, **parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speccascade_t5x.core import rules
 from speccascade_t5x.core.probs import Sampling
@@ -24,6 +26,7 @@ def autoregressive_program(
         raise UserError(f"role={role!r} is unknown: use 'verifier' or 'drafter'")
     config = dataclasses.replace(config, draft_len=0)
     width = model.model.vocab_size
+    _check(config, sampling, width, model)
     return Program(model, rules.Lossless(), sampling or Sampling(), None, Speculative(role), config, width)
 
 
@@ -39,12 +42,15 @@ def speculative_program(
     """Speculative execution of a rule; nothing is drafted where config.draft_len is 0."""
     sampling = sampling or Sampling()
     width = _common_width(drafter, verifier, config)
+    _check(config, sampling, width, drafter, verifier)
     reads = rule.reads_drafter or config.trace
     if config.draft_len == 0 and not reads:
         bound = None
     elif isinstance(drafter.model, Drafter):
         if draft_stop is not None:
             raise UserError("draft_stop needs a language model as drafter: this drafter decides its lengths itself")
+        if drafter.model.draft_len != config.draft_len:
+            raise UserError(f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}")
         bound = drafter
     else:
         wrapped = ModelDrafter(
@@ -96,16 +102,39 @@ def sequence_cascade_program(
         raise UserError(f"confidence={confidence!r} is unknown: use 'sum', 'mean' or 'quantile'")
     config = dataclasses.replace(config, draft_len=0)
     width = _common_width(drafter, verifier, config)
+    _check(config, sampling, width, drafter, verifier)
     execution = SequenceCascade(jnp.float32(threshold), jnp.float32(quantile), confidence)
     return Program(verifier, rules.Lossless(), sampling or Sampling(), drafter, execution, config, width)
 
 
 def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
     """The logits' width both models share; a padded tail may differ where config.vocab_size masks it."""
-    sizes = [drafter.model.vocab_size, verifier.model.vocab_size]
+    drafted = drafter.model.width if isinstance(drafter.model, Drafter) else drafter.model.vocab_size
+    sizes = [drafted, verifier.model.vocab_size]
     if sizes[0] != sizes[1] and (config.vocab_size is None or config.vocab_size > min(sizes)):
         raise UserError(
             f"the drafter has {sizes[0]} logits and the verifier {sizes[1]}: they must share a vocabulary; "
             f"if only their padding differs, set vocab_size (at most {min(sizes)})"
         )
     return min(sizes)
+
+
+def _check(config: DecodeConfig, sampling: Sampling | None, width: int, *models: Bound) -> None:
+    """Refuses what would decode to nonsense. Traced values cannot be looked at and pass."""
+    if config.vocab_size is not None and not 1 <= config.vocab_size <= width:
+        raise UserError(f"vocab_size={config.vocab_size} must lie from 1 to the {width} logits of the models")
+    if not 0 <= config.eos_id < width:
+        raise UserError(f"eos_id={config.eos_id} is not among the {width} logits of the models")
+    for bound in models:
+        start_id = getattr(bound.model, "start_id", config.start_id)
+        if start_id != config.start_id:
+            raise UserError(f"a model starts with token {start_id}, but start_id={config.start_id}")
+    limits = {"temperature": (0.0, np.inf), "top_k": (0, np.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+    for name, (low, high) in limits.items():
+        value = getattr(sampling or Sampling(), name)
+        if isinstance(value, jax.core.Tracer):
+            continue
+        inside = (np.asarray(value) >= low) & (np.asarray(value) <= high)
+        if not inside.all() or (name == "top_p" and (np.asarray(value) == 0).any()):
+            excluded = ", 0 excluded" if name == "top_p" else ""
+            raise UserError(f"{name}={value} is outside its range, {low:g} to {high:g}{excluded}")

@@ -61,7 +61,7 @@ class Speculative:
             tokens=tokens,
             source=jnp.where(column < stop, SOURCE_ACCEPTED, self._source(program, outcome, laws.deferral)),
             grown=outcome.accepted + 1,
-            prob_raw=jnp.take_along_axis(laws.target_raw, tokens[..., None], axis=-1)[..., 0],
+            prob_raw=_prob_raw(laws.target_raw, tokens, proposal),
             deferral=laws.deferral if self.solo != "drafter" else jnp.zeros_like(laws.deferral),
             trace=laws.trace,
         )
@@ -73,7 +73,7 @@ class Speculative:
 
     def _source(self, program: Program, outcome: verify.Verification, deferral: Array) -> Array:
         """[B, 1] who wrote the token after the accepted ones."""
-        if program.config.draft_len:
+        if program.config.draft_len or (program.drafter and self.solo != "oracle"):
             return jnp.where(outcome.bonus, SOURCE_BONUS, SOURCE_RESIDUAL)[:, None]
         if self.solo == "oracle":
             return jnp.where(deferral[:, :1] > 0, SOURCE_VERIFIER, SOURCE_DRAFTER)
@@ -94,6 +94,17 @@ class Speculative:
             examined=jnp.minimum(grown, outcome.accepted + ~outcome.bonus),
             scored=scored,
         )
+
+
+def _prob_raw(target_raw: Array, tokens: Array, proposal: Proposal) -> Array:
+    """[B, G + 1] pi of the emitted tokens; NaN where the draft came from a law that is none.
+
+    A NaN of the drafter would otherwise pass unseen under a rule whose pi does not read it.
+    """
+    prob = jnp.take_along_axis(target_raw, tokens[..., None], axis=-1)[..., 0]
+    counted = jnp.arange(proposal.tokens.shape[1]) < proposal.lengths[:, None]
+    broken = jnp.any(counted & ~(jnp.sum(proposal.law, axis=-1) > 0.5), axis=1)
+    return jnp.where(broken[:, None], jnp.nan, prob)
 
 
 def noise(program: Program, state: State) -> tuple[Array, Array, Array]:

@@ -18,8 +18,8 @@ from speccascade_t5x.interfaces import Array
 
 def empty(batch: int, heads: int, slots: int, width: int, dtype: jnp.dtype) -> tuple[Array, Array]:
     """A zero-filled (keys, values) pair, each [batch, heads, slots, width]."""
-    zeros = jnp.zeros((batch, heads, slots, width), dtype)
-    return zeros, zeros
+    shape = (batch, heads, slots, width)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)  # two buffers, so that both can be donated
 
 
 def write(stored: Array, block: Array, positions: Array) -> Array:

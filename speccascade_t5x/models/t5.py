@@ -263,10 +263,10 @@ class T5Module(nn.Module):
             tuple(jnp.repeat(x, repeats, axis=0) for x in kv) for kv in self.decoder.cross_keys_values(encoded)
         ]
         config, batch = self.config, encoder_input_tokens.shape[0] * repeats
-        fresh = kv_cache.empty(batch, config.num_heads, room, config.head_dim, config.activation_dtype)
+        fresh = (batch, config.num_heads, room, config.head_dim, config.activation_dtype)
         cross_bias = mask_bias(encoder_input_tokens[:, None, None, :] > 0)
         return {
-            "self": [fresh] * config.num_decoder_layers,
+            "self": [kv_cache.empty(*fresh) for _ in range(config.num_decoder_layers)],
             "cross": cross,
             "cross_bias": jnp.repeat(cross_bias, repeats, axis=0),
         }
@@ -317,6 +317,9 @@ class T5:
         self, params: PyTree, cache: PyTree, tokens: Array, positions: Array, capture: tuple[str, ...] = ()
     ) -> tuple[Any, PyTree]:
         """Scores a block; see the Protocol. `capture` knows "hidden", the final norm's output."""
+        unknown = set(capture) - {"hidden"}
+        if unknown:
+            raise UserError(f"T5 has no hidden state {unknown.pop()!r} to capture: ask for 'hidden'")
         logits, hidden, cache = self.module.apply({"params": params}, cache, tokens, positions, method="extend")
         return ((logits, {"hidden": hidden}) if capture else logits), cache
 

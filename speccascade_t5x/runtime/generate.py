@@ -200,9 +200,10 @@ class Runner:
             "source": output.source[row, :length].tolist(),
         }
         if output.trace is not None:
+            columns = {field.name: getattr(output.trace, field.name) for field in dataclasses.fields(output.trace)}
             record["trace"] = {
-                field.name: [None if math.isnan(x) else x for x in getattr(output.trace, field.name)[row, :length].tolist()]
-                for field in dataclasses.fields(output.trace)
+                name: [None if math.isnan(x) else x for x in column[row, :length].tolist()]
+                for name, column in columns.items()
             }
         return record
 

@@ -18,7 +18,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import batching, options, records, text_input, vocabulary
 from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
 
-_RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source")
+_RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
 
 # Called after each batch: (examples it held, examples in all, rates so far).
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -140,7 +140,7 @@ def _decode(
             record = {"inputs": dataset.inputs_text[index]}
             if dataset.targets_text[index] is not None:
                 record["targets"] = dataset.targets_text[index]
-            found.append(record | {name: decoded[index][name] for name in _RECORD_FIELDS})
+            found.append(record | {name: decoded[index][name] for name in _RECORD_FIELDS if name in decoded[index]})
         if progress:
             progress(int(batch.valid.sum()), len(dataset.prompts), accounting.rates(runner.totals))
     return found
@@ -206,7 +206,9 @@ def _metrics(dataset: Dataset, settings: Settings, in_order: list[dict[str, Any]
             for name, value in counts.items():
                 totals[name] = totals.get(name, 0) + value
     scores = dataset.score(predictions) if dataset.score else {}
-    return {**scores, **accounting.rates(totals), "examples": len(in_order)}
+    sources = [source for record in in_order for source in ([record["source"]] if one else record["source"])]
+    rates = accounting.rates(totals) | {"acceptance_by_position": accounting.acceptance_by_position(sources)}
+    return {**scores, **rates, "examples": len(in_order)}
 
 
 def _timing(runner: Runner, resumed: bool) -> dict[str, Any]:
@@ -225,13 +227,18 @@ def _timing(runner: Runner, resumed: bool) -> dict[str, Any]:
     }
 
 
+def shown(value: float | Sequence[float]) -> str:
+    """A metric for people: four digits, lists with commas between."""
+    return f"{value:.4g}" if not isinstance(value, Sequence) else ", ".join(f"{part:.4g}" for part in value) or "-"
+
+
 def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     """A page for people."""
     how = settings.method
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
     lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    lines += [f"| {name} | {shown(value)} |" for name, value in metrics.items()]
     lines += [f"| {name} | {value} |" for name, value in timing.items()]
     if timing["resumed"]:
         lines += ["", "This run was resumed: the times are those of its last part."]

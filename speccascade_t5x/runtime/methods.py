@@ -12,7 +12,6 @@ from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.runtime.settings import Settings
 
-
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
 

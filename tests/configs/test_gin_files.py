@@ -82,7 +82,7 @@ def test_a_rule_file_configures_its_rule(name):
     chosen = settings()
     assert chosen.rule == Path(name).stem
     assert chosen.method == "speculative"
-    rule = chosen.rule_object()  # refuses an alpha out of range
+    rule = rules.by_name(chosen.rule, chosen.alpha, **chosen.rule_options)  # refuses an alpha out of range
     assert type(rule) is rules.get(chosen.rule)
     if chosen.alpha is not None:
         low, high = type(rule).alpha_range

@@ -225,4 +225,6 @@ def describe_range(cls: type[Rule]) -> str:
         return "any real number"
     if math.isinf(high):
         return f"{low:g} or more"
+    if math.isinf(low):
+        return f"{high:g} or less"
     return f"from {low:g} to {high:g}"
