@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         return 0
     records.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
-        print(f"{name:<26} {infer.shown(value)}")
+        print(f"{name:<26} {records.shown(value)}")
     print(f"{'tokens/s':<26} {result.timing['tokens_per_s']:g}  (compile {result.timing['compile_s']:g} s apart)")
     print(f"wrote {result.predictions}")
     return 0

@@ -163,7 +163,7 @@ def _as_ids(example_ids: Array, inputs: PyTree) -> Array:
     """[rows] int32 ids; one that does not fit would silently repeat another example's noise."""
     rows = jax.tree.leaves(inputs)[0].shape[0]
     if jnp.shape(example_ids) != (rows,):
-        raise UserError(f"example_ids has shape {jnp.shape(example_ids)}, but there are {rows} inputs: give one id each")
+        raise UserError(f"example_ids has shape {jnp.shape(example_ids)}, but there are {rows} inputs: one id each")
     if not isinstance(example_ids, jax.core.Tracer):
         wide = np.asarray(example_ids)
         if wide.size and (wide.min() < 0 or wide.max() > np.iinfo(np.int32).max):

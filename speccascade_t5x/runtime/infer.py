@@ -227,18 +227,13 @@ def _timing(runner: Runner, resumed: bool) -> dict[str, Any]:
     }
 
 
-def shown(value: float | Sequence[float]) -> str:
-    """A metric for people: four digits, lists with commas between."""
-    return f"{value:.4g}" if not isinstance(value, Sequence) else ", ".join(f"{part:.4g}" for part in value) or "-"
-
-
 def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     """A page for people."""
     how = settings.method
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
     lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {shown(value)} |" for name, value in metrics.items()]
+    lines += [f"| {name} | {records.shown(value)} |" for name, value in metrics.items()]
     lines += [f"| {name} | {value} |" for name, value in timing.items()]
     if timing["resumed"]:
         lines += ["", "This run was resumed: the times are those of its last part."]

@@ -239,6 +239,11 @@ class RecordWriter:
         return write_text(self.output_dir / f"{self._stem}-summary.md", markdown)
 
 
+def shown(value: float | Sequence[float]) -> str:
+    """A metric for people: four digits, lists with commas between."""
+    return f"{value:.4g}" if not isinstance(value, Sequence) else ", ".join(f"{part:.4g}" for part in value) or "-"
+
+
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """Reads a file of records.
 

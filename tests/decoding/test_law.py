@@ -19,7 +19,7 @@ from decoding.tables import EOS, decoder, exact_law, inputs, random_tables, tall
 from oracles.tables import Agreement, agreement, prefix_law
 from speccascade_t5x import decoding
 from speccascade_t5x.core import probs, rules, verify
-from speccascade_t5x.decoding import loop
+from speccascade_t5x.decoding import loop, rounds
 from speccascade_t5x.drafting import ModelDrafter
 from speccascade_t5x.models import bigram
 
@@ -151,13 +151,11 @@ def mutant_agreement(
     return agreement(tally(output, vocab), law)
 
 
-def _verifier_laws(program, proposal, logits, positions):
-    return REAL_LAWS(
-        dataclasses.replace(program, rule=rules.Lossless()), proposal, logits, positions
-    )
+def _verifier_laws(program, *scored):
+    return REAL_LAWS(dataclasses.replace(program, rule=rules.Lossless()), *scored)
 
 
-REAL_LAWS, REAL_NOISE = loop.rule_laws, loop._noise
+REAL_LAWS = rounds.rule_laws
 
 
 def test_unpatched_program_passes():
@@ -167,12 +165,12 @@ def test_unpatched_program_passes():
 
 
 def test_bonus_from_the_verifier_instead_of_pi_is_found(monkeypatch):
-    def laws(program, proposal, logits, positions):
-        right = REAL_LAWS(program, proposal, logits, positions)
-        wrong = _verifier_laws(program, proposal, logits, positions).target[:, -1:]
+    def laws(program, *scored):
+        right = REAL_LAWS(program, *scored)
+        wrong = _verifier_laws(program, *scored).target[:, -1:]
         return dataclasses.replace(right, target=jnp.concatenate([right.target[:, :-1], wrong], 1))
 
-    monkeypatch.setattr(loop, "rule_laws", laws)
+    monkeypatch.setattr(rounds, "rule_laws", laws)
     found = mutant_agreement("token_v3", 1, "token")
     assert not found.holds and found.total_variation > found.most_allowed
 
@@ -181,9 +179,9 @@ def test_residual_of_p_minus_q_is_found(monkeypatch):
     """Published code of plain speculative decoding resamples from norm(max(0, p - q)); pi - d is right."""
     verifiers = []
 
-    def laws(program, proposal, logits, positions):
-        verifiers.append(_verifier_laws(program, proposal, logits, positions).target)
-        return REAL_LAWS(program, proposal, logits, positions)
+    def laws(program, *scored):
+        verifiers.append(_verifier_laws(program, *scored).target)
+        return REAL_LAWS(program, *scored)
 
     def token(draft, lengths, law, target, accept_noise, residual_noise):
         right = verify.token(draft, lengths, law, target, accept_noise, residual_noise)
@@ -193,7 +191,7 @@ def test_residual_of_p_minus_q_is_found(monkeypatch):
         redrawn = probs.sample(wrong, residual_noise)
         return dataclasses.replace(right, token=jnp.where(right.bonus, right.token, redrawn))
 
-    monkeypatch.setattr(loop, "rule_laws", laws)
+    monkeypatch.setattr(rounds, "rule_laws", laws)
     monkeypatch.setitem(verify.BY_NAME, "token", token)
     found = mutant_agreement("token_v3", 2, "token")
     assert not found.holds and found.total_variation > found.most_allowed
@@ -214,7 +212,7 @@ def _noise_by_absolute_position(program, state):
 
 def test_noise_by_absolute_position_is_found_in_block_verification(monkeypatch):
     """Later drafts took part in choosing where the round stopped: using their noise again biases the law."""
-    monkeypatch.setattr(loop, "_noise", _noise_by_absolute_position)
+    monkeypatch.setattr(rounds, "noise", _noise_by_absolute_position)
     assert not mutant_agreement("lossless", 3, "block", rows=2 * ROWS).holds
 
 
