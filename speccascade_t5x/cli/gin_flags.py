@@ -221,11 +221,15 @@ def _parameters(configurable: Any) -> list[str]:
 
 
 def _configurables() -> set[str]:
-    """Public functions and classes of the modules the gin files import, as a binding names them."""
+    """Public functions and classes in the modules the gin files import, as a binding names them.
+
+    A module's own ones and those it takes from elsewhere in its package; not those of other libraries.
+    """
     found = set()
     for package, name in re.findall(r"^from (\S+) import (\w+)$", gin.config_str(), re.MULTILINE):
         module = sys.modules.get(f"{package}.{name}")
         for attribute, value in vars(module).items() if module else ():
-            if getattr(value, "__module__", None) == module.__name__ and not attribute.startswith("_"):
+            home = str(getattr(value, "__module__", None)).partition(".")[0]
+            if callable(value) and home == package.partition(".")[0] and not attribute.startswith("_"):
                 found.add(f"{name}.{attribute}")
     return found

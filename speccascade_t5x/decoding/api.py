@@ -140,6 +140,7 @@ def sequence_cascade(
 def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
     """Runs a Program to the end: one compiled program for the inputs, one for the loop."""
     state = start(program, inputs, _as_key(key), _as_ids(example_ids, inputs))
+    program = loop.per_row(program, state.done.shape[0])  # here, so that a mistake is named without a trace
     return finish(program.config, run(program, state, program.max_rounds))
 
 

@@ -13,6 +13,7 @@ Everything here is jittable and sees models only through their Protocols. Caller
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -118,16 +119,17 @@ def per_row(program: Program, batch: int) -> Program:
     """
     samples = program.config.num_samples
 
-    def repeat(leaf: Array) -> Array:
+    def repeat(path: tuple, leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
         if leaf.ndim == 0 or leaf.shape[0] == batch:
             return leaf
         if leaf.shape[0] * samples != batch:
-            raise UserError(f"an option is given for {leaf.shape[0]} rows, but there are {batch // samples} inputs")
+            raise UserError(f"{path[-1].name} has {leaf.shape[0]} rows, but there are {batch // samples} inputs")
         return jnp.repeat(leaf, samples, axis=0)
 
+    spread = functools.partial(jax.tree_util.tree_map_with_path, repeat)
     drafter = program.drafter
     if drafter is not None:
-        drafter = dataclasses.replace(drafter, model=jax.tree.map(repeat, drafter.model))
-    parts = {name: jax.tree.map(repeat, getattr(program, name)) for name in ("rule", "sampling", "execution")}
+        drafter = dataclasses.replace(drafter, model=spread(drafter.model))
+    parts = {name: spread(getattr(program, name)) for name in ("rule", "sampling", "execution")}
     return dataclasses.replace(program, drafter=drafter, **parts)

@@ -54,7 +54,7 @@ def speculative_program(
         bound = drafter
     else:
         wrapped = ModelDrafter(
-            sampling, draft_stop, drafter.model, config.draft_len, width, config.vocab_size, reads
+            sampling, drafter.model, config.draft_len, width, config.vocab_size, reads, draft_stop
         )
         bound = Bound(wrapped, drafter.params)
     return Program(verifier, rule, sampling, bound, Speculative(solo), config, width)

@@ -23,21 +23,21 @@ class ModelDrafter:
 
     Attributes:
       sampling: how the drafter's law is shaped; traced.
-      stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
       model: the language model.
       draft_len: G.
       width: V; logits are cut to it.
       vocab_size: ids at or above it are never drafted.
       score_bonus: whether q is wanted at the bonus position.
+      stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
     """
 
     sampling: probs.Sampling
-    stop: DraftStop | None
     model: LanguageModel
     draft_len: int
     width: int
     vocab_size: int | None
     score_bonus: bool
+    stop: DraftStop | None = None
 
     @property
     def noise_size(self) -> int:

@@ -12,6 +12,8 @@ from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.runtime.settings import Settings
 
+# These change how a law is executed and not the law: left in place while methods are compared, they mislead nobody.
+_HARMLESS = ("draft_len", "verification")
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
 
@@ -125,6 +127,8 @@ def _check_options(settings: Settings) -> None:
         raise UserError(f"method={settings.method!r} is unknown: use one of {', '.join(METHODS)}")
     reads = METHODS[settings.method].reads
     for field in dataclasses.fields(settings):
+        if field.name in _HARMLESS:
+            continue
         if not any(field.name in method.reads for method in METHODS.values()) or field.name in reads:
             continue
         if getattr(settings, field.name) != _default(field):
