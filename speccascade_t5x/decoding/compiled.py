@@ -52,9 +52,9 @@ class CompiledDecoder:
         """Reads the inputs: encoders and caches."""
         return self._start(program, inputs, key, example_ids)
 
-    def run(self, program: Program, state: State) -> State:
-        """The loop, to the end of every row. Consumes `state`."""
-        return self._run(program, state, program.max_rounds)
+    def run(self, program: Program, state: State, max_rounds: int | None = None) -> State:
+        """The loop, to the end of every row or for so many rounds. Consumes `state`."""
+        return self._run(program, state, program.max_rounds if max_rounds is None else max_rounds)
 
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""

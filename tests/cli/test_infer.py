@@ -87,7 +87,8 @@ def test_every_short_flag_is_in_the_config(lines, capsys):
     from speccascade_t5x.runtime import generate
 
     flags = {
-        "method": "verifier", "rule": "chow", "alpha": 0.25, "draft_len": 2, "verification": "block",
+        "method": "speculative", "rule": "chow", "alpha": 0.25, "draft_len": 2, "verification": "block",
+        "draft_stop": "confidence", "stop_threshold": 0.5,
         "temperature": 0.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1, "max_input_len": 32, "max_len": 8,
         "num_samples": 1, "batch_size": 3, "seed": 4,
     }  # fmt: skip
