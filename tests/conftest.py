@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_split(folder, split, ROWS)
     monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Frees a module's compiled programs: a process that keeps thousands of them runs out of memory maps."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -62,26 +62,50 @@ def raw(logits: Array, vocab_size: int | None = None) -> Array:
     return jax.nn.softmax(mask_vocabulary(logits, vocab_size), axis=-1)
 
 
+def argmax(values: Array) -> Array:
+    """Index of the largest of the last axis, ties to the lower: [..., V] -> [...] int32. NaN gives the index 0.
+
+    In two levels, and by reductions of one operand each: on a CPU jnp.argmax over a vocabulary costs as much
+    as seven softmaxes, because its reduction of two operands is not vectorised.
+    """
+    chunks = _chunked(values, -jnp.inf)
+    chunk = _first_largest(jnp.max(chunks, axis=-1))
+    inside = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
+    return chunk * _CHUNK + _first_largest(inside)
+
+
 def greedy(logits: Array) -> Array:
     """The one-hot law of the argmax, ties to the lower id."""
-    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    return jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
 
 
-def tempered(logits: Array, temperature: Array | float, vocab_size: int | None = None) -> Array:
+def tempered(
+    logits: Array, temperature: Array | float, vocab_size: int | None = None, law_raw: Array | None = None
+) -> Array:
     """softmax(logits / temperature), [..., V]; the one-hot argmax where temperature is 0.
 
     Args:
       logits: [..., V].
       temperature: scalar or [B], B being axis 0 of `logits`.
       vocab_size: ids at or above it get probability 0.
+      law_raw: `raw` of the same logits where it is known: no second softmax then runs at temperatures 0 and 1.
     """
     logits = mask_vocabulary(logits, vocab_size)
     temperature = expand_right(jnp.asarray(temperature, jnp.float32), logits.ndim)
     is_greedy = temperature == 0.0
     # Below 1e-6 nothing but the argmax and its ties are left, and the quotient must not overflow.
-    soft = jax.nn.softmax(logits / jnp.where(is_greedy, 1.0, jnp.maximum(temperature, 1e-6)), axis=-1)
-    # A NaN among the logits must stay visible at temperature 0 too, where an argmax would hide it.
-    return jnp.where(is_greedy & ~jnp.isnan(soft), greedy(logits), soft)
+    divisor = jnp.where(is_greedy, 1.0, jnp.maximum(temperature, 1e-6))
+
+    def soften() -> Array:
+        return jax.nn.softmax(logits / divisor, axis=-1)
+
+    soft = soften() if law_raw is None else jax.lax.cond(jnp.all(divisor == 1.0), lambda: law_raw, soften)
+
+    def sharpened(law: Array) -> Array:
+        # A NaN among the logits must stay visible at temperature 0 too, where an argmax would hide it.
+        return jnp.where(is_greedy & ~jnp.isnan(law), greedy(logits), law)
+
+    return jax.lax.cond(jnp.any(is_greedy), sharpened, lambda law: law, soft)
 
 
 def normalise(weights: Array) -> Array:
@@ -134,10 +158,7 @@ def sample(law: Array, uniform: Array) -> Array:
     Returns:
       [...] int32 ids.
     """
-    vocab = law.shape[-1]
-    chunks = -(-vocab // _CHUNK)
-    padded = jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, chunks * _CHUNK - vocab)])
-    padded = padded.reshape(law.shape[:-1] + (chunks, _CHUNK))
+    padded = _chunked(law, 0.0)
     mass = jnp.sum(padded, axis=-1)
     outer = jnp.cumsum(mass, axis=-1)
     wanted = uniform * outer[..., -1]
@@ -145,6 +166,24 @@ def sample(law: Array, uniform: Array) -> Array:
     passed = jnp.take_along_axis(outer - mass, chunk[..., None], axis=-1)[..., 0]
     inside = jnp.take_along_axis(padded, chunk[..., None, None], axis=-2)[..., 0, :]
     return chunk * _CHUNK + _first_above(jnp.cumsum(inside, axis=-1), inside, wanted - passed)
+
+
+def _chunked(values: Array, filler: float) -> Array:
+    """[..., V] -> [..., chunks, _CHUNK], the last chunk filled up."""
+    vocab = values.shape[-1]
+    chunks = -(-vocab // _CHUNK)
+    room = [(0, 0)] * (values.ndim - 1) + [(0, chunks * _CHUNK - vocab)]
+    return jnp.pad(values, room, constant_values=filler).reshape(values.shape[:-1] + (chunks, _CHUNK))
+
+
+def _first_largest(values: Array) -> Array:
+    """Index of the first of the largest: [..., N] -> [...] int32."""
+    size = values.shape[-1]
+    # A maximum of the places left, not a minimum of indices, which XLA does not vectorise on a CPU.
+    left = size - jnp.arange(size, dtype=jnp.int32)
+    largest = values == jnp.max(values, axis=-1, keepdims=True)
+    found = jnp.max(jnp.where(largest, left, 0), axis=-1)
+    return jnp.where(found > 0, size - found, 0)
 
 
 def _first_above(cumulative: Array, weights: Array, threshold: Array) -> Array:

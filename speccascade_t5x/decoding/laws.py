@@ -47,7 +47,7 @@ def rule_laws(program: Program, q: Array | None, q_raw: Array | None, logits: Ar
     """
     rule, sampling, vocab_size = program.rule, program.sampling, program.config.vocab_size
     p_raw = probs.raw(logits, vocab_size)
-    p = probs.tempered(logits, sampling.temperature, vocab_size)
+    p = probs.tempered(logits, sampling.temperature, vocab_size, p_raw)
     position = positions[:, None] + jnp.arange(logits.shape[1])
     trace = describe(q, p, q_raw, p_raw) if program.config.trace else None
     if rule.truncates_inputs:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from speccascade_t5x.core import verify
 from speccascade_t5x.decoding.emit import Emission, emit
 from speccascade_t5x.decoding.laws import rule_laws
-from speccascade_t5x.decoding.state import Program, State
+from speccascade_t5x.decoding.state import Program, State, Trace
 from speccascade_t5x.interfaces import (
     SOURCE_ACCEPTED,
     SOURCE_BONUS,
@@ -63,7 +63,7 @@ class Speculative:
             grown=outcome.accepted + 1,
             prob_raw=_prob_raw(laws.target_raw, tokens, proposal),
             deferral=laws.deferral if self.solo != "drafter" else jnp.zeros_like(laws.deferral),
-            trace=laws.trace,
+            trace=_as_drafter(laws.trace) if self.solo == "drafter" else laws.trace,
         )
         alive = ~state.done
         state = dataclasses.replace(state, verifier_cache=cache, drafter_state=drafter_state)
@@ -73,7 +73,7 @@ class Speculative:
 
     def _source(self, program: Program, outcome: verify.Verification, deferral: Array) -> Array:
         """[B, 1] who wrote the token after the accepted ones."""
-        if program.config.draft_len or (program.drafter and self.solo != "oracle"):
+        if program.config.draft_len or (program.rule.reads_drafter and self.solo != "oracle"):
             return jnp.where(outcome.bonus, SOURCE_BONUS, SOURCE_RESIDUAL)[:, None]
         if self.solo == "oracle":
             return jnp.where(deferral[:, :1] > 0, SOURCE_VERIFIER, SOURCE_DRAFTER)
@@ -94,6 +94,20 @@ class Speculative:
             examined=jnp.minimum(grown, outcome.accepted + ~outcome.bonus),
             scored=scored,
         )
+
+
+def _as_drafter(trace: Trace | None) -> Trace | None:
+    """Columns of a model that stands in the verifier's place, moved to where the drafter's are."""
+    if trace is None:
+        return None
+    return dataclasses.replace(
+        trace,
+        max_q=trace.max_p,
+        max_p=trace.max_q,
+        entropy_q=trace.entropy_p,
+        entropy_p=trace.entropy_q,
+        deferral=jnp.zeros_like(trace.deferral),
+    )
 
 
 def _prob_raw(target_raw: Array, tokens: Array, proposal: Proposal) -> Array:

@@ -82,12 +82,14 @@ class LossySD(AlphaRule):
             raise UserError(f"residual={self.residual!r} is unknown: use 'shifted' or 'optimal'")
 
     def target(self, pair: Pair) -> Array:
-        sampled = self._sampled(pair)
-        choice = jnp.argmax(pair.q, axis=-1)[..., None]
-        floor = self._lenience(pair.p.ndim) * peak(pair.p_raw)[..., None]
-        stands = jnp.take_along_axis(pair.p_raw, choice, axis=-1) >= floor
-        greedy = probs.expand_right(jnp.asarray(pair.greedy), pair.p.ndim)
-        return jnp.where(greedy, jnp.where(stands, pair.q, pair.p), sampled)
+        def at_zero(sampled: Array) -> Array:
+            choice = probs.argmax(pair.q)[..., None]
+            floor = self._lenience(pair.p.ndim) * peak(pair.p_raw)[..., None]
+            stands = jnp.take_along_axis(pair.p_raw, choice, axis=-1) >= floor
+            greedy = probs.expand_right(jnp.asarray(pair.greedy), pair.p.ndim)
+            return jnp.where(greedy, jnp.where(stands, pair.q, pair.p), sampled)
+
+        return jax.lax.cond(jnp.any(pair.greedy), at_zero, lambda sampled: sampled, self._sampled(pair))
 
     def deferral(self, pair: Pair) -> Array:
         return 1.0 - jnp.sum(self._kept(pair), axis=-1)

@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 
-from speccascade_t5x.core import divergences
+from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules.base import Pair, PrefixRule, peak, register
 from speccascade_t5x.interfaces import Array
 
@@ -103,7 +103,7 @@ class BiLDFixed(PrefixRule):
     source = f"{_SC}, BiLD*; Kim et al. 2023"
 
     def defers(self, pair: Pair) -> Array:
-        choice = jnp.argmax(pair.q_raw, axis=-1)[..., None]
+        choice = probs.argmax(pair.q_raw)[..., None]
         agreed = jnp.take_along_axis(pair.p_raw, choice, axis=-1)[..., 0]
         return -jnp.log(agreed) > self._alpha(agreed.ndim)
 

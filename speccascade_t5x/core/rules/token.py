@@ -7,7 +7,7 @@ import math
 
 import jax.numpy as jnp
 
-from speccascade_t5x.core import divergences
+from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules.base import Pair, TokenRule, peak, register
 from speccascade_t5x.interfaces import Array
 
@@ -82,7 +82,8 @@ class BiLD(TokenRule):
     source = "Kim et al. 2023, with sampling"
 
     def rejects(self, pair: Pair) -> Array:
-        falls_back = peak(pair.q_raw)[..., None] < jnp.asarray(self.fallback, jnp.float32)
+        fallback = probs.expand_right(jnp.asarray(self.fallback, jnp.float32), pair.q_raw.ndim)
+        falls_back = peak(pair.q_raw)[..., None] < fallback
         return falls_back | (-jnp.log(pair.p_raw) > self._alpha(pair.p_raw.ndim))
 
 
