@@ -28,7 +28,7 @@ class Execution(Protocol):
         """What the execution itself carries from round to round, for rows that begin at positions first [B]."""
 
     def round(self, program: Program, state: State) -> State:
-        """One round for every row; rows that are done must not change."""
+        """One round for every row. What a row that is done has committed must not change; its slots beyond may."""
 
 
 @dataclasses.dataclass(frozen=True)
