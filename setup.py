@@ -27,10 +27,13 @@ LIBRARY = [
 EDGES = [
     "clu>=0.0.12,<0.1",
     "gin-config>=0.5,<0.6",
+    "importlib_resources>=6.4,<8",  # tensorflow-datasets needs it to prepare a dataset and does not say so
     "rich>=13.7,<16",
+    "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",
     "sentencepiece>=0.2,<0.3",
     "seqio>=0.0.20,<0.1",
+    "tensorboard>=2.19,<3",  # clu writes its files and does not ask for it
     "tensorflow>=2.20,<2.22",
     "tensorflow-datasets>=4.9.9,<5",
 ]
@@ -40,6 +43,7 @@ TEST = [
     "pytest>=8.3,<10",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
+    "safetensors>=0.5,<1",  # the reference for our own reader
     # The packaging test builds without isolation, so that it needs no network.
     "setuptools>=64",
     "wheel>=0.43,<1",

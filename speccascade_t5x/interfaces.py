@@ -54,7 +54,8 @@ class LanguageModel(Protocol):
           params: the model's parameters.
           inputs: named arrays with the same leading dimension, which divides `batch_size`.
           batch_size: rows to decode. n times the rows of `inputs` means n samples per row, side by side.
-          room: cache slots per row. The caller adds every draft length + 1 to the output length.
+          room: cache slots per row, counted from where `first` lies; a model that caches a prompt adds the slots
+            before that itself. The caller adds every draft length + 1 to the output length.
 
         Returns:
           A pytree whose every leaf has `batch_size` on axis 0.
@@ -93,6 +94,7 @@ class Proposal:
       q: [B, G + 1, V] the drafter model's law after temperature, untruncated; None where the rule reads no drafter.
       q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
       calls: [B] model calls this proposal cost each row, for the counters.
+      level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
     """
 
     tokens: Array
@@ -101,16 +103,23 @@ class Proposal:
     q: Array | None
     q_raw: Array | None
     calls: Array
+    level_calls: Array | None = None
 
 
 jax.tree_util.register_dataclass(
-    Proposal, data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls"], meta_fields=[]
+    Proposal,
+    data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls", "level_calls"],
+    meta_fields=[],
 )
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Who proposes. `noise_size` uniforms per row and round are handed to `propose`."""
+    """Who proposes. `noise_size` uniforms per row and round are handed to `propose`.
+
+    A drafter that does not report q, a model's law, at every drafted and bonus position says so by an attribute
+    `score_bonus` that is False; rules that read q are then refused.
+    """
 
     @property
     def draft_len(self) -> int:

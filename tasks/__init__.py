@@ -7,4 +7,22 @@ Importing it registers nothing and loads no TensorFlow. A gin file registers the
   folding   `fold`, the input side of `restore_de` (pure Python)
   metrics   metric functions over texts (no TensorFlow)
   l10n      the tasks `l10n_en_de` and `restore_de` (seqio and TensorFlow)
+
+Tasks through TensorFlow Datasets, or from a file of the user's; each also as `<task>_few_shot`:
+
+  translation     wmt14_en_de, wmt14_en_fr, wmt15_en_de, wmt15_en_fr
+  summarization   cnn_dailymail, xsum
+  squad           squad_v2
+  closed_book     trivia_qa, natural_questions, web_questions
+  gsm8k, mbpp     the tasks of these names
+
+  vocabularies    their vocabulary, by name or path
+  tfds_source     where their data is
+  few_shot        how prompts for decoder-only models show solved examples, some of them from exemplars
+  lengths         how long inputs and outputs get (no TensorFlow)
+  answer_metrics  exact match, F1 and final numbers (no TensorFlow)
+  sandbox         where `mbpp` runs what a model wrote, if the user allows it (no TensorFlow)
+
+  l10n_corpus   builds the corpus they read from gettext catalogs, with l10n_catalogs, l10n_cleaning and
+                l10n_report (no TensorFlow)
 """

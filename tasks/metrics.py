@@ -1,6 +1,6 @@
 """Metric functions over texts, with the signature seqio asks for: (targets, predictions) -> dict.
 
-Every value is a percentage, 0 to 100, higher is better. All are corpus figures: counts are summed
+Every value is a percentage, 0 to 100, higher is better. All but ROUGE are corpus figures: counts are summed
 over the examples before they are divided, so a long text weighs more than a short one.
 Loads no TensorFlow.
 """
@@ -51,6 +51,27 @@ def chrf(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
     _check(targets, predictions)
     score = sacrebleu.corpus_chrf(list(predictions), [list(targets)], char_order=6, word_order=0)
     return {"chrf": float(score.score)}
+
+
+def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-Lsum of rouge-score: mean F-measure over the examples, words as they stand.
+
+    No stemming, as T5 evaluates. For ROUGE-Lsum every line is a sentence, and so is what a " . " ends.
+
+    Raises:
+      UserError: no example, or not as many predictions as targets.
+    """
+    from rouge_score import rouge_scorer  # it brings nltk, which takes a while to load
+
+    _check(targets, predictions)
+    kinds = ("rouge1", "rouge2", "rougeLsum")
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=False)
+    totals = dict.fromkeys(kinds, 0.0)
+    for target, prediction in zip(targets, predictions, strict=True):
+        scores = scorer.score(target.replace(" . ", " .\n"), prediction.replace(" . ", " .\n"))
+        for kind in kinds:
+            totals[kind] += scores[kind].fmeasure
+    return {kind: 100.0 * total / len(targets) for kind, total in totals.items()}
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Which T5Config a checkpoint was made with: from config files, from shapes, or from both.
+"""Which architecture a checkpoint was made with: from config files, from shapes, or from both.
 
 Shapes tell everything but the activations, the dropout and the activation dtype. A config file
 beside the checkpoint fills these in; where it and the shapes disagree, loading stops.
@@ -8,64 +8,89 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.models.t5 import T5Config
+from speccascade_t5x.interfaces import PyTree, UserError
+from speccascade_t5x.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from speccascade_t5x.models.parameters import param_shapes
+from speccascade_t5x.models.t5 import T5, T5Config
 
-FIELDS = {field.name: field for field in dataclasses.fields(T5Config)}
-_SIZES = tuple(name for name, field in FIELDS.items() if field.type == "int")
+Config = T5Config | DecoderOnlyConfig
+Model = T5 | DecoderOnly
+NETWORKS: dict[str, tuple[type, type]] = {"t5": (T5Config, T5), "decoder_only": (DecoderOnlyConfig, DecoderOnly)}
+FIELDS = {name: frozenset(field.name for field in dataclasses.fields(of)) for name, (of, _) in NETWORKS.items()}
+ALL_FIELDS = frozenset().union(*FIELDS.values())
+# Whose gin bindings tell something of an architecture, and what.
+_GIN_OWNERS = {
+    "T5Config": FIELDS["t5"],
+    "TransformerConfig": FIELDS["decoder_only"],
+    "DecoderOnlyModel": frozenset({"inputs_bidirectional_attention"}),
+}
+SCAN_AXIS = "param_scan_axis"  # of a scalable_t5: not part of the architecture, but of how it is stored
+_ONE_STACK = "decoder/token_embedder/embedding"  # a decoder-only network's; others have it at the root
+LAYER_TABLE = "{stack}/layers_{layer}/relpos_bias/rel_embedding"  # where every layer has one of its own
 _MOST_LAYERS = 1000  # a typing error or an attack, not a model
 _LARGEST_FILE = 4 * 2**20
 
 
-def from_fields(fields: Mapping[str, Any], source: str) -> T5Config:
-    """A T5Config from JSON-like values; fields T5Config does not know are left out.
+@functools.lru_cache(maxsize=32)
+def shapes(config: Config) -> PyTree:
+    """The parameter tree of an architecture; see `models.param_shapes`. Kept, as every check asks for it."""
+    return param_shapes(config)
+
+
+def network(config: Config) -> str:
+    """The name of a configuration's network, a key of NETWORKS."""
+    return next(name for name, (of, _) in NETWORKS.items() if isinstance(config, of))
+
+
+def model(config: Config, start_id: int = 0) -> Model:
+    """The LanguageModel of a configuration."""
+    return NETWORKS[network(config)][1](config, start_id=start_id)
+
+
+def from_fields(fields: Mapping[str, Any], source: str, network: str | None = None) -> Config:
+    """A configuration from JSON-like values; fields it does not know are left out.
+
+    Args:
+      fields: the values.
+      source: where they stand, for messages.
+      network: a key of NETWORKS; None tells by the fields, as T5X's networks count their layers in other words.
 
     Raises:
       UserError: a size is missing or not a whole number above 0, or a value is not understood.
     """
-    refuse_unsupported(fields, source)
-    known = {name: value for name, value in fields.items() if name in FIELDS}
-    for name in _SIZES:
+    if network is None:
+        network = "decoder_only" if _counts_one_stack(fields) else "t5"
+    config = NETWORKS[network][0]
+    known = {name: value for name, value in fields.items() if name in FIELDS[network]}
+    for name in (field.name for field in dataclasses.fields(config) if field.type == "int"):
         value = known.get(name)
         if value is None:
             raise UserError(f"{source} does not say {name!r}, which the architecture needs.")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{source} says {name} = {value!r}; it must be a whole number above 0.")
         if name.endswith("_layers") and value > _MOST_LAYERS:
-            raise UserError(
-                f"{source} says {name} = {value}; more than {_MOST_LAYERS} layers are not "
-                "supported."
-            )
+            raise UserError(f"{source} says {name} = {value}; more than {_MOST_LAYERS} layers are not supported.")
     activations = known.setdefault("mlp_activations", ["relu"])
-    if not isinstance(activations, list | tuple) or not all(
-        isinstance(a, str) for a in activations
-    ):
-        raise UserError(
-            f"{source} says mlp_activations = {activations!r}; it must be a list of names."
-        )
+    if not isinstance(activations, list | tuple) or not all(isinstance(a, str) for a in activations):
+        raise UserError(f"{source} says mlp_activations = {activations!r}; it must be a list of names.")
     try:
-        return T5Config(**{**known, "mlp_activations": tuple(activations)})
+        return config(**{**known, "mlp_activations": tuple(activations)})
     except (TypeError, ValueError) as error:
         raise UserError(f"{source} does not describe a T5 model: {error}") from error
 
 
-def refuse_unsupported(fields: Mapping[str, Any], source: str) -> None:
-    """Raises a UserError for networks of the T5X family that this package does not have."""
-    if "num_layers" in fields and "num_encoder_layers" not in fields:
-        raise UserError(f"{source} describes a decoder-only model, which is not yet supported.")
-    if fields.get("scan_layers"):
-        raise UserError(
-            f"{source} says scan_layers = True; checkpoints with scanned layers are not supported."
-        )
+def _counts_one_stack(fields: Mapping[str, Any]) -> bool:
+    return "num_layers" in fields and not {"num_encoder_layers", "num_decoder_layers"} & set(fields)
 
 
-def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str) -> T5Config:
+def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str) -> Config:
     """The architecture a native T5X tree implies, completed by the fields found beside it.
 
     Args:
@@ -75,42 +100,37 @@ def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str
       source: the checkpoint, for messages.
 
     Raises:
-      UserError: the tree is not that of an encoder-decoder T5.
+      UserError: the tree is not that of a T5.
     """
-    if "decoder/token_embedder/embedding" in found:
-        raise UserError(f"{source} is a decoder-only model, which is not yet supported.")
-    if any("/layers/" in f"/{name}/" for name in found):
-        raise UserError(
-            f"{source} has scanned layers (one tensor for all layers), which are not supported."
-        )
-    embedding = _shape(found, "token_embedder/embedding", 2, source)
-    heads = _shape(found, "decoder/relpos_bias/rel_embedding", 2, source)[0]
+    kind = "decoder_only" if _ONE_STACK in found else "t5"
+    embedding = _shape(found, _ONE_STACK if kind == "decoder_only" else "token_embedder/embedding", 2, source)
+    per_layer = kind == "t5" and LAYER_TABLE.format(stack="decoder", layer=0) in found
+    table = LAYER_TABLE.format(stack="decoder", layer=0) if per_layer else "decoder/relpos_bias/rel_embedding"
+    heads = _shape(found, table, 2, source)[0]
     query = _shape(found, "decoder/layers_0/self_attention/query/kernel", 2, source)
     gated = "decoder/layers_0/mlp/wi_0/kernel" in found
     wi = _shape(found, f"decoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel", 2, source)
     if heads < 1 or query[1] % heads:
-        raise UserError(
-            f"{source}: the query kernel of width {query[1]} does not split into {heads} heads."
-        )
+        raise UserError(f"{source}: the query kernel of width {query[1]} does not split into {heads} heads.")
     fields = {
         "vocab_size": embedding[0],
         "emb_dim": embedding[1],
         "num_heads": heads,
+        "num_layers": _layers(found, "decoder"),
         "num_encoder_layers": _layers(found, "encoder"),
         "num_decoder_layers": _layers(found, "decoder"),
         "head_dim": query[1] // heads,
         "mlp_dim": wi[1],
         "mlp_activations": ("gelu", "linear") if gated else ("relu",),
         "logits_via_embedding": "decoder/logits_dense/kernel" not in found,
+        "relative_position_tables": "per_layer" if per_layer else "shared",
     }
-    return from_fields({**fields, **beside}, source)
+    return from_fields({**fields, **beside}, source, kind)
 
 
 def _shape(found: Mapping[str, Any], name: str, rank: int, source: str) -> tuple[int, ...]:
     if name not in found:
-        raise UserError(
-            f"{source} is not an encoder-decoder T5 checkpoint: it has no tensor {name!r}."
-        )
+        raise UserError(f"{source} is not a T5 checkpoint: it has no tensor {name!r}.")
     shape = tuple(found[name].shape)
     if len(shape) != rank:
         raise UserError(f"{source}: tensor {name!r} has shape {shape}, expected {rank} dimensions.")
@@ -122,13 +142,12 @@ def _layers(found: Mapping[str, Any], stack: str) -> int:
 
 
 def beside(folder: Path) -> dict[str, Any]:
-    """T5Config fields in a config.json or config.gin of `folder` or its parent; {} without one."""
+    """Fields of the architecture in a config.json or config.gin of `folder` or its parent; {} without one."""
     for place in (folder, folder.parent):
         if (place / "config.json").is_file():
             fields = read_json_fields(place / "config.json")
             if "num_decoder_layers" in fields or "num_layers" in fields:
-                refuse_unsupported(fields, str(place / "config.json"))
-                return {name: value for name, value in fields.items() if name in FIELDS}
+                return {name: value for name, value in fields.items() if name in ALL_FIELDS or name == SCAN_AXIS}
         if (place / "config.gin").is_file():
             return read_gin_fields(place / "config.gin")
     return {}
@@ -138,9 +157,7 @@ def read_text(path: Path) -> str:
     """A small text file, or a UserError naming it."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(
-                f"{path} is larger than {_LARGEST_FILE} bytes, which no configuration is."
-            )
+            raise UserError(f"{path} is larger than {_LARGEST_FILE} bytes, which no configuration is.")
         return path.read_text("utf-8")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
@@ -167,10 +184,11 @@ def read_json_fields(path: Path) -> dict[str, Any]:
 
 
 def read_gin_fields(path: Path) -> dict[str, Any]:
-    """Literal T5Config bindings of a gin file, macros followed; gin itself is not needed.
+    """Literal bindings of an architecture in a gin file, macros followed; gin itself is not needed.
 
-    Both forms are read: `network.T5Config.emb_dim = 64` and a `network.T5Config:` block. What is
-    not a literal or a macro of one is left out, as nothing is ever evaluated.
+    Both forms are read: `network.T5Config.emb_dim = 64` and a `network.T5Config:` block, and likewise the
+    TransformerConfig of decoder-only networks and what their DecoderOnlyModel says of the inputs. What is not a
+    literal or a macro of one is left out, as nothing is ever evaluated.
     """
     values: dict[str, str] = {}
     block = ""
@@ -184,7 +202,8 @@ def read_gin_fields(path: Path) -> dict[str, Any]:
     fields = {}
     for name, value in values.items():
         owner, _, field = name.rpartition(".")
-        if owner.rpartition(".")[2].rpartition("/")[2] == "T5Config" and field in FIELDS:
+        owner = owner.rpartition(".")[2].rpartition("/")[2]
+        if owner in _GIN_OWNERS and (field in _GIN_OWNERS[owner] or field == SCAN_AXIS):
             value = values.get(value[1:], value) if value.startswith("%") else value
             try:
                 fields[field] = ast.literal_eval(value)
@@ -200,8 +219,6 @@ def _logical_lines(text: str) -> list[str]:
     for raw in text.splitlines():
         line = re.sub(r"(^|\s)#.*$", "", raw).rstrip()
         lines[-1:] = [f"{lines[-1]} {line.strip()}"] if joining else [*lines[-1:], line]
-        joining = lines[-1].endswith("\\") or sum(map(lines[-1].count, "([{")) > sum(
-            map(lines[-1].count, ")]}")
-        )
+        joining = lines[-1].endswith("\\") or sum(map(lines[-1].count, "([{")) > sum(map(lines[-1].count, ")]}"))
         lines[-1] = lines[-1].removesuffix("\\")
     return [line for line in lines if line.strip()]

@@ -3,6 +3,7 @@
     bundle.json          format, version, architectures, vocabulary, lengths, defaults, checksums
     verifier/ drafter/   one Orbax checkpoint each, readable by plain `orbax.checkpoint`
     vocabulary.model     the SentencePiece model, unless the vocabulary is bytes
+    ngrams.npz           a bigram or trigram table to draft with, where one was built (`speccascade tables`)
 
 A bundle appears under its name only when it is whole. Packing a pair of npz folders:
 
@@ -19,22 +20,21 @@ A bundle appears under its name only when it is whole. Packing a pair of npz fol
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, orbax_tree, tree
+from speccascade_t5x.checkpoints import architecture, folders, orbax_tree, tree
+from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.checkpoints.tensors import Placement
+from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.models.t5 import T5, param_shapes
 from speccascade_t5x.runtime import vocabulary as vocabularies
 from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary, Vocabulary
 
@@ -42,6 +42,7 @@ FORMAT = "speccascade_t5x.bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 VOCABULARY_FILE = "vocabulary.model"
+TABLE_FILE = "ngrams.npz"
 MEMBERS = ("verifier", "drafter")
 _LENGTHS = ("inputs", "targets")
 DEFAULT_DECODE = {"draft_len": 5, "start_id": 0}
@@ -57,8 +58,10 @@ class Bundle:
       drafter: the drafter, None in a bundle of one model.
       vocabulary: the vocabulary the members share.
       feature_lengths: {"inputs": S, "targets": T}, the lengths to decode with by default.
-      decode: default decode settings: draft_len, eos_id, pad_id, start_id and any others.
+      decode: default decode settings: draft_len, eos_id, pad_id, start_id and any others. A `prompt_eos` of False
+        leaves out the EOS that texts get at their end, for decoder-only models that continue their prompts.
       description: what the pair does, for people.
+      table: bigram or trigram table over the same ids, None where the bundle has none.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Bundle:
     feature_lengths: dict[str, int]
     decode: dict[str, Any]
     description: str
+    table: NGramTable | None = None
 
 
 def save_bundle(
@@ -81,6 +85,9 @@ def save_bundle(
     decode: Mapping[str, Any] | None = None,
     description: str = "",
     overwrite: bool = False,
+    dtype: Any = np.float32,
+    file_bytes: int = orbax_tree.FILE_BYTES,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes a bundle in one step.
 
@@ -95,6 +102,9 @@ def save_bundle(
         pad if not given.
       description: for people: what the pair does, on what it was trained.
       overwrite: replace a bundle that is already there.
+      dtype: what parameters are written as: float32, float16 or bfloat16.
+      file_bytes: about the largest data file.
+      check: called with the finished folder before it gets its name; what it raises keeps it from that.
 
     Returns:
       `path`.
@@ -104,14 +114,12 @@ def save_bundle(
         is in the way, or the place cannot be written. Nothing half-written is left.
     """
     path = Path(path)
+    if path.exists() and not (overwrite and (path / MANIFEST).is_file()):
+        raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten.")
     members = {"verifier": verifier} | ({"drafter": drafter} if drafter is not None else {})
     if drafter_vocabulary is not None:
         vocabularies.check_same(drafter_vocabulary, vocabulary)
     _check_members(members, vocabulary)
-    if path.exists() and not (overwrite and (path / MANIFEST).is_file()):
-        raise UserError(
-            f"{path} already exists; choose another name, or allow a bundle to be overwritten."
-        )
     defaults = {"eos_id": vocabulary.eos_id, "pad_id": vocabulary.pad_id}
     manifest = {
         "format": FORMAT,
@@ -122,16 +130,26 @@ def save_bundle(
         "feature_lengths": _checked_lengths(feature_lengths, str(path)),
         "decode": {**DEFAULT_DECODE, **defaults, **(decode or {})},
     }
-    _write(path, manifest, members, vocabulary)
+    with folders.published(path, "bundle") as partial:
+        for name, member in members.items():
+            orbax_tree.save(partial / name, member.params, dtype=dtype, file_bytes=file_bytes)
+        if isinstance(vocabulary, SentencePieceVocabulary):
+            shutil.copyfile(vocabulary.path, partial / VOCABULARY_FILE)
+        manifest["files"] = folders.checksums(partial)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        (partial / MANIFEST).write_text(text, "utf-8")
+        if check is not None:
+            check(partial)
     return path
 
 
-def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+def load_bundle(path: str | Path, *, verify: bool = True, placement: Placement | None = None) -> Bundle:
     """Reads a bundle.
 
     Args:
       path: its folder.
       verify: compare every file with its checksum first. It reads the files twice.
+      placement: where each array shall live; see `checkpoints.load`.
 
     Raises:
       UserError: something is missing, truncated, changed, of a newer format, or does not fit.
@@ -140,8 +158,8 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     manifest = read_manifest(path)
     if verify:
         check_files(path, manifest)
-    vocabulary = vocabularies.from_spec(_part(manifest, "vocabulary", path), path / VOCABULARY_FILE)
-    members = {name: load_member(path, name, manifest) for name in _part(manifest, "members", path)}
+    vocabulary = load_vocabulary(path, manifest)
+    members = {name: open_member(path, name, manifest).load(placement) for name in _part(manifest, "members", path)}
     if "verifier" not in members:
         raise UserError(f"{path / MANIFEST} names no verifier.")
     _check_members(members, vocabulary)
@@ -150,37 +168,105 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         verifier=members["verifier"],
         drafter=members.get("drafter"),
         vocabulary=vocabulary,
-        feature_lengths=_checked_lengths(
-            _part(manifest, "feature_lengths", path), str(path / MANIFEST)
-        ),
+        feature_lengths=_checked_lengths(_part(manifest, "feature_lengths", path), str(path / MANIFEST)),
         decode=dict(_part(manifest, "decode", path)),
         description=str(manifest.get("description", "")),
+        table=_load_table(path, manifest, vocabulary),
     )
+
+
+def store_table(source: Path, target: Path, table: NGramTable, about: Mapping[str, Any]) -> Path:
+    """Makes a bundle that holds an n-gram table and is otherwise the one in `source`, in one step.
+
+    Args:
+      source: folder of the bundle.
+      target: the folder to make; `source` itself is replaced, any other that exists is refused.
+      table: over the ids of the bundle's vocabulary. One that was there is replaced.
+      about: what bundle.json notes of it.
+
+    Raises:
+      UserError: `target` exists, or the place cannot be written; nothing half-written is left.
+    """
+    manifest = read_manifest(source)
+    check_files(source, manifest)
+    if target.exists() and target.resolve() != source.resolve():
+        raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there.")
+    vocabulary = load_vocabulary(source, manifest)
+    arrays = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    with folders.published(target, "bundle") as partial:
+        for name in _part(manifest, "files", source):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, partial / name)
+        with open(partial / TABLE_FILE, "wb") as file:
+            np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
+        manifest["ngrams"] = {**about, "vocabulary": vocabulary.fingerprint()}
+        manifest["files"] = folders.checksums(partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return target
+
+
+def _load_table(path: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> NGramTable | None:
+    """The n-gram table of a bundle, checked against its vocabulary; None where it has none."""
+    if "ngrams" not in manifest:
+        return None
+    known = _part(manifest, "ngrams", path).get("vocabulary")
+    if known != vocabulary.fingerprint():
+        raise UserError(
+            f"The n-gram table of the bundle {path} was counted with another vocabulary (fingerprint "
+            f"{str(known)[:16]}, the bundle's is {vocabulary.fingerprint()[:16]}); build it again with "
+            "`speccascade tables`."
+        )
+    try:
+        with np.load(path / TABLE_FILE, allow_pickle=False) as file:
+            table = NGramTable(**{name: file[name] for name in file.files})
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        place = path / TABLE_FILE
+        raise UserError(f"{place} is damaged ({error}); build it again with `speccascade tables`.") from error
+    if table.vocab_size < vocabulary.vocab_size:
+        raise UserError(
+            f"{path / TABLE_FILE} has {table.vocab_size} ids but the vocabulary {vocabulary.vocab_size} pieces; build "
+            "it again with `speccascade tables`."
+        )
+    return table
+
+
+def load_vocabulary(path: Path, manifest: Mapping[str, Any] | None = None) -> Vocabulary:
+    """The vocabulary of the bundle in folder `path`."""
+    manifest = manifest if manifest is not None else read_manifest(path)
+    return vocabularies.from_spec(_part(manifest, "vocabulary", path), path / VOCABULARY_FILE)
 
 
 def load_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Bound:
     """One model of the bundle in folder `path`; its files are not compared with their checksums."""
+    return open_member(path, name, manifest).load()
+
+
+def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Opened:
+    """One model of the bundle in folder `path`, not yet read."""
     manifest = manifest if manifest is not None else read_manifest(path)
     members = _part(manifest, "members", path)
     if name not in MEMBERS or not isinstance(members.get(name), dict):
-        raise UserError(
-            f"The bundle {path} has no member {name!r}; it has "
-            f"{', '.join(sorted(members)) or 'none'}."
-        )
+        raise UserError(f"The bundle {path} has no member {name!r}; it has {', '.join(sorted(members)) or 'none'}.")
     where = f"{path / MANIFEST}, member {name!r}"
     config = members[name].get("config")
     if not isinstance(config, dict):
         raise UserError(f"{where}: no 'config' with the architecture.")
-    unknown = sorted(set(config) - set(architecture.FIELDS))
-    if unknown or members[name].get("network") != "t5":
-        what = unknown[0] if unknown else members[name].get("network")
-        raise UserError(
-            f"{where}: {what!r} is not known to this release of speccascade_t5x; upgrade it."
-        )
-    config = architecture.from_fields(config, where)
+    network = members[name].get("network")
+    fields = architecture.FIELDS.get(network) if isinstance(network, str) else None
+    unknown = sorted(set(config) - fields) if fields else [network]
+    if unknown:
+        raise UserError(f"{where}: {unknown[0]!r} is not known to this release of speccascade_t5x; upgrade it.")
+    config = architecture.from_fields(config, where, network)
     start_id = _part(manifest, "decode", path).get("start_id", 0)
-    return Bound(
-        T5(config, start_id=start_id), orbax_tree.restore(path / name, param_shapes(config))
+    leaves = orbax_tree.open_tensors(path / name)
+    tree.require_match(architecture.shapes(config), leaves, str(path / name))
+    pieces = path / VOCABULARY_FILE
+    return Opened(
+        "member",
+        path / name,
+        architecture.model(config, start_id),
+        leaves,
+        vocabulary_file=pieces if pieces.is_file() else None,
     )
 
 
@@ -189,10 +275,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = architecture.read_json(path / MANIFEST)
     version = manifest.get("version")
     if manifest.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(
-            f"{path / MANIFEST} is not a bundle of speccascade_t5x (format "
-            f"{manifest.get('format')!r})."
-        )
+        raise UserError(f"{path / MANIFEST} is not a bundle of speccascade_t5x (format {manifest.get('format')!r}).")
     if version > VERSION:
         raise UserError(
             f"The bundle {path} has format version {version} but this release of "
@@ -208,60 +291,18 @@ def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the first file that is missing, truncated or changed.
     """
-    for name, facts in _part(manifest, "files", path).items():
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{path / MANIFEST} lists the unsafe file name {name!r}.")
-        size, digest = (
-            (facts.get("bytes"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
-        )
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"The bundle {path} is incomplete: {name} is missing; copy it again.")
-        found = file.stat().st_size
-        if found != size:
-            raise UserError(
-                f"The bundle {path} is damaged: {name} has {found} of {size} bytes; copy it again."
-            )
-        if _sha256(file) != digest:
-            raise UserError(
-                f"The bundle {path} is damaged: the content of {name} has changed; copy it again."
-            )
-
-
-def _write(
-    path: Path, manifest: dict[str, Any], members: Mapping[str, Bound], vocabulary: Vocabulary
-) -> None:
-    """Writes everything under a hidden name beside `path`, then publishes it."""
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(
-            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        )
-        for name, member in members.items():
-            orbax_tree.save(partial / name, member.params)
-        if isinstance(vocabulary, SentencePieceVocabulary):
-            shutil.copyfile(vocabulary.path, partial / VOCABULARY_FILE)
-        manifest["files"] = _checksums(partial)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (partial / MANIFEST).write_text(text, "utf-8")
-        _publish(partial, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"Cannot write the bundle {path}: {reason}; nothing was kept.") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+    folders.check_files(path, _part(manifest, "files", path), f"The bundle {path}", path / MANIFEST)
 
 
 def _check_members(members: Mapping[str, Bound], vocabulary: Vocabulary) -> None:
-    """Every model must be a T5 with a logit for each piece; widths beyond that are padding."""
+    """Every model must be a T5 with a logit for each piece; widths beyond that are padding. All read one input."""
     for name, member in members.items():
-        if not isinstance(member.model, T5):
-            raise UserError(
-                f"The {name} is a {type(member.model).__name__}; bundles hold T5 models only."
-            )
+        if not isinstance(member.model, architecture.Model):
+            raise UserError(f"The {name} is a {type(member.model).__name__}; bundles hold T5 models only.")
+    if len({member.model.input_name for member in members.values()}) > 1:
+        raise UserError(
+            "One member of the bundle is an encoder-decoder and the other decoder-only; a pair is of one kind."
+        )
     widths = {name: member.model.vocab_size for name, member in members.items()}
     narrow = [name for name, width in widths.items() if width < vocabulary.vocab_size]
     if narrow:
@@ -272,16 +313,18 @@ def _check_members(members: Mapping[str, Bound], vocabulary: Vocabulary) -> None
             "another vocabulary."
         )
     for name, member in members.items():
-        tree.require_match(
-            param_shapes(member.model.config), tree.flatten(member.params), f"The {name}"
-        )
+        tree.require_match(architecture.shapes(member.model.config), tree.flatten(member.params), f"The {name}")
 
 
 def _describe(member: Bound) -> dict[str, Any]:
     for name, leaf in tree.flatten(member.params).items():
         tree.require_finite(name, np.asarray(leaf), "The model to be saved")
     config = dataclasses.asdict(member.model.config)
-    return {"network": "t5", "config": config, "parameters": tree.count(member.params)}
+    return {
+        "network": architecture.network(member.model.config),
+        "config": config,
+        "parameters": tree.count(member.params),
+    }
 
 
 def _checked_lengths(lengths: Mapping[str, Any], source: str) -> dict[str, int]:
@@ -296,40 +339,3 @@ def _part(manifest: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise UserError(f"{path / MANIFEST} has no section {key!r}.")
     return part
-
-
-def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in files
-    }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Flushes every file, then gives the folder its name; an old bundle goes only after that."""
-    for file in partial.rglob("*"):
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    partial.chmod(0o755)
-    old = None
-    if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-        os.replace(path, old)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        if old is not None:
-            with contextlib.suppress(OSError):
-                os.replace(old, path)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

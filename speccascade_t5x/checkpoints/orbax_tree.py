@@ -1,7 +1,16 @@
-"""Parameters in Orbax checkpoints: those of our bundles, and those `t5x.train` writes."""
+"""Parameters in Orbax checkpoints: those of our bundles and exports, and those `t5x.train` writes.
+
+Orbax writes them. Reading goes through its metadata and then, tensor by tensor, through tensorstore, so that no more
+than one tensor is on its way at a time.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,105 +18,192 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from speccascade_t5x.checkpoints import architecture, tree
-from speccascade_t5x.interfaces import Bound, PyTree, UserError
-from speccascade_t5x.models.t5 import T5, param_shapes
+from speccascade_t5x.checkpoints import architecture, opened, tensors, tree
+from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.checkpoints.tensors import BLOCK_BYTES, Block, Placement, Tensor
+from speccascade_t5x.interfaces import PyTree, UserError
 
 # Small files travel well: many hosts of files refuse or slow down large ones.
-_FILE_BYTES = 12 * 2**20
+FILE_BYTES = 12 * 2**20
 _CHUNK_BYTES = 8 * 2**20
+METADATA_FILE = "_METADATA"
 _COMMIT_FILE = "commit_success.txt"
-_LONGEST_REASON = 300
 _TARGET = "target"  # where T5X keeps the parameters of a train state
+_STATE = "state"
+_PARAM_STATES = f"{_STATE}/param_states/"
+_HIGHEST_RATIO = 2**16  # no real tensor is compressed further, zeros included
 
 
-def save(path: Path, params: PyTree) -> None:
-    """Writes float32 parameters as one Orbax checkpoint that plain Orbax restores.
+def save(path: Path, params: PyTree, *, dtype: Any = np.float32, file_bytes: int = FILE_BYTES) -> None:
+    """Writes parameters as one Orbax checkpoint that plain Orbax restores.
+
+    Args:
+      path: the folder to make.
+      params: nested arrays.
+      dtype: what floats are written as; None leaves each as it is.
+      file_bytes: about the largest data file.
 
     Raises:
       UserError: the disk is full, or the place cannot be written.
     """
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    as_written = lambda leaf: np.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None)  # noqa: E731
+    params = jax.tree.map(as_written, params)
+    # A data file is closed once it has grown beyond its size, by up to one chunk.
+    chunk_bytes = min(_CHUNK_BYTES, file_bytes // 3)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), params)
     arguments = ocp.args.PyTreeSave(
-        params, save_args=save_args, ocdbt_target_data_file_size=_FILE_BYTES
+        params, save_args=save_args, ocdbt_target_data_file_size=file_bytes - chunk_bytes // 2
     )
     try:
-        with ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
-        ) as writer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as writer:
             writer.save(path.resolve(), args=arguments)
         # Orbax notes the absolute path it wrote to, which means nothing where the files end up.
         if (path / _COMMIT_FILE).is_file():
             (path / _COMMIT_FILE).write_text("Checkpoint commit was successful.\n")
     except (ValueError, OSError) as error:  # tensorstore reports a full disk as a ValueError
-        raise UserError(f"Cannot write the Orbax checkpoint {path}: {_reason(error)}") from error
+        raise UserError(f"Cannot write the Orbax checkpoint {path}: {tensors.reason(error)}") from error
 
 
-def restore(path: Path, expected: PyTree, *, branch: str | None = None) -> PyTree:
+def restore(path: Path, expected: PyTree, *, branch: str | None = None, placement: Placement | None = None) -> PyTree:
     """Reads float32 arrays from one Orbax checkpoint.
 
     Args:
       path: the checkpoint folder.
       expected: nested dict of leaves with `shape`; compared before anything is read.
       branch: name of the top-level branch that holds the parameters, if they are not the whole.
+      placement: where each array shall live.
 
     Raises:
       UserError: it is no Orbax checkpoint, is damaged, or holds other tensors.
     """
-    tree.require_match(expected, shapes(path, branch=branch), str(path))
-    sharding = jnp.zeros(()).sharding  # the default device
-    item = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding), expected
-    )
-    item = {branch: item} if branch else item
-    arguments = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=bool(branch),
-    )
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            params = reader.restore(path.resolve(), args=arguments)
-    except Exception as error:  # Orbax wraps what goes wrong in a plain Exception
-        raise UserError(f"The Orbax checkpoint {path} is damaged: {_reason(error)}") from error
-    return params[branch] if branch else params
+    found = open_tensors(path, branch=branch)
+    tree.require_match(expected, found, str(path))
+    return tree.nest(tensors.to_devices(found, str(path), placement))
 
 
-def shapes(path: Path, *, branch: str | None = None) -> dict[str, Any]:
-    """Flat names to shape and dtype, from the checkpoint's metadata alone."""
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            metadata = reader.metadata(path.resolve()).item_metadata
-    except Exception as error:  # as in `restore`
-        raise UserError(f"{path} is not an Orbax checkpoint: {_reason(error)}") from error
-    found = metadata.tree if metadata is not None else None
-    if branch is not None and isinstance(found, dict):
-        found = found.get(branch)
-    if not isinstance(found, dict) or not found:
-        raise UserError(
-            f"The Orbax checkpoint {path} holds no "
-            f"parameters{f' below {branch!r}' if branch else ''}."
-        )
-    return tree.flatten(found)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a message; tensorstore's go on for pages."""
-    return str(error).split("\n")[0][:_LONGEST_REASON]
-
-
-def read_t5x(folder: Path) -> Bound:
-    """Reads the parameters of a `checkpoint_N` folder that T5X wrote with Orbax.
+def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:
+    """Flat names to the tensors of one Orbax checkpoint, none of them read yet.
 
     Raises:
-      UserError: see `restore`; or the model is not a supported T5.
+      UserError: it is no Orbax checkpoint, is damaged, or has no such branch.
     """
-    state = folder / "state"
-    found = shapes(state, branch=_TARGET)
-    config = architecture.from_shapes(found, architecture.beside(folder), str(folder))
-    params = restore(state, param_shapes(config), branch=_TARGET)
-    for name, leaf in tree.flatten(params).items():
-        tree.require_finite(name, np.asarray(leaf), str(folder))
-    return Bound(T5(config), params)
+    found, facts = _open(path)
+    if branch is not None:
+        found = {name.removeprefix(f"{branch}/"): leaf for name, leaf in found.items() if name.startswith(f"{branch}/")}
+    if not found:
+        raise UserError(f"The Orbax checkpoint {path} holds no parameters{f' below {branch!r}' if branch else ''}.")
+    prefix = f"{branch}/" if branch else ""
+    return {name: _tensor(path, prefix + name, leaf, facts) for name, leaf in found.items()}
+
+
+def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Flat names to shape and dtype, and how the arrays are stored, from the checkpoint's metadata alone."""
+    facts = architecture.read_json(path / METADATA_FILE)
+    try:
+        with _quietly(), ocp.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata(path.resolve()).item_metadata
+    except Exception as error:  # Orbax raises whatever it stumbles over
+        raise UserError(f"{path} is not an Orbax checkpoint, or damaged: {tensors.reason(error)}") from error
+    found = metadata.tree if metadata is not None else None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"The Orbax checkpoint {path} holds no parameters.")
+    flat = tree.flatten(found)
+    on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    for name, leaf in flat.items():
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        if shape is None or dtype is None:
+            continue  # neither a parameter nor an optimizer state; whoever asks for it is told
+        if tensors.count(tuple(shape)) * np.dtype(dtype).itemsize > on_disk * _HIGHEST_RATIO:
+            raise UserError(f"{path}: tensor {name!r} of shape {tuple(shape)} cannot lie in {on_disk} bytes.")
+    return flat, facts
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Orbax's warning that T5X keeps one of its files a folder higher."""
+    drop = lambda record: "Metadata file does not exist" not in str(record.msg)  # noqa: E731
+    logger = logging.getLogger("absl")
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def _tensor(path: Path, name: str, leaf: Any, facts: Mapping[str, Any]) -> Tensor:
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if shape is None or dtype is None:
+        raise UserError(f"{path}: {name!r} is a {type(leaf).__name__}, not an array.")
+    return Tensor(tuple(shape), np.dtype(dtype), lambda: _blocks(path, name, tuple(shape), facts))
+
+
+def _blocks(path: Path, name: str, shape: tuple[int, ...], facts: Mapping[str, Any]) -> Iterator[Block]:
+    """The values of one array, in bands that hold whole chunks."""
+    folder = {"driver": "file", "path": f"{path.resolve()}/"}
+    place = f"{name.replace('/', '.')}/"
+    if facts.get("use_ocdbt", True):
+        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": folder, "path": place}
+    else:
+        kvstore = {**folder, "path": folder["path"] + place}
+    spec = {"driver": "zarr3" if facts.get("use_zarr3") else "zarr", "kvstore": kvstore}
+    if facts.get("store_array_data_equal_to_fill_value"):
+        spec["fill_missing_data_reads"] = False  # no chunk was left out, so one that is missing was lost
+    store = tensorstore.open(spec, open=True, read=True).result()
+    if tuple(store.shape) != shape:
+        raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
+    if not shape:
+        yield (), np.asarray(store.read().result())
+        return
+    rows = max(1, store.chunk_layout.read_chunk.shape[0])
+    row_bytes = max(1, tensors.count(shape[1:]) * store.dtype.numpy_dtype.itemsize)
+    rows *= max(1, math.floor(BLOCK_BYTES / (rows * row_bytes)))
+    for first in range(0, shape[0], rows):
+        where = slice(first, min(first + rows, shape[0]))
+        yield (where,), store[where].read().result()
+
+
+def open_t5x(folder: Path) -> Opened:
+    """Opens a `checkpoint_N` folder that T5X wrote with Orbax, or a folder that is one Orbax checkpoint.
+
+    Raises:
+      UserError: see `open_tensors`; or the model is not a supported T5.
+    """
+    inside = (folder / _STATE / METADATA_FILE).is_file()
+    place = folder / _STATE if inside else folder
+    found, facts = _open(place)
+    whole_state = inside or any(name.startswith(f"{_TARGET}/") for name in found)
+    params = open_tensors(place, branch=_TARGET if whole_state else None)
+    others = tuple(
+        name for name, leaf in found.items() if name.startswith(_PARAM_STATES) and not hasattr(leaf, "shape")
+    )
+    state = {
+        name.removeprefix(_PARAM_STATES): _tensor(place, name, leaf, facts)
+        for name, leaf in found.items()
+        if name.startswith(_PARAM_STATES) and name not in others
+    }
+    return opened.from_t5x(
+        "t5x_orbax" if inside else "orbax",
+        folder,
+        params,
+        step=_step(place, found, facts, folder) if whole_state else _noted_step(folder),
+        state=state,
+        state_others=others,
+    )
+
+
+def _step(place: Path, found: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> int | None:
+    leaf = found.get(f"{_STATE}/step")
+    if leaf is None or tuple(getattr(leaf, "shape", (1,))) != ():
+        return None
+    return int(tensors.to_host("state/step", _tensor(place, f"{_STATE}/step", leaf, facts), str(folder), np.int64))
+
+
+def _noted_step(folder: Path) -> int | None:
+    """The step that `checkpoints.export` notes beside parameters that stand alone."""
+    try:
+        step = json.loads((folder / "config.json").read_text("utf-8")).get("step")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return step if type(step) is int else None

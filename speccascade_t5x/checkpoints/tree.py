@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.interfaces import Array, PyTree, UserError
+from speccascade_t5x.interfaces import PyTree, UserError
 
 _MOST_PROBLEMS = 3
 
@@ -60,17 +60,10 @@ def problems(expected: PyTree, found: Mapping[str, Any]) -> list[str]:
             report.append(f"tensor {name!r} of shape {tuple(leaf.shape)} is missing")
         elif tuple(found[name].shape) != tuple(leaf.shape):
             shape = tuple(found[name].shape)
-            report.append(
-                f"tensor {name!r} has shape {shape} but the architecture asks for "
-                f"{tuple(leaf.shape)}"
-            )
+            report.append(f"tensor {name!r} has shape {shape} but the architecture asks for {tuple(leaf.shape)}")
         elif not jnp.issubdtype(found[name].dtype, jnp.floating):
-            report.append(
-                f"tensor {name!r} holds {np.dtype(found[name].dtype).name} instead of floats"
-            )
-    report += [
-        f"tensor {name!r} is not part of the architecture" for name in found if name not in wanted
-    ]
+            report.append(f"tensor {name!r} holds {np.dtype(found[name].dtype).name} instead of floats")
+    report += [f"tensor {name!r} is not part of the architecture" for name in found if name not in wanted]
     return report
 
 
@@ -86,17 +79,7 @@ def require_match(expected: PyTree, found: Mapping[str, Any], source: str) -> No
 def require_finite(name: str, array: np.ndarray, source: str) -> None:
     """Raises a UserError if the tensor holds a NaN or an infinity."""
     if not np.isfinite(array).all():
-        raise UserError(
-            f"{source}: tensor {name!r} holds NaN or infinite values; the training run "
-            "probably diverged."
-        )
-
-
-def to_device(name: str, array: np.ndarray, source: str) -> Array:
-    """One checked tensor as a float32 jax array."""
-    array = np.asarray(array, dtype=np.float32)
-    require_finite(name, array, source)
-    return jnp.asarray(array)
+        raise UserError(f"{source}: tensor {name!r} holds NaN or infinite values; the training run probably diverged.")
 
 
 def count(tree: PyTree) -> int:

@@ -12,9 +12,15 @@ from speccascade_t5x.interfaces import UserError
 
 # Verb -> what it does, in the order `speccascade --help` lists them.
 VERBS = {
+    "cache": "write a seqio task, or a model's outputs, as tokenised shards to train on",
     "demo": "decode a few sentences with the packaged pair under several methods",
+    "export": "write a checkpoint as a bundle, plain Orbax, native T5X or Hugging Face folder",
     "infer": "decode a seqio task, or lines of text, with a pair",
+    "inspect": "tell what a checkpoint of any kind holds",
     "methods": "list every execution, rule and drafter, with what alpha means and its source",
+    "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
+    "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
+    "train": "train or distil a model on tokenised shards or a seqio task",
 }
 
 

@@ -3,7 +3,11 @@
 The pair restores capitals, umlauts, sharp s and accents of German text from its lower-case
 ASCII-folded form. Sentences written for this package, and those given with `--text`, are decoded by
 each model alone and by both together under three rules; one table compares quality and speed, and a
-coloured trace shows who wrote what. Takes about a minute on two CPU cores.
+coloured trace shows who wrote what. Takes about a minute on two CPU cores. Any other method of
+`speccascade methods` joins the table by its flags or its gin file:
+
+    speccascade demo --rule=opt --alpha=0.1 --verification=block
+    speccascade demo --gin_file=rules/lossy_sd.gin
 """
 
 from __future__ import annotations
@@ -15,35 +19,50 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 import speccascade_t5x
 from speccascade_t5x.cli import demo_report as report
+from speccascade_t5x.cli import gin_flags, settings_flags
 from speccascade_t5x.core import accounting, rules
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import paths
-from speccascade_t5x.runtime.generate import Generation, LoadedPair, Settings
+from speccascade_t5x.runtime.generate import Generation, LoadedPair, Runner, Settings
 from speccascade_t5x.tasks import metrics
 from speccascade_t5x.tasks.folding import fold
 
 SENTENCES = "demo_de.tsv"
 PAIR = "restore_de_pair"
+# Fields of Settings that say which method: the rows of the table differ in them and in nothing else.
+_CHOICE = (
+    *("method", "rule", "alpha", "rule_options", "verification"),
+    *("draft_stop", "stop_threshold", "confidence", "quantile"),
+    *("drafter", "k_matrix", "lenience", "edge_rules", "max_ngram", "min_ngram", "ngram_fill"),
+)
+_FIXED = ("max_input_len", "num_samples", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """What `run_demo` is asked for; the fields are the flags of the verb."""
+    """What `run_demo` is asked for.
+
+    Attributes:
+      bundle: folder of the pair.
+      texts: given by the user, plain German or folded.
+      sentences: how many of the packaged ones; None takes all.
+      alphas: for TokenV3 and MinP.
+      repeats: measured rounds.
+      settings: draft length, sampling options and seed hold for every row of the table; a method that the
+        table does not have anyway makes a row of its own.
+    """
 
     bundle: Path
     texts: tuple[str, ...] = ()
     sentences: int | None = None
     alphas: tuple[float, float] = (0.3, 0.9)
-    draft_len: int = 5
-    temperature: float = 1.0
     repeats: int = 3
-    seed: int = 0
+    settings: Settings = dataclasses.field(default_factory=lambda: Settings(draft_len=5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,41 +136,54 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `speccascade demo --help`")
-
-
 def parse(argv: Sequence[str]) -> tuple[DemoOptions, int | None]:
     """Flags to (options, console width).
 
     Raises:
-      UserError: an unknown flag or a value outside its range.
+      UserError: an unknown flag or binding, or a value outside its range.
     """
-    known = {field.name: field.default for field in dataclasses.fields(DemoOptions)}
-    parser = _Parser(
+    settings_flags.refuse_unsupported(argv)
+    flags, bindings = gin_flags.split(_parser(), argv)
+    if flags.width is not None and flags.width < 20:
+        raise UserError(f"--width={flags.width} is too narrow: it must be 20 or more")
+    options = DemoOptions(
+        bundle=flags.bundle,
+        texts=tuple(flags.text),
+        sentences=flags.sentences,
+        alphas=DemoOptions.alphas if flags.alphas is None else _alphas(flags.alphas),
+        repeats=flags.repeats,
+        settings=_settings(flags, bindings),
+    )
+    return options, flags.width
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="speccascade demo",
         description=__doc__.partition("\n\n")[2],
         epilog="Colours follow the terminal; NO_COLOR=1 turns them off, FORCE_COLOR=1 on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--text", action="append", default=[], metavar="TEXT", help="German text, plain or folded; repeatable")
     add("--sentences", type=int, metavar="N", help="use only the first N packaged sentences (0: none)")
     add("--alphas", nargs="+", metavar="ALPHA", help="two trade-offs for TokenV3 and MinP, from 0 to 1 (0.3 0.9)")
-    add("--draft_len", type=int, default=known["draft_len"], help="tokens drafted per round (%(default)s)")
-    add("--temperature", type=float, default=known["temperature"], help="0 takes the argmax (%(default)s)")
-    add("--repeats", type=int, default=known["repeats"], help="measured rounds (%(default)s)")
-    add("--seed", type=int, default=known["seed"], help="of the first round (%(default)s)")
+    add("--repeats", type=int, default=DemoOptions.repeats, help="measured rounds (%(default)s)")
     add("--bundle", type=Path, default=paths.data_dir() / PAIR, help="another pair for restore_de")
     add("--width", type=int, metavar="COLUMNS", help="of the output; the terminal's by default")
-    given = vars(parser.parse_args(list(argv)))
-    width = given.pop("width")
-    if width is not None and width < 20:
-        raise UserError(f"--width={width} is too narrow: it must be 20 or more")
-    given["texts"] = tuple(given.pop("text"))
-    given["alphas"] = known["alphas"] if given["alphas"] is None else _alphas(given["alphas"])
-    return DemoOptions(**given), width
+    settings_flags.add_flags(parser, leave_out=_FIXED)
+    gin_flags.add_flags(parser)
+    return parser
+
+
+def _settings(flags: argparse.Namespace, bindings: Sequence[str]) -> Settings:
+    """What gin files, bindings and short flags ask for, in this order."""
+    import gin
+
+    shorts = gin_flags.literal(settings_flags.bindings(flags))
+    gin_flags.load(["runs/demo.gin", *flags.gin_file], [*bindings, *shorts], flags.gin_search_paths)
+    return gin.get_configurable(Settings)()
 
 
 def _alphas(given: Sequence[str]) -> tuple[float, float]:
@@ -229,19 +261,17 @@ def _examples(options: DemoOptions, pair: LoadedPair) -> tuple[Example, ...]:
 
 def _methods(options: DemoOptions, pair: LoadedPair) -> dict[str, Settings]:
     """Label to settings, in the order of the table."""
-    for name, least in (("draft_len", 1), ("repeats", 1)):
-        if getattr(options, name) < least:
-            value = getattr(options, name)
-            raise UserError(f"--{name}={value} is too small: it must be {least} or more")
+    settings = options.settings
+    if options.repeats < 1:
+        raise UserError(f"--repeats={options.repeats} is too small: it must be 1 or more")
+    if settings.draft_len == 0:
+        raise UserError("--draft_len=0 is too small: it must be 1 or more")
     if pair.drafter is None:
         raise UserError(f"the bundle {options.bundle} holds a verifier alone, but the demo needs a pair")
-    common = Settings(
-        draft_len=options.draft_len,
-        temperature=options.temperature,
-        seed=options.seed,
-        batch_size=1,
-        buckets=(pair.feature_lengths["inputs"],),  # one length, one compile per method
-    )
+    one_length = (pair.feature_lengths["inputs"],)  # one compile per method
+    chosen = dataclasses.replace(settings, batch_size=1, num_samples=1, trace=False, buckets=one_length)
+    defaults = {name: getattr(Settings(), name) for name in _CHOICE}
+    common = dataclasses.replace(chosen, **defaults)
     found = {
         report.VERIFIER: dataclasses.replace(common, method="verifier"),
         report.DRAFTER: dataclasses.replace(common, method="drafter"),
@@ -250,6 +280,9 @@ def _methods(options: DemoOptions, pair: LoadedPair) -> dict[str, Settings]:
     for alpha in options.alphas:
         for rule in report.COMPARED:
             found[report.label(rule, alpha)] = dataclasses.replace(common, rule=rule, alpha=alpha)
+    Runner(pair, chosen)  # refuses parts that do not go together, before anything compiles
+    if chosen not in found.values():
+        found[report.chosen_label(chosen)] = chosen
     return found
 
 
@@ -272,7 +305,7 @@ def _measure(
         # Drift of the machine, and what runs first or last, then hit every method alike.
         for name in order[i % len(order) :] + order[: i % len(order)]:
             progress(f"round {i + 1} of {options.repeats}: {name}")
-            settings = dataclasses.replace(methods[name], seed=options.seed + i)
+            settings = dataclasses.replace(methods[name], seed=options.settings.seed + i)
             rounds[name].append(pair.run(texts, settings))
     alone = [_tokens_per_s(generation) for generation in rounds[report.VERIFIER]]
     results = {n: _result(n, s, rounds[n], alone, examples) for n, s in methods.items()}
@@ -300,7 +333,7 @@ def _result(
         texts = [list(side) for side in zip(*judged, strict=True)]
         quality = metrics.exact_match(*texts) | metrics.character_accuracy(*texts)
     speeds = [_tokens_per_s(generation) for generation in rounds]
-    totals = {key: sum(generation.totals[key] for generation in rounds) for key in rounds[0].totals}
+    totals = accounting.total(generation.totals for generation in rounds)
     return MethodResult(
         label=name,
         settings=settings,

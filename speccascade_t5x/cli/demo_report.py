@@ -16,6 +16,7 @@ from rich.text import Text
 
 from speccascade_t5x.cli import colour
 from speccascade_t5x.interfaces import SOURCE_RESIDUAL
+from speccascade_t5x.runtime.settings import Settings
 from speccascade_t5x.runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -24,12 +25,29 @@ if TYPE_CHECKING:
 VERIFIER, DRAFTER, LOSSLESS = "verifier alone", "drafter alone", "lossless speculation"
 COMPARED = ("token_v3", "min_p")  # read at the same alphas, see `truncation_notes`
 _NAMES = {"token_v3": "TokenV3", "min_p": "MinP"}
+_CHOSEN = "chosen: "
 _VISIBLE = 0.05  # the table shows one decimal
 
 
 def label(rule: str, alpha: float) -> str:
     """How a rule at one alpha is called in the table."""
     return f"{_NAMES[rule]} alpha {alpha:g}"
+
+
+def chosen_label(settings: Settings) -> str:
+    """How the method a user chose is called in the table."""
+    options = ", ".join(f"{name}={value}" for name, value in settings.rule_options.items())
+    parts = (
+        (settings.method, settings.method != "speculative"),
+        (settings.rule, settings.method in ("speculative", "token_cascade", "oracle")),
+        (options, bool(options)),
+        (f"alpha {settings.alpha}", settings.alpha is not None),
+        ("block verification", settings.verification == "block"),
+        (f"drafter {settings.drafter}", settings.drafter != "model"),
+        (f"{settings.draft_stop} stop {settings.stop_threshold}", settings.draft_stop is not None),
+        (settings.confidence, settings.method == "sequence_cascade"),
+    )
+    return _CHOSEN + " ".join(text for text, said in parts if said)
 
 
 def show(result: DemoResult, vocabulary: Vocabulary, console: Console) -> None:
@@ -75,13 +93,13 @@ def _processor() -> str:
 
 
 def _head(result: DemoResult, vocabulary: Vocabulary) -> str:
-    options, examples = result.options, result.examples
+    options, settings, examples = result.options, result.options.settings, result.examples
     judged = sum(example.reference is not None for example in examples)
     unit = "; a token is a byte" if vocabulary.kind == "byte" else ""
     return (
         "restore_de: German text back from its lower-case ASCII-folded form.\n"
         f"{_count(len(examples), 'text')}, {judged} with a reference, one at a time; temperature "
-        f"{options.temperature:g}, draft length {options.draft_len}{unit}. "
+        f"{settings.temperature:g}, draft length {settings.draft_len}{unit}. "
         f"{_count(options.repeats, 'round')}, methods taking turns."
     )
 
@@ -97,7 +115,7 @@ def _table(result: DemoResult) -> Table:
         table.add_column(heading, justify="right", overflow="fold")
     for row in result.methods.values():
         low, high = row.spread
-        drafts = row.settings.method == "speculative"
+        drafts = row.settings.method in ("speculative", "bild")
         table.add_row(
             row.label,
             _percent(row.exact_match),
@@ -116,7 +134,7 @@ def chance_notes(result: DemoResult) -> list[str]:
     apart = _gains(result, LOSSLESS)
     if not apart:
         return ["Quality is not judged, for no text has a reference: give plain German, not folded."]
-    if result.options.temperature == 0:
+    if result.options.settings.temperature == 0:
         return ["At temperature 0 lossless speculation writes what the verifier alone writes."]
     sample = f"{_count(len(result.examples), 'text')}, {_count(result.options.repeats, 'seed')}"
     visible = {metric: abs(gain) for metric, gain in apart.items() if abs(gain) >= _VISIBLE}
@@ -196,7 +214,7 @@ def _shown_examples(result: DemoResult) -> list[int]:
 
 
 def _show_trace(index: int, result: DemoResult, vocabulary: Vocabulary, console: Console) -> None:
-    """Prints one text under lossless speculation and under TokenV3."""
+    """Prints one text under lossless speculation, under TokenV3 and under a method of the user's choice."""
     example, coloured = result.examples[index], colour.has_colour(console)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(overflow="fold")
@@ -205,7 +223,8 @@ def _show_trace(index: int, result: DemoResult, vocabulary: Vocabulary, console:
     if example.reference is not None:
         grid.add_row("reference", Text(example.reference))
     seen: set[int] = set()
-    for name in (LOSSLESS, *(label("token_v3", alpha) for alpha in result.options.alphas)):
+    v3 = (label("token_v3", alpha) for alpha in result.options.alphas)
+    for name in (LOSSLESS, *v3, *(name for name in result.methods if name.startswith(_CHOSEN))):
         record = result.methods[name].first.records[index]
         pieces = vocabulary.decode_pieces(record["tokens"])
         grid.add_row(name, colour.trace(pieces, record["source"], colour=coloured))

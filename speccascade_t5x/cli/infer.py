@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, settings_flags
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options, paths, records
+from speccascade_t5x.runtime import paths, records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
 _MACROS = {
@@ -28,37 +28,16 @@ _MACROS = {
     "limit": (int, "decode only the first so many examples"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
 }
-# Short flags that are fields of runtime.generate.Settings.
-_SETTINGS = {
-    "method": (str, '"speculative" (default), or another of `speccascade methods`'),
-    "rule": (str, "which rule (default: lossless)"),
-    "alpha": (float, "the rule's trade-off"),
-    "draft_len": (int, "tokens drafted per round"),
-    "verification": (str, '"token" (default) or "block"'),
-    "draft_stop": (str, '"confidence" or "entropy": end a draft early'),
-    "stop_threshold": (float, "of draft_stop: a probability, or nats"),
-    "confidence": (str, 'of a sequence cascade: "mean" (default), "sum" or "quantile"'),
-    "quantile": (float, "which, for --confidence=quantile"),
-    "temperature": (float, "0 to 2 (default: 1); 0 takes the argmax"),
-    "top_k": (int, "0 is off"),
-    "top_p": (float, "1 is off"),
-    "min_p": (float, "0 is off"),
-    "max_input_len": (int, "longest prompt in tokens"),
-    "max_len": (int, "longest output in tokens"),
-    "num_samples": (int, "outputs per input"),
-    "batch_size": (int, "inputs decoded together"),
-    "seed": (int, "of the random key"),
-}
-
 _EPILOG = """\
 required:
   --task and --output_dir, or --input
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
-  generate.Settings.method, rule, alpha, draft_len, verification, draft_stop, stop_threshold, confidence,
-    quantile, temperature, top_k, top_p, min_p, max_input_len, max_len, truncate, trace, num_samples,
-    batch_size, seed; without a flag: rule_options, stop_sequences, buckets
+  generate.Settings.method, rule, alpha, draft_len, plan, verification, draft_stop, stop_threshold, drafter,
+    k_matrix, lenience, max_ngram, min_ngram, ngram_fill, confidence, quantile, temperature, top_k, top_p, min_p,
+    max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
+    edge_rules, stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
@@ -74,13 +53,11 @@ Without --output_dir, a line break inside a prediction is printed as a space and
 
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
-    for argument in argv:
-        if argument.startswith("--"):
-            options.refuse_unsupported(argument[2:].partition("=")[0].removeprefix("gin.generate.Settings."))
+    settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
     files = flags.gin_file or [_default_file(flags.task)]
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
-    shorts |= {f"generate.Settings.{name}": getattr(flags, name) for name in _SETTINGS}
+    shorts |= settings_flags.bindings(flags)
     for name in ("truncate", "trace"):
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
@@ -111,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for name, (kind, text) in (_MACROS | _SETTINGS).items():
+    for name, (kind, text) in _MACROS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
+    settings_flags.add_flags(parser)
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     gin_flags.add_flags(parser)

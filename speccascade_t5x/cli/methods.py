@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from speccascade_t5x.core import rules
-from speccascade_t5x.runtime import methods
+from speccascade_t5x.runtime import drafters, methods
 
 
 def main(argv: list[str]) -> int:
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> int:
         cls = rules.get(name)
         alpha = "none" if cls.alpha_range is None else rules.describe_range(cls)
         listed.add_row(name, alpha, cls.ends or "-", cls.source)
-    drafters = table("Drafters", "name", "what it does")
-    for name, what in methods.DRAFTERS.items():
-        drafters.add_row(name, what)
-    for part in (executions, listed, drafters):
+    proposing = table("Drafters (--drafter)", "name", "what it does", "reads", "source")
+    for name, kind in drafters.DRAFTERS.items():
+        proposing.add_row(name, kind.what, ", ".join(kind.reads), kind.source)
+    for part in (executions, listed, proposing):
         console.print(part)
         console.print()
     console.print("Alphas are not comparable across rules: sweep each on its own grid.")

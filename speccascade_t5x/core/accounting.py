@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_RESIDUAL, Array
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counters, each [B] (int32; `deferred` is float32).
+    """Counters, each [B] (int32; `deferred` is float32), and one that a cascade of drafters adds.
 
     Attributes:
       rounds: draft-and-verify rounds in which the row was alive.
@@ -30,6 +31,7 @@ class Counts:
       committed: output tokens.
       scored: verifier positions paid for.
       deferred: sum over committed positions of the probability that the rule turned to the verifier there.
+      level_calls: [B, N] drafter_calls of each of N models, from the largest; None where one model or none drafts.
     """
 
     rounds: Array
@@ -41,12 +43,18 @@ class Counts:
     committed: Array
     scored: Array
     deferred: Array
+    level_calls: Array | None = None
 
     @classmethod
     def zeros(cls, batch: int) -> Counts:
         """Counters of `batch` fresh rows."""
-        ints = [jnp.zeros(batch, jnp.int32) for _ in dataclasses.fields(cls)[:-1]]
+        ints = [jnp.zeros(batch, jnp.int32) for _ in dataclasses.fields(cls)[:-2]]
         return cls(*ints, jnp.zeros(batch, jnp.float32))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row's counters as Python numbers; `level_calls` is a list, and missing where nothing counts it."""
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: column[index].tolist() for name, column in columns.items() if column is not None}
 
     def add(self, alive: Array, **increments: Array | int) -> Counts:
         """Adds each named increment ([B] or scalar) in the rows that are alive."""
@@ -57,19 +65,30 @@ class Counts:
         return dataclasses.replace(self, **changed)
 
 
-jax.tree_util.register_dataclass(
-    Counts, data_fields=[f.name for f in dataclasses.fields(Counts)], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Counts, data_fields=[f.name for f in dataclasses.fields(Counts)], meta_fields=[])
 
 
-def totals(counts: Counts) -> dict[str, float]:
-    """Sums each counter over rows, as Python numbers (`deferred` a float, the rest ints)."""
+def totals(counts: Counts) -> dict[str, Any]:
+    """Sums each counter over rows, as Python numbers (`deferred` a float, the rest ints, `level_calls` a list)."""
     fetched = jax.device_get(counts)
-    sums = {f.name: getattr(fetched, f.name).sum() for f in dataclasses.fields(Counts)}
-    return {name: float(value) if name == "deferred" else int(value) for name, value in sums.items()}
+    columns = {f.name: getattr(fetched, f.name) for f in dataclasses.fields(Counts)}
+    return {name: column.sum(axis=0).tolist() for name, column in columns.items() if column is not None}
 
 
-def rates(total: dict[str, float]) -> dict[str, float]:
+def total(counted: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds up counters that are already Python numbers: rows, or totals of batches. Lists add entry by entry."""
+    found: dict[str, Any] = {}
+    for counts in counted:
+        for name, value in counts.items():
+            if isinstance(value, Sequence):
+                so_far = found.get(name, [0] * len(value))
+                found[name] = [a + b for a, b in zip(so_far, value, strict=True)]
+            else:
+                found[name] = found.get(name, 0) + value
+    return found
+
+
+def rates(total: Mapping[str, Any]) -> dict[str, Any]:
     """Rates from summed counters; 0 where the denominator is 0.
 
     Returns:
@@ -77,12 +96,13 @@ def rates(total: dict[str, float]) -> dict[str, float]:
       block_efficiency: committed tokens per round.
       verifier_calls_per_token, drafter_calls_per_token, scored_per_token: costs per committed token.
       deferral_rate: share of committed positions deferred to the verifier.
+      level_calls_per_token: where a cascade of drafters ran, the calls of each model, from the largest.
     """
 
     def ratio(above: str, below: str) -> float:
         return total[above] / total[below] if total[below] else 0.0
 
-    return {
+    found = {
         "acceptance": ratio("accepted", "examined"),
         "block_efficiency": ratio("committed", "rounds"),
         "verifier_calls_per_token": ratio("verifier_calls", "committed"),
@@ -90,6 +110,28 @@ def rates(total: dict[str, float]) -> dict[str, float]:
         "scored_per_token": ratio("scored", "committed"),
         "deferral_rate": ratio("deferred", "committed"),
     }
+    if "level_calls" in total:
+        found["level_calls_per_token"] = [calls / (total["committed"] or 1) for calls in total["level_calls"]]
+    return found
+
+
+def standardised_improvement(total: Mapping[str, Any], costs: Sequence[float]) -> float:
+    """Standardised walltime improvement: committed tokens per unit of cost, a call of the verifier costing 1.
+
+    committed / (verifier_calls + sum_i costs[i] level_calls[i]), so that the verifier alone has 1. A count of calls:
+    it knows nothing of wider blocks, copying, verification or the machine, and stands beside wall time, never for it.
+    Source: "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024), which takes the coefficients in two ways: as
+    measured times of a step (Leviathan et al.'s c), or as ratios of parameter counts. Copying costs nothing in both.
+
+    Args:
+      total: summed counters of a decode with one drafter, or with a cascade of them.
+      costs: of each model of the drafter, from the largest, in calls of the verifier.
+    """
+    calls = total["level_calls"] if "level_calls" in total else [total["drafter_calls"]]
+    if len(calls) != len(costs):
+        raise ValueError(f"{len(costs)} costs for {len(calls)} models")
+    spent = total["verifier_calls"] + sum(cost * count for cost, count in zip(costs, calls, strict=True))
+    return total["committed"] / spent if spent else 0.0
 
 
 def acceptance_by_position(sources: Iterable[Sequence[int]]) -> list[float]:

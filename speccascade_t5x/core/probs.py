@@ -38,9 +38,7 @@ class Sampling:
     min_p: Array | float = 0.0
 
 
-jax.tree_util.register_dataclass(
-    Sampling, data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Sampling, data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[])
 
 
 def expand_right(value: Array | float, rank: int) -> Array:
@@ -99,13 +97,22 @@ def tempered(
     def soften() -> Array:
         return jax.nn.softmax(logits / divisor, axis=-1)
 
-    soft = soften() if law_raw is None else jax.lax.cond(jnp.all(divisor == 1.0), lambda: law_raw, soften)
-
     def sharpened(law: Array) -> Array:
         # A NaN among the logits must stay visible at temperature 0 too, where an argmax would hide it.
         return jnp.where(is_greedy & ~jnp.isnan(law), greedy(logits), law)
 
-    return jax.lax.cond(jnp.any(is_greedy), sharpened, lambda law: law, soft)
+    any_greedy = jnp.any(is_greedy)
+    if law_raw is None:
+        return jax.lax.cond(any_greedy, sharpened, lambda law: law, soften())
+    # One branch per case, not one cond after another: a branch that hands on a law still in use copies it.
+    case = 2 * any_greedy.astype(jnp.int32) + jnp.any(divisor != 1.0)
+    cases = (lambda: law_raw, soften, lambda: sharpened(law_raw), lambda: sharpened(soften()))
+    return jax.lax.switch(case, cases)
+
+
+def gather(laws: Array, tokens: Array) -> Array:
+    """The probability of each token under its law: [..., V] x [...] -> [...]."""
+    return jnp.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0]
 
 
 def normalise(weights: Array) -> Array:
@@ -128,13 +135,23 @@ def _truncate_sorted(law: Array, sampling: Sampling) -> Array:
     return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), law, 0.0)
 
 
+def _truncates(sampling: Sampling) -> tuple[Array, Array]:
+    """Whether (top-k or top-p, any truncation) is on in any row; bool, traced."""
+    sorts = jnp.any(jnp.asarray(sampling.top_k) > 0) | jnp.any(jnp.asarray(sampling.top_p) < 1.0)
+    return sorts, sorts | jnp.any(jnp.asarray(sampling.min_p) > 0.0)
+
+
+def is_plain(sampling: Sampling) -> Array:
+    """Whether every row samples at temperature 1 without truncation, so that `raw` is the law; bool, traced."""
+    return jnp.all(jnp.asarray(sampling.temperature) == 1.0) & ~_truncates(sampling)[1]
+
+
 def truncate(law: Array, sampling: Sampling) -> Array:
     """Tr(law): top-k, renormalise, top-p, min-p, renormalise. [..., V] -> [..., V].
 
     The sort runs only when top-k or top-p asks for it, and nothing runs when no truncation is on.
     """
-    needs_sort = jnp.any(jnp.asarray(sampling.top_k) > 0) | jnp.any(jnp.asarray(sampling.top_p) < 1.0)
-    needs_any = needs_sort | jnp.any(jnp.asarray(sampling.min_p) > 0.0)
+    needs_sort, needs_any = _truncates(sampling)
 
     def shortened(law):
         law = jax.lax.cond(needs_sort, lambda x: _truncate_sorted(x, sampling), lambda x: x, law)
@@ -191,7 +208,5 @@ def _first_above(cumulative: Array, weights: Array, threshold: Array) -> Array:
     positive = weights > 0
     index = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     last = jnp.max(jnp.where(positive, index, 0), axis=-1)
-    first = jnp.min(
-        jnp.where(positive & (cumulative > threshold[..., None]), index, weights.shape[-1]), axis=-1
-    )
+    first = jnp.min(jnp.where(positive & (cumulative > threshold[..., None]), index, weights.shape[-1]), axis=-1)
     return jnp.minimum(first, last).astype(jnp.int32)

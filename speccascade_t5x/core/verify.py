@@ -32,9 +32,7 @@ class Verification:
     bonus: Array
 
 
-jax.tree_util.register_dataclass(
-    Verification, data_fields=["accepted", "token", "bonus"], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Verification, data_fields=["accepted", "token", "bonus"], meta_fields=[])
 
 
 def _at(values: Array, index: Array) -> Array:
@@ -42,9 +40,9 @@ def _at(values: Array, index: Array) -> Array:
     return jax.vmap(lambda row, i: jax.lax.dynamic_index_in_dim(row, i, keepdims=False))(values, index)
 
 
-def _of_draft(laws: Array, draft: Array) -> Array:
-    """The probability of each drafted token: [B, G, V] x [B, G] -> [B, G]."""
-    return jnp.take_along_axis(laws, draft[..., None], axis=-1)[..., 0]
+def _of_draft(target: Array, draft: Array) -> Array:
+    """pi of each drafted token, [B, G + 1, V] x [B, G] -> [B, G]; without a copy of pi's first G positions."""
+    return probs.gather(target, jnp.pad(draft, ((0, 0), (0, 1))))[:, :-1]
 
 
 def _leading(flags: Array) -> Array:
@@ -52,9 +50,7 @@ def _leading(flags: Array) -> Array:
     return jnp.sum(jnp.cumprod(flags.astype(jnp.int32), axis=-1), axis=-1)
 
 
-def _next_token(
-    accepted: Array, lengths: Array, law: Array, target: Array, scale: Array, noise: Array
-) -> Verification:
+def _next_token(accepted: Array, lengths: Array, law: Array, target: Array, scale: Array, noise: Array) -> Verification:
     """Draws the token at the stopping position from norm(max(0, scale pi - d)), or from pi as the bonus."""
     bonus = accepted == lengths
     pi = _at(target, accepted)
@@ -81,7 +77,7 @@ def token(
     """
     size = draft.shape[1]
     # Strict, because a uniform can be exactly 0 and must not accept a token of target probability 0.
-    stands = accept_noise * _of_draft(law, draft) < _of_draft(target[:, :size], draft)
+    stands = accept_noise * probs.gather(law, draft) < _of_draft(target, draft)
     accepted = _leading(stands & (jnp.arange(size) < lengths[:, None]))
     return _next_token(accepted, lengths, law, target, jnp.ones(accepted.shape, jnp.float32), residual_noise)
 
@@ -98,7 +94,7 @@ def block(
     size = draft.shape[1]
     if size == 0:
         return token(draft, lengths, law, target, accept_noise, residual_noise)
-    ratio = _of_draft(target[:, :size], draft) / _of_draft(law, draft)
+    ratio = _of_draft(target, draft) / probs.gather(law, draft)
     reach = [jnp.ones(draft.shape[:1], jnp.float32)]
     for i in range(size):
         reach.append(jnp.minimum(1.0, reach[-1] * ratio[:, i]))

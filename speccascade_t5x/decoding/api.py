@@ -42,7 +42,8 @@ def speculative(
       drafter: bound LanguageModel or Drafter.
       verifier: bound LanguageModel.
       rule: what law is emitted; alpha scalar, or one per input row.
-      inputs: {"encoder_input_tokens": [rows, S]}, or what the models' `start` reads.
+      inputs: {"encoder_input_tokens": [rows, S]}, or what the models' `start` reads: decoder-only models read
+        {"decoder_input_tokens": [rows, S]}, ragged prompts after the start token (`models.prompts`).
       config: static options.
       key: random key (jax.random.key or a raw uint32 key); required.
       example_ids: [rows] names of the examples; a row's output depends on its id, not on its batch.

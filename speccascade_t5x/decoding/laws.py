@@ -19,49 +19,45 @@ class Laws:
 
     Attributes:
       target: [B, G + 1, V] pi, tempered and truncated: what is emitted.
-      target_raw: [B, G + 1, V] pi of the raw pair: what log-probabilities are taken of.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
       trace: [B, G + 1] columns of the trace, or None; `log_prob` is filled when the tokens are known.
     """
 
     target: Array
-    target_raw: Array
     deferral: Array
     trace: Trace | None
 
 
-jax.tree_util.register_dataclass(
-    Laws, data_fields=["target", "target_raw", "deferral", "trace"], meta_fields=[]
-)
+jax.tree_util.register_dataclass(Laws, data_fields=["target", "deferral", "trace"], meta_fields=[])
 
 
-def rule_laws(program: Program, q: Array | None, q_raw: Array | None, logits: Array, positions: Array) -> Laws:
+def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, plain: bool) -> Laws:
     """Builds pi for a scored block.
 
     Args:
       program: its rule, sampling and vocabulary size are used.
-      q: [B, G + 1, V] the drafter's law after temperature, untruncated; None where the rule does not read it.
-      q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
+      pair_raw: both models' laws at temperature 1, [B, G + 1, V]; q is None where the rule does not read it.
       logits: [B, G + 1, V] of the verifier.
-      positions: [B] of the block's first token.
+      q: [B, G + 1, V] the drafter's law after temperature, untruncated; None likewise.
+      plain: static; True where the caller has found `probs.is_plain`, and nothing is left to shape.
     """
-    rule, sampling, vocab_size = program.rule, program.sampling, program.config.vocab_size
-    p_raw = probs.raw(logits, vocab_size)
-    p = probs.tempered(logits, sampling.temperature, vocab_size, p_raw)
-    position = positions[:, None] + jnp.arange(logits.shape[1])
-    trace = describe(q, p, q_raw, p_raw) if program.config.trace else None
-    if rule.truncates_inputs:
-        p, q = probs.truncate(p, sampling), q if q is None else probs.truncate(q, sampling)
-    greedy = jnp.asarray(sampling.temperature) == 0.0
-    pair = Pair(q=q, p=p, q_raw=q_raw, p_raw=p_raw, greedy=greedy, position=position)
+    rule, sampling = program.rule, program.sampling
+    pair = pair_raw
+    if not plain:
+        p = probs.tempered(logits, sampling.temperature, program.config.vocab_size, pair_raw.p_raw)
+        greedy = jnp.asarray(sampling.temperature) == 0.0
+        pair = dataclasses.replace(pair_raw, q=q, p=p, greedy=greedy)
+    trace = describe(pair.q, pair.p, pair.q_raw, pair.p_raw) if program.config.trace else None
+    if rule.truncates_inputs and not plain:
+        q = None if q is None else probs.truncate(q, sampling)
+        pair = dataclasses.replace(pair, q=q, p=probs.truncate(pair.p, sampling))
     target = rule.target(pair)
-    if not rule.truncates_inputs:
+    if not (rule.truncates_inputs or plain):
         target = probs.truncate(target, sampling)
-    raw_pair = Pair(q=q_raw, p=p_raw, q_raw=q_raw, p_raw=p_raw, position=position)
     deferral = rule.deferral(pair)
     if trace is not None:
         trace = dataclasses.replace(trace, deferral=deferral)
-    return Laws(target, rule.target(raw_pair), deferral, trace)
+    return Laws(target, deferral, trace)
 
 
 def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:

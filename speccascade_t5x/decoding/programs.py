@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,10 @@ def speculative_program(
             raise UserError("draft_stop needs a language model as drafter: this drafter decides its lengths itself")
         if drafter.model.draft_len != config.draft_len:
             raise UserError(f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}")
+        _check_drafter(drafter.model, rule, config, sampling, width)
         bound = drafter
     else:
-        wrapped = ModelDrafter(
-            sampling, drafter.model, config.draft_len, width, config.vocab_size, reads, draft_stop
-        )
+        wrapped = ModelDrafter(sampling, drafter.model, config.draft_len, width, config.vocab_size, reads, draft_stop)
         bound = Bound(wrapped, drafter.params)
     return Program(verifier, rule, sampling, bound, Speculative(solo), config, width)
 
@@ -119,12 +119,69 @@ def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
     return min(sizes)
 
 
+def _check_drafter(drafter: Drafter, rule: rules.Rule, config: DecodeConfig, sampling: Sampling, width: int) -> None:
+    """Refuses a ready-made drafter that does not report what the rule reads.
+
+    A drafter may draft as it likes, for its law d travels with the draft; only the q that a rule reads must be shaped
+    as p is.
+    """
+    if drafter.width != width:
+        raise UserError(
+            f"the drafter's laws are {drafter.width} wide, but the verifier has {width} logits: build the drafter with "
+            f"width={width}"
+        )
+    if rule.reads_drafter and not getattr(drafter, "score_bonus", True):
+        raise UserError(
+            f"the rule {type(rule).__name__} reads a drafter's law q at every drafted and bonus position, which "
+            f"{type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, or a "
+            "cascade with reads=<the model whose law it is to read>, or a ModelDrafter with score_bonus=True"
+        )
+    if not rule.reads_drafter:
+        return
+    if getattr(drafter, "vocab_size", config.vocab_size) != config.vocab_size:
+        raise UserError(
+            f"the drafter was built with vocab_size={drafter.vocab_size}, but the decode has {config.vocab_size}: "
+            f"{type(rule).__name__} compares both laws, so build the drafter with the decode's"
+        )
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        own, wanted = (getattr(options, name) for options in (getattr(drafter, "sampling", sampling), sampling))
+        if not _same(own, wanted):
+            raise UserError(
+                f"the drafter was built with {name}={own}, but the decode has {wanted}: {type(rule).__name__} compares "
+                "both laws, so build the drafter with the decode's sampling"
+            )
+
+
+def _same(one: Array | float, other: Array | float) -> bool:
+    """Whether two options are equal. Traced values cannot be looked at and pass."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in (one, other))
+    return traced or bool(np.array_equal(np.asarray(one), np.asarray(other)))
+
+
+def _check_inputs(*models: Bound) -> None:
+    """Refuses models that begin at different positions: where one reads the prompt, the other must as well."""
+    names = {getattr(model, "input_name", None) for bound in models for model in _language_models(bound.model)} - {None}
+    if len(names) > 1:
+        raise UserError(
+            f"one model reads {' and another '.join(sorted(map(repr, names)))}: encoder-decoders and decoder-only "
+            "models cannot be mixed in a pair, as their outputs begin at different positions"
+        )
+
+
+def _language_models(model: Any) -> tuple[Any, ...]:
+    """The language models of a drafter, or the model itself."""
+    if isinstance(model, ModelDrafter):
+        return (model.model,)
+    return getattr(model, "models", None) or (model,)
+
+
 def _check(config: DecodeConfig, sampling: Sampling | None, width: int, *models: Bound) -> None:
     """Refuses what would decode to nonsense. Traced values cannot be looked at and pass."""
     if config.vocab_size is not None and not 1 <= config.vocab_size <= width:
         raise UserError(f"vocab_size={config.vocab_size} must lie from 1 to the {width} logits of the models")
     if not 0 <= config.eos_id < width:
         raise UserError(f"eos_id={config.eos_id} is not among the {width} logits of the models")
+    _check_inputs(*models)
     for bound in models:
         start_id = getattr(bound.model, "start_id", config.start_id)
         if start_id != config.start_id:

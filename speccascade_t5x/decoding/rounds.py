@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from speccascade_t5x.core import verify
+from speccascade_t5x.core import probs, verify
+from speccascade_t5x.core.accounting import Counts
+from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.decoding.emit import Emission, emit
 from speccascade_t5x.decoding.laws import rule_laws
 from speccascade_t5x.decoding.state import Program, State, Trace
@@ -51,24 +53,21 @@ class Speculative:
         block = jnp.concatenate([last_two[:, 1:], proposal.tokens], axis=1)
         verifier = program.verifier
         logits, cache = verifier.model.extend(verifier.params, state.verifier_cache, block, positions)
-        laws = rule_laws(program, proposal.q, proposal.q_raw, logits[..., : program.width], positions)
-        outcome = verify.BY_NAME[config.verification](
-            proposal.tokens, proposal.lengths, proposal.law, laws.target, accept_noise, residual_noise
-        )
-        column, stop = jnp.arange(config.draft_len + 1), outcome.accepted[:, None]
-        tokens = jnp.where(column < stop, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), outcome.token[:, None])
+        judged = judge(program, proposal, logits[..., : program.width], positions, accept_noise, residual_noise)
+        outcome, deferral = judged.outcome, judged.deferral
+        accepted = jnp.arange(config.draft_len + 1) < outcome.accepted[:, None]
         emission = Emission(
-            tokens=tokens,
-            source=jnp.where(column < stop, SOURCE_ACCEPTED, self._source(program, outcome, laws.deferral)),
+            tokens=judged.tokens,
+            source=jnp.where(accepted, SOURCE_ACCEPTED, self._source(program, outcome, deferral)),
             grown=outcome.accepted + 1,
-            prob_raw=_prob_raw(laws.target_raw, tokens, proposal),
-            deferral=laws.deferral if self.solo != "drafter" else jnp.zeros_like(laws.deferral),
-            trace=_as_drafter(laws.trace) if self.solo == "drafter" else laws.trace,
+            prob_raw=judged.prob_raw,
+            deferral=deferral if self.solo != "drafter" else jnp.zeros_like(deferral),
+            trace=_as_drafter(judged.trace) if self.solo == "drafter" else judged.trace,
         )
         alive = ~state.done
         state = dataclasses.replace(state, verifier_cache=cache, drafter_state=drafter_state)
         state, grown = emit(program, state, emission)
-        counts = self._count(program, state, alive, proposal, outcome, grown, laws.deferral)
+        counts = self._count(program, state, alive, proposal, outcome, grown, deferral)
         return dataclasses.replace(commit_drafter(program, state), counts=counts)
 
     def _source(self, program: Program, outcome: verify.Verification, deferral: Array) -> Array:
@@ -79,7 +78,17 @@ class Speculative:
             return jnp.where(deferral[:, :1] > 0, SOURCE_VERIFIER, SOURCE_DRAFTER)
         return jnp.full(deferral[:, :1].shape, SOURCE_DRAFTER if self.solo == "drafter" else SOURCE_VERIFIER)
 
-    def _count(self, program, state, alive, proposal, outcome, grown, deferral):
+    def _count(
+        self,
+        program: Program,
+        state: State,
+        alive: Array,
+        proposal: Proposal,
+        outcome: verify.Verification,
+        grown: Array,
+        deferral: Array,
+    ) -> Counts:
+        """The counters after a round in which the rows that were alive grew by `grown`."""
         drafts = program.config.draft_len
         calls, scored = {"verifier": (1, drafts + 1), "drafter": (0, 0)}.get(self.solo, (0, 0))
         if self.solo == "oracle":
@@ -110,15 +119,64 @@ def _as_drafter(trace: Trace | None) -> Trace | None:
     )
 
 
-def _prob_raw(target_raw: Array, tokens: Array, proposal: Proposal) -> Array:
-    """[B, G + 1] pi of the emitted tokens; NaN where the draft came from a law that is none.
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a round decides about one scored block; nothing in it is as wide as the vocabulary.
 
-    A NaN of the drafter would otherwise pass unseen under a rule whose pi does not read it.
+    Attributes:
+      outcome: what stands.
+      tokens: [B, G + 1] the accepted tokens, and after them the round's last one in every column.
+      prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated.
+      deferral: [B, G + 1] probability that the rule turns to the verifier.
+      trace: [B, G + 1] diagnostics, or None.
     """
-    prob = jnp.take_along_axis(target_raw, tokens[..., None], axis=-1)[..., 0]
+
+    outcome: verify.Verification
+    tokens: Array
+    prob_raw: Array
+    deferral: Array
+    trace: Trace | None
+
+
+jax.tree_util.register_dataclass(
+    Judgement, data_fields=["outcome", "tokens", "prob_raw", "deferral", "trace"], meta_fields=[]
+)
+
+
+def judge(
+    program: Program, proposal: Proposal, logits: Array, positions: Array, accept_noise: Array, residual_noise: Array
+) -> Judgement:
+    """Builds pi for a block of the verifier's logits [B, G + 1, V] from positions [B] on, and verifies the draft.
+
+    Where no row asks for a temperature or a truncation, the raw laws are the laws: the branch for that makes no
+    second copy of them. Laws as wide as the vocabulary stay inside a branch, since what leaves it is copied.
+    """
+    p_raw = probs.raw(logits, program.config.vocab_size)
+    position = positions[:, None] + jnp.arange(logits.shape[1])
+    pair_raw = Pair(q=proposal.q_raw, p=p_raw, q_raw=proposal.q_raw, p_raw=p_raw, position=position)
+    column, padded = jnp.arange(logits.shape[1]), jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+
+    def judged(plain: bool) -> Judgement:
+        laws = rule_laws(program, pair_raw, logits, proposal.q, plain)
+        outcome = verify.BY_NAME[program.config.verification](
+            proposal.tokens, proposal.lengths, proposal.law, laws.target, accept_noise, residual_noise
+        )
+        tokens = jnp.where(column < outcome.accepted[:, None], padded, outcome.token[:, None])
+        prob_raw = program.rule.target_at(pair_raw, tokens)
+        return Judgement(outcome, tokens, prob_raw, laws.deferral, laws.trace)
+
+    found = jax.lax.cond(probs.is_plain(program.sampling), lambda: judged(True), lambda: judged(False))
+    return dataclasses.replace(found, prob_raw=jnp.where(_broken(proposal), jnp.nan, found.prob_raw))
+
+
+def _broken(proposal: Proposal) -> Array:
+    """[B, 1] bool: the draft came from a law that is none (NaN, or zero all over).
+
+    A NaN of the drafter would otherwise pass unseen under a rule whose pi does not read it. It shows at the drafted
+    token: no token of probability 0 is ever drawn from a law, and a softmax with one NaN is NaN everywhere.
+    """
     counted = jnp.arange(proposal.tokens.shape[1]) < proposal.lengths[:, None]
-    broken = jnp.any(counted & ~(jnp.sum(proposal.law, axis=-1) > 0.5), axis=1)
-    return jnp.where(broken[:, None], jnp.nan, prob)
+    return jnp.any(counted & ~(probs.gather(proposal.law, proposal.tokens) > 0), axis=1, keepdims=True)
 
 
 def noise(program: Program, state: State) -> tuple[Array, Array, Array]:
@@ -161,6 +219,4 @@ def commit_drafter(program: Program, state: State) -> State:
     """Tells the drafter how far each row has come."""
     if program.drafter is None:
         return state
-    return dataclasses.replace(
-        state, drafter_state=program.drafter.model.commit(state.drafter_state, state.committed)
-    )
+    return dataclasses.replace(state, drafter_state=program.drafter.model.commit(state.drafter_state, state.committed))

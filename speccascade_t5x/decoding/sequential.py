@@ -36,6 +36,7 @@ class TokenCascade:
     def round(self, program: Program, state: State) -> State:
         """One draft, and one token of the verifier in the rows that defer; see Execution."""
         alive = ~state.done
+        program = _without_bonus(program)
         draft_noise, _, verifier_noise = noise(program, state)
         positions = state.first + state.committed
         proposal, drafter_state = propose(program, state, last_tokens(state), positions, draft_noise)
@@ -53,16 +54,19 @@ class TokenCascade:
         )
         state, logits, calls, scored = _catch_up(program, state, state.committed + lengths, defers)
         sampling, vocab_size = program.sampling, program.config.vocab_size
-        p, p_raw = probs.tempered(logits, sampling.temperature, vocab_size), probs.raw(logits, vocab_size)
+        p_raw = probs.raw(logits, vocab_size)
+        p = probs.tempered(logits, sampling.temperature, vocab_size, p_raw)
         token = probs.sample(probs.truncate(p, sampling), verifier_noise)
         turn = column == lengths[:, None]
         tokens = jnp.where(turn, token[:, None], drafted)
-        by_drafter = jnp.take_along_axis(proposal.q_raw, tokens[..., None], axis=-1)[..., 0]
+        by_drafter = jnp.pad(probs.gather(proposal.q_raw, tokens[:, :-1]), ((0, 0), (0, 1)))
         by_verifier = jnp.take_along_axis(p_raw, token[:, None], axis=-1)
         trace = None
         if program.config.trace:
-            here = lambda x: jnp.where(turn[..., None], x[:, None], jnp.nan)  # noqa: E731
+            here = lambda x: jnp.where(turn[:, :-1, None], x[:, None], jnp.nan)  # noqa: E731
             trace = describe(proposal.q, here(p), proposal.q_raw, here(p_raw))
+            # Nothing is ever written in the last column: after a draft of full length the round ends.
+            trace = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1)), constant_values=jnp.nan), trace)
             trace = dataclasses.replace(trace, deferral=turn.astype(jnp.float32))
         emission = Emission(
             tokens=tokens,
@@ -77,6 +81,12 @@ class TokenCascade:
             alive, rounds=1, drafter_calls=proposal.calls, drafted=lengths, verifier_calls=calls, scored=scored
         )
         return dataclasses.replace(commit_drafter(program, state), counts=counts)
+
+
+def _without_bonus(program: Program) -> Program:
+    """The program with a drafter that is not scored after a draft of full length: the verifier writes nothing there."""
+    model = dataclasses.replace(program.drafter.model, score_bonus=False, report_q=True)
+    return dataclasses.replace(program, drafter=dataclasses.replace(program.drafter, model=model))
 
 
 def _catch_up(program: Program, state: State, target: Array, wanted: Array) -> tuple[State, Array, Array, Array]:
@@ -157,7 +167,8 @@ class SequenceCascade:
         width = program.width
         logits = jnp.where(rewriting[:, None], p_logits[:, :width], q_logits[:, :width])
         sampling, vocab_size = program.sampling, program.config.vocab_size
-        law, law_raw = probs.tempered(logits, sampling.temperature, vocab_size), probs.raw(logits, vocab_size)
+        law_raw = probs.raw(logits, vocab_size)
+        law = probs.tempered(logits, sampling.temperature, vocab_size, law_raw)
         token = probs.sample(probs.truncate(law, sampling), uniform)[:, None]
         prob_raw = jnp.take_along_axis(law_raw, token, axis=-1)
         state = dataclasses.replace(state, verifier_cache=cache, drafter_state=drafter_state)
@@ -202,9 +213,7 @@ class SequenceCascade:
         return pick(below) + (place - below) * (pick(above) - pick(below))
 
 
-jax.tree_util.register_dataclass(
-    SequenceCascade, data_fields=["threshold", "quantile"], meta_fields=["confidence"]
-)
+jax.tree_util.register_dataclass(SequenceCascade, data_fields=["threshold", "quantile"], meta_fields=["confidence"])
 
 
 def _step(bound, cache: PyTree, block: Array, positions: Array, rows: Array) -> tuple[Array, PyTree]:

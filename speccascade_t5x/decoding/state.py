@@ -148,7 +148,14 @@ def harvest(config: DecodeConfig, state: State) -> Output:
         tokens=jnp.where(inside, tokens, config.pad_id),
         lengths=state.committed,
         log_probs=state.log_probs,
-        counts=state.counts,
+        counts=_counts(state),
         source=jnp.where(inside, state.source[:, : config.max_len], SOURCE_PAD),
         trace=jax.tree.map(lambda x: jnp.where(inside, x[:, : config.max_len], jnp.nan), state.trace),
     )
+
+
+def _counts(state: State) -> Counts:
+    """The counters; those of each model of a cascade of drafters are kept in its own state."""
+    if isinstance(state.drafter_state, dict) and "level_calls" in state.drafter_state:
+        return dataclasses.replace(state.counts, level_calls=state.drafter_state["level_calls"])
+    return state.counts

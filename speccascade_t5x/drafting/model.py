@@ -29,6 +29,7 @@ class ModelDrafter:
       vocab_size: ids at or above it are never drafted.
       score_bonus: whether q is wanted at the bonus position.
       stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
+      report_q: whether q and q_raw are reported where the bonus position is not scored: G columns of them then.
     """
 
     sampling: probs.Sampling
@@ -38,6 +39,7 @@ class ModelDrafter:
     vocab_size: int | None
     score_bonus: bool
     stop: DraftStop | None = None
+    report_q: bool = False
 
     @property
     def noise_size(self) -> int:
@@ -81,16 +83,17 @@ class ModelDrafter:
         xs = (jnp.arange(steps), noise.T[:steps])
         (logits, cache, going), (drafted, laws, seen, kept) = jax.lax.scan(step, carry, xs)
         calls = 1 + jnp.sum(kept, axis=0, dtype=jnp.int32)
+        if self.score_bonus or self.report_q:
+            seen = jnp.append(seen, logits[None], 0).swapaxes(0, 1)
         if not self.score_bonus:
             token, law, going = draw(logits, noise[:, -1], going)
             drafted, laws, kept = (
                 jnp.append(done, last[None], 0) for done, last in ((drafted, token), (laws, law), (kept, going))
             )
         q = q_raw = None
-        if self.score_bonus:
-            seen = jnp.append(seen, logits[None], 0).swapaxes(0, 1)
-            q = probs.tempered(seen, self.sampling.temperature, self.vocab_size)
+        if self.score_bonus or self.report_q:
             q_raw = probs.raw(seen, self.vocab_size)
+            q = probs.tempered(seen, self.sampling.temperature, self.vocab_size, q_raw)
         lengths = jnp.sum(kept, axis=0, dtype=jnp.int32)
         proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw, calls)
         return proposal, {**state, "cache": cache}
@@ -119,5 +122,5 @@ class ModelDrafter:
 jax.tree_util.register_dataclass(
     ModelDrafter,
     data_fields=["sampling", "stop"],
-    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus"],
+    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus", "report_q"],
 )

@@ -7,17 +7,22 @@ decoding on a per-row cache. `T5` is the LanguageModel the decoding loop sees.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from speccascade_t5x.interfaces import Array, PyTree, UserError
 from speccascade_t5x.models import cache as kv_cache
 from speccascade_t5x.models.attention import Attention, mask_bias
 from speccascade_t5x.models.layers import ACTIVATIONS, MLP, Dense, Embed, RelativePositionBias, RMSNorm, dropout
+from speccascade_t5x.models.parameters import init_params as init_params
+from speccascade_t5x.models.parameters import logical_axes as logical_axes
+from speccascade_t5x.models.parameters import param_shapes as param_shapes
+from speccascade_t5x.models.prompts import repeats
+
+TABLES = ("shared", "per_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,8 @@ class T5Config:
       dtype: of activations ("float32" or "bfloat16"); parameters are float32, laws and logits too.
       logits_via_embedding: tied logits scaled by emb_dim^-0.5 (T5 1.0) instead of a projection of their own.
       mlp_activations: ("relu",) for T5 1.0, ("gelu", "linear") for 1.1.
+      relative_position_tables: "shared" by the layers of a stack, as T5 has them, or "per_layer", as T5X's
+        `scalable_t5` (and so umT5) has them.
     """
 
     vocab_size: int
@@ -41,6 +48,7 @@ class T5Config:
     dropout_rate: float = 0.0
     logits_via_embedding: bool = False
     dtype: str = "float32"
+    relative_position_tables: str = "shared"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -48,10 +56,24 @@ class T5Config:
         unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
         if unknown:
             raise UserError(f"unknown mlp activation {unknown[0]!r}: use some of {', '.join(ACTIVATIONS)}")
+        if self.relative_position_tables not in TABLES:
+            raise UserError(
+                f"relative_position_tables={self.relative_position_tables!r} is unknown: use {' or '.join(TABLES)}"
+            )
 
     @property
     def activation_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+    @property
+    def table_per_layer(self) -> bool:
+        """Whether every layer has a relative position table of its own."""
+        return self.relative_position_tables == "per_layer"
+
+    @property
+    def module(self) -> T5Module:
+        """The Flax network."""
+        return T5Module(self)
 
 
 def _norm(config: T5Config) -> RMSNorm:
@@ -71,6 +93,19 @@ def _position_bias(config: T5Config, bidirectional: bool) -> RelativePositionBia
     return RelativePositionBias(config.num_heads, bidirectional)
 
 
+def _layer_biases(stack: Encoder | Decoder, mask: Array, *where: Any) -> list[Array]:
+    """Additive bias of self-attention for each layer of a stack: one array for all where they share a table.
+
+    Args:
+      stack: whose tables are read.
+      mask: broadcasts to [B, H, T, S].
+      *where: arguments of `RelativePositionBias`.
+    """
+    if stack.config.table_per_layer:
+        return [mask_bias(mask, layer.position_bias(*where)) for layer in stack.layers]
+    return [mask_bias(mask, stack.relpos_bias(*where))] * len(stack.layers)
+
+
 class EncoderLayer(nn.Module):
     """Self-attention and MLP, each behind a norm and inside a residual."""
 
@@ -82,6 +117,12 @@ class EncoderLayer(nn.Module):
         self.pre_mlp_layer_norm = _norm(self.config)
         self.mlp = _mlp(self.config)
         self.dropout = dropout(self.config.dropout_rate)
+        if self.config.table_per_layer:
+            self.relpos_bias = _position_bias(self.config, bidirectional=True)
+
+    def position_bias(self, positions: Array, length: int, keys: int) -> Array:
+        """Bias of the layer's own table, see `RelativePositionBias`."""
+        return self.relpos_bias(positions, length, keys)
 
     def __call__(self, x: Array, bias: Array, deterministic: bool) -> Array:
         normed = self.pre_attention_layer_norm(x)
@@ -98,7 +139,8 @@ class Encoder(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
-        self.relpos_bias = _position_bias(self.config, bidirectional=True)
+        if not self.config.table_per_layer:
+            self.relpos_bias = _position_bias(self.config, bidirectional=True)
         self.layers = [EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
         self.encoder_norm = _norm(self.config)
         self.dropout = dropout(self.config.dropout_rate)
@@ -106,9 +148,9 @@ class Encoder(nn.Module):
     def __call__(self, embedded: Array, mask: Array, deterministic: bool) -> Array:
         """embedded [B, S, D], mask [B, S, S] bool -> [B, S, D]."""
         length = embedded.shape[1]
-        bias = mask_bias(mask[:, None], self.relpos_bias(jnp.array(0), length, length))
+        biases = _layer_biases(self, mask[:, None], jnp.array(0), length, length)
         x = self.dropout(embedded, deterministic=deterministic)
-        for layer in self.layers:
+        for layer, bias in zip(self.layers, biases, strict=True):
             x = layer(x, bias, deterministic)
         return self.dropout(self.encoder_norm(x), deterministic=deterministic)
 
@@ -126,6 +168,12 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = _norm(self.config)
         self.mlp = _mlp(self.config)
         self.dropout = dropout(self.config.dropout_rate)
+        if self.config.table_per_layer:
+            self.relpos_bias = _position_bias(self.config, bidirectional=False)
+
+    def position_bias(self, positions: Array, length: int, keys: int) -> Array:
+        """Bias of the layer's own table, see `RelativePositionBias`."""
+        return self.relpos_bias(positions, length, keys)
 
     def cross_keys_values(self, encoded: Array) -> tuple[Array, Array]:
         """[B, S, D] -> keys and values of the cross-attention, each [B, H, S, K]."""
@@ -163,7 +211,8 @@ class Decoder(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
-        self.relpos_bias = _position_bias(self.config, bidirectional=False)
+        if not self.config.table_per_layer:
+            self.relpos_bias = _position_bias(self.config, bidirectional=False)
         self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_decoder_layers)]
         self.decoder_norm = _norm(self.config)
         self.dropout = dropout(self.config.dropout_rate)
@@ -183,21 +232,21 @@ class Decoder(nn.Module):
     def __call__(self, embedded: Array, mask: Array, encoded: Array, cross_mask: Array, deterministic: bool) -> Array:
         """Teacher-forced: embedded [B, T, D], mask [B, T, T], encoded [B, S, D], cross_mask [B, T, S] -> [B, T, D]."""
         length = embedded.shape[1]
-        self_bias = mask_bias(mask[:, None], self.relpos_bias(jnp.array(0), length, length))
+        biases = _layer_biases(self, mask[:, None], jnp.array(0), length, length)
         cross_bias = mask_bias(cross_mask[:, None])
         x = self.dropout(embedded, deterministic=deterministic)
-        for layer, cross in zip(self.layers, self.cross_keys_values(encoded), strict=True):
-            x, _ = layer(x, None, None, self_bias, cross, cross_bias, deterministic)
+        for layer, bias, cross in zip(self.layers, biases, self.cross_keys_values(encoded), strict=True):
+            x, _ = layer(x, None, None, bias, cross, cross_bias, deterministic)
         return self.dropout(self.decoder_norm(x), deterministic=deterministic)
 
     def extend(self, embedded: Array, cache: PyTree, positions: Array) -> tuple[Array, PyTree]:
         """One block at per-row positions: embedded [B, T, D] -> ([B, T, D], cache)."""
         length, slots = embedded.shape[1], cache["self"][0][0].shape[2]
         seen = kv_cache.visible(positions, length, slots)
-        self_bias = mask_bias(seen[:, None], self.relpos_bias(positions, length, slots))
+        biases = _layer_biases(self, seen[:, None], positions, length, slots)
         x, stored = embedded, []
-        for layer, own, cross in zip(self.layers, cache["self"], cache["cross"], strict=True):
-            x, own = layer(x, own, positions, self_bias, cross, cache["cross_bias"])
+        for layer, bias, own, cross in zip(self.layers, biases, cache["self"], cache["cross"], strict=True):
+            x, own = layer(x, own, positions, bias, cross, cache["cross_bias"])
             stored.append(own)
         return self.decoder_norm(x), {**cache, "self": stored}
 
@@ -259,9 +308,7 @@ class T5Module(nn.Module):
     def start(self, encoder_input_tokens: Array, repeats: int, room: int) -> PyTree:
         """Encodes once and returns the decode cache, each row repeated `repeats` times."""
         encoded = self.encode(encoder_input_tokens)
-        cross = [
-            tuple(jnp.repeat(x, repeats, axis=0) for x in kv) for kv in self.decoder.cross_keys_values(encoded)
-        ]
+        cross = [tuple(jnp.repeat(x, repeats, axis=0) for x in kv) for kv in self.decoder.cross_keys_values(encoded)]
         config, batch = self.config, encoder_input_tokens.shape[0] * repeats
         fresh = (batch, config.num_heads, room, config.head_dim, config.activation_dtype)
         cross_bias = mask_bias(encoder_input_tokens[:, None, None, :] > 0)
@@ -289,6 +336,7 @@ class T5:
 
     config: T5Config
     start_id: int = 0
+    input_name: ClassVar[str] = "encoder_input_tokens"
 
     @property
     def vocab_size(self) -> int:
@@ -298,15 +346,17 @@ class T5:
     @property
     def module(self) -> T5Module:
         """The Flax module, for training and scoring."""
-        return T5Module(self.config)
+        return self.config.module
+
+    def inputs(self, tokens: Array) -> dict[str, Array]:
+        """What `start` reads, of inputs [rows, S] that are padded with 0 on the right."""
+        return {self.input_name: jnp.asarray(tokens)}
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Runs the encoder once per input; see the Protocol."""
         tokens = inputs["encoder_input_tokens"]
-        repeats, rest = divmod(batch_size, tokens.shape[0])
-        if rest:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of the {tokens.shape[0]} input rows")
-        return self.module.apply({"params": params}, tokens, repeats, room, method="start")
+        samples = repeats(batch_size, tokens.shape[0])
+        return self.module.apply({"params": params}, tokens, samples, room, method="start")
 
     def first(self, inputs: PyTree) -> tuple[Array, Array]:
         """The decoder start token at position 0 of every row."""
@@ -322,26 +372,3 @@ class T5:
             raise UserError(f"T5 has no hidden state {unknown.pop()!r} to capture: ask for 'hidden'")
         logits, hidden, cache = self.module.apply({"params": params}, cache, tokens, positions, method="extend")
         return ((logits, {"hidden": hidden}) if capture else logits), cache
-
-
-def _boxed_shapes(config: T5Config) -> PyTree:
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = lambda key, x: T5Module(config).init(key, x, x, x)["params"]  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), tokens)
-
-
-def param_shapes(config: T5Config) -> PyTree:
-    """The parameter tree as jax.ShapeDtypeStruct leaves, without computing anything."""
-    return meta.unbox(_boxed_shapes(config))
-
-
-def logical_axes(config: T5Config) -> PyTree:
-    """The parameter tree with each leaf replaced by its tuple of logical axis names (T5X's names)."""
-    boxed = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.names, _boxed_shapes(config), is_leaf=boxed)
-
-
-def init_params(config: T5Config, key: Array) -> PyTree:
-    """Fresh parameters, T5's initialisers, float32."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return meta.unbox(jax.jit(lambda k: T5Module(config).init(k, tokens, tokens, tokens))(key))["params"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
+from speccascade_t5x.models import prompts
 
 
 @jax.tree_util.register_static
@@ -16,7 +17,8 @@ class TableModel:
     """Next-token logits looked up by the last `order` tokens.
 
     Parameters are {"logits": [V] * order + [V]}. Contexts that reach before the first token are filled with
-    `start_id`. Inputs only tell how many rows there are.
+    `start_id`. Inputs only tell how many rows there are, unless they hold the prompts of decoder-only models
+    (`models.prompts`): a table then writes on after them, beside such a model or alone.
 
     Attributes:
       vocab_size: V.
@@ -29,12 +31,18 @@ class TableModel:
     start_id: int = 0
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
-        """The cache is the row's own tokens; see the Protocol."""
-        del params, inputs
-        return {"tokens": jnp.full((batch_size, room), self.start_id, jnp.int32)}
+        """The cache is the row's own tokens, prompt included; see the Protocol."""
+        del params
+        if not prompts.given(inputs):
+            return {"tokens": jnp.full((batch_size, room), self.start_id, jnp.int32)}
+        tokens, _ = prompts.read(inputs)
+        tokens = jnp.repeat(tokens, prompts.repeats(batch_size, tokens.shape[0]), axis=0)
+        return {"tokens": jnp.pad(tokens, ((0, 0), (0, max(room - 1, 0))))}
 
     def first(self, inputs: PyTree) -> tuple[Array, Array]:
-        """The start token at position 0 of every row."""
+        """The start token at position 0 of every row, or the last token of each prompt."""
+        if prompts.given(inputs):
+            return prompts.last(inputs)
         rows = jax.tree.leaves(inputs)[0].shape[0]
         return jnp.full(rows, self.start_id, jnp.int32), jnp.zeros(rows, jnp.int32)
 

@@ -39,7 +39,8 @@ class Batch:
     """Prompts padded to one shape.
 
     Attributes:
-      encoder_input_tokens: [B, S] int32, padded with `pad_id` on the right; S is `bucket`.
+      encoder_input_tokens: [B, S] int32 prompts, of whichever kind of model, padded with `pad_id` on the
+        right; S is `bucket`.
       example_ids: [B] int32, `index` of each row's example.
       valid: [B] bool, False for the rows that only fill up the last batch of a bucket. They repeat
         the first row, so that they end when it ends and cost no round of their own.

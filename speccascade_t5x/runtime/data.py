@@ -106,27 +106,86 @@ def examples(
       UserError: unknown task or split, a mixture, an empty dataset, a task without inputs, or an
         input longer than feature_lengths["inputs"] while `truncate` is False.
     """
-    task = _task(task_name)
-    if split not in task.splits:
-        raise UserError(
-            f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}."
-        )
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    dataset = _dataset(task_name, split)
     if "inputs" not in dataset.element_spec:
         raise UserError(f"Task '{task_name}' has no feature 'inputs', so there is nothing to read.")
     if limit is not None:
         dataset = dataset.take(limit)
-    features = task.output_features
+    features = _task(task_name).output_features
     found = [
         _example(index, raw, features, feature_lengths, truncate)
         for index, raw in enumerate(dataset.as_numpy_iterator())
     ]
     if not found:
         raise UserError(
-            f"Task '{task_name}' has no example in split '{split}'; check its data, its row "
-            "filters and the limit."
+            f"Task '{task_name}' has no example in split '{split}'; check its data, its row filters and the limit."
         )
     return found
+
+
+def stream(
+    task_name: str,
+    split: str,
+    limit: int | None = None,
+    task_lengths: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (inputs, targets) ids of a split of any size, unshuffled and uncut, one example in memory at a time.
+
+    Args:
+      task_name: a registered seqio task.
+      split: one of its splits.
+      limit: only the first so many examples; None yields all.
+      task_lengths: given to the task's own preprocessors; those that shape examples by them (span corruption) need
+        them. seqio then cuts longer examples by itself.
+      seed: of preprocessors that draw.
+
+    Raises:
+      UserError: at once, for an unknown task or split, a mixture, a task without inputs or targets; later, for
+        preprocessors that need `task_lengths`.
+    """
+    dataset = _dataset(task_name, split, task_lengths, seed)
+    for feature in ("inputs", "targets"):
+        if feature not in dataset.element_spec:
+            raise UserError(f"Task '{task_name}' has no feature '{feature}', so there is nothing to train on.")
+    dataset = dataset if limit is None else dataset.take(limit)
+    return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
+
+
+def _dataset(
+    task_name: str, split: str, lengths: Mapping[str, int] | None = None, seed: int | None = None
+) -> tf.data.Dataset:
+    """Opens a split of a task, unshuffled."""
+    task = _task(task_name)
+    if split not in task.splits:
+        raise UserError(f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}.")
+    try:
+        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed)
+    except (TypeError, KeyError) as error:
+        if lengths is not None:
+            raise
+        raise UserError(
+            f"The preprocessors of task '{task_name}' failed without feature lengths ({error!r}); where they shape "
+            "examples by them, give the task its lengths."
+        ) from error
+
+
+def parts(name: str) -> list[tuple[str, float]]:
+    """Returns the tasks of a mixture with their rates, by name; a task is its own only part, at rate 1.
+
+    Raises:
+      UserError: there is neither a task nor a mixture of that name, or the rates cannot be told.
+    """
+    if name not in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
+        if name not in seqio.TaskRegistry.names() and seqio.MixtureRegistry.names():
+            near = _nearest(name, [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
+            raise UserError(f"There is no task or mixture '{name}'; the nearest are {', '.join(near)}.")
+        return [(_task(name).name, 1.0)]
+    mixture = seqio.MixtureRegistry.get(name)
+    try:
+        return [(task.name, float(mixture.get_rate(task))) for task in sorted(mixture.tasks, key=lambda t: t.name)]
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"The rates of mixture '{name}' cannot be told ({error}); give it numbers.") from error
 
 
 def _example(
@@ -229,15 +288,10 @@ def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
         return ByteVocabulary(spoken.extra_ids)
     if isinstance(spoken, seqio.SentencePieceVocabulary):
         return SentencePieceVocabulary(spoken.sentencepiece_model_file, spoken.extra_ids)
-    raise UserError(
-        f"A vocabulary of class {type(spoken).__name__} cannot be decoded to; use bytes or "
-        "SentencePiece."
-    )
+    raise UserError(f"A vocabulary of class {type(spoken).__name__} cannot be decoded to; use bytes or SentencePiece.")
 
 
-def score(
-    task_name: str, scored: Sequence[Example], predictions: Sequence[str]
-) -> dict[str, Any]:
+def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str]) -> dict[str, Any]:
     """Returns the task's metrics for the predicted texts of some of its examples.
 
     Targets and predictions pass through the task's postprocessor first, as seqio does it.
@@ -266,13 +320,9 @@ def score(
         for e in scored
     ]
     targets = [
-        task.postprocess_fn(e.targets_text, example=f, is_target=True)
-        for e, f in zip(scored, fields, strict=True)
+        task.postprocess_fn(e.targets_text, example=f, is_target=True) for e, f in zip(scored, fields, strict=True)
     ]
-    outputs = [
-        task.postprocess_fn(p, example=f, is_target=False)
-        for p, f in zip(predictions, fields, strict=True)
-    ]
+    outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
     results: dict[str, Any] = {}
     for metric in task.predict_metric_fns:
         results.update(metric(targets, outputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,9 @@ from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.core import accounting
 from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
+from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import batching, methods, paths
+from speccascade_t5x.runtime import batching, methods, packaged, plans
 from speccascade_t5x.runtime.settings import Settings, make_settings
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
@@ -52,20 +52,27 @@ class Generation:
 
     records: list[dict[str, Any]]
     timing: Timing
-    totals: dict[str, float]
+    totals: dict[str, Any]
 
     @property
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, Any]:
         """Acceptance and calls per token, see `accounting.rates`."""
         return accounting.rates(self.totals)
 
 
 class LoadedPair:
-    """A drafter, a verifier and their vocabulary, ready to decode. Compiled programs are kept by shape."""
+    """A drafter, a verifier and their vocabulary, ready to decode. Compiled programs are kept by shape.
 
-    def __init__(self, bundle: Bundle):
+    Args:
+      bundle: what was loaded.
+      smaller: further drafters for cascades, from the largest; each smaller than the bundle's own.
+    """
+
+    def __init__(self, bundle: Bundle, smaller: Sequence[Bound] = ()):
         self.verifier: Bound = bundle.verifier
         self.drafter: Bound | None = bundle.drafter
+        self.smaller = tuple(smaller)
+        self.table: NGramTable | None = bundle.table
         self.vocabulary = bundle.vocabulary
         self.feature_lengths = dict(bundle.feature_lengths)
         self.decode_defaults = dict(bundle.decode)
@@ -109,15 +116,17 @@ class Runner:
     """One pair under one Settings: decodes batches, adds up counters and time.
 
     Attributes:
+      settings: with draft_len="auto" resolved to what the plan says.
       timing: so far.
       totals: counters so far.
     """
 
     def __init__(self, pair: LoadedPair, settings: Settings):
+        settings = plans.follow(settings, plans.identity(pair)) if settings.draft_len == "auto" else settings
         self.pair, self.settings = pair, settings
         self.timing = Timing()
-        self.totals: dict[str, float] = {}
-        self._program = _program(pair, settings)
+        self.totals: dict[str, Any] = {}
+        self.program = _program(pair, settings)
         self._key = jax.random.key(settings.seed)
 
     @property
@@ -126,7 +135,9 @@ class Runner:
         return self.settings.max_input_len or self.pair.feature_lengths["inputs"]
 
     def prompt(self, index: int, text: str, where: str) -> batching.Example:
-        """The ids of a text. A text that is cut keeps its EOS, as tasks do it.
+        """The ids of a text, with an EOS unless the bundle's decode settings say `prompt_eos`: false.
+
+        A text that is cut keeps its EOS, as tasks do it.
 
         Args:
           index: of the example.
@@ -139,12 +150,13 @@ class Runner:
         if not isinstance(text, str):
             raise UserError(f"{where} is no text but {type(text).__name__}")
         ids, room = self.pair.vocabulary.encode(text), self.max_input_len
-        if len(ids) >= room and not self.settings.truncate:
+        end = [self.pair.vocabulary.eos_id] if self.pair.decode_defaults.get("prompt_eos", True) else []
+        if len(ids) + len(end) > room and not self.settings.truncate:
             raise UserError(
-                f"{where} has {len(ids) + 1} tokens, EOS included, more than the feature length {room} of the inputs: "
-                "shorten it, set max_input_len, or set truncate"
+                f"{where} has {len(ids) + len(end)} tokens{', EOS included' * len(end)}, more than the feature length "
+                f"{room} of the inputs: shorten it, set max_input_len, or set truncate"
             )
-        return batching.Example(index, np.array([*ids[: room - 1], self.pair.vocabulary.eos_id], np.int32))
+        return batching.Example(index, np.array([*ids[: room - len(end)], *end], np.int32))
 
     def batches(self, prompts: Iterable[batching.Prompt]) -> list[batching.Batch]:
         """Groups prompts into batches of few shapes."""
@@ -163,12 +175,12 @@ class Runner:
         Raises:
           UserError: a model produced NaN.
         """
-        inputs = {"encoder_input_tokens": jnp.asarray(batch.encoder_input_tokens)}
-        compiled, seconds = self.pair.compiled(self._program, inputs)
+        inputs = self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
+        compiled, seconds = self.pair.compiled(self.program, inputs)
         self.timing.compile_s += seconds
         self.timing.compiled_shapes += seconds > 0
         begin = time.perf_counter()
-        output = compiled(self._program, inputs, self._key, jnp.asarray(batch.example_ids))
+        output = compiled(self.program, inputs, self._key, jnp.asarray(batch.example_ids))
         output = jax.device_get(output)
         self.timing.decode_s += time.perf_counter() - begin
         samples = self.settings.num_samples
@@ -187,11 +199,8 @@ class Runner:
             )
         length = int(output.lengths[row])
         tokens = output.tokens[row, :length].tolist()
-        counts = {
-            field.name: getattr(output.counts, field.name)[row].item() for field in dataclasses.fields(output.counts)
-        }
-        for name, value in counts.items():
-            self.totals[name] = self.totals.get(name, 0) + value
+        counts = output.counts.row(row)
+        self.totals = accounting.total([self.totals, counts])
         record = {
             "prediction": self.pair.vocabulary.decode(tokens),
             "log_prob": log_prob,
@@ -217,36 +226,33 @@ def load(path: str | Path) -> LoadedPair:
     Raises:
       UserError: no bundle is there, or it is damaged; the message names the file.
     """
-    if Path(path).exists():
-        return LoadedPair(load_bundle(path))
-    packaged = sorted(manifest.parent.name for manifest in paths.data_dir().glob("*/bundle.json"))
-    if str(path) not in packaged:
-        near = difflib.get_close_matches(str(path), packaged, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(packaged)}"
-        raise UserError(f"there is no bundle {str(path)!r}, neither a folder nor packaged: {hint}")
-    return LoadedPair(load_bundle(paths.data_dir() / path))
+    return LoadedPair(load_bundle(packaged.bundle_dir(path)))
 
 
 def from_checkpoints(
     *,
     verifier: str | Path,
     drafter: str | Path | None = None,
+    smaller: Sequence[str | Path] = (),
     vocabulary: str | Path = "bytes",
     extra_ids: int | None = None,
     max_input_len: int,
     max_len: int,
     draft_len: int = 5,
+    prompt_eos: bool = True,
 ) -> LoadedPair:
     """A pair from two checkpoint folders of any kind `checkpoints.load` reads.
 
     Args:
       verifier: its checkpoint.
       drafter: its checkpoint; None to run the verifier alone.
+      smaller: checkpoints of further drafters for cascades, from the largest.
       vocabulary: "bytes", or the path of a SentencePiece model.
       extra_ids: sentinels after the ordinary pieces; None gives 125 for bytes and 0 for SentencePiece.
       max_input_len: longest prompt in tokens, EOS included.
       max_len: longest output in tokens, EOS included.
       draft_len: tokens drafted per round unless Settings say otherwise.
+      prompt_eos: end every text with EOS; False for decoder-only models that continue their prompts.
 
     Raises:
       UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary.
@@ -255,10 +261,10 @@ def from_checkpoints(
         pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
     else:
         pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
-    models = {
-        name: None if path is None else checkpoints.load(path)
-        for name, path in (("verifier", verifier), ("drafter", drafter))
-    }
+    if smaller and drafter is None:
+        raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
+    named = {"verifier": verifier, "drafter": drafter} | {f"smaller drafter {i}": at for i, at in enumerate(smaller)}
+    models = {name: None if path is None else checkpoints.load(path) for name, path in named.items()}
     for name, bound in models.items():
         if bound is not None and bound.model.vocab_size < pieces.vocab_size:
             raise UserError(
@@ -266,16 +272,17 @@ def from_checkpoints(
                 "give the vocabulary it was trained with"
             )
     lengths = {"inputs": max_input_len, "targets": max_len}
-    defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id}
+    defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id, "prompt_eos": prompt_eos}
     return LoadedPair(
-        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, "")
+        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, ""),
+        smaller=[models[f"smaller drafter {i}"] for i in range(len(smaller))],
     )
 
 
-def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
-    """The Program of these settings."""
+def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfig:
+    """The static options of these settings, but for the draft length."""
     defaults, vocabulary = pair.decode_defaults, pair.vocabulary
-    config = decoding.DecodeConfig(
+    return decoding.DecodeConfig(
         max_len=settings.max_len or pair.feature_lengths["targets"],
         eos_id=vocabulary.eos_id,
         pad_id=vocabulary.pad_id,
@@ -286,7 +293,13 @@ def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
         num_samples=settings.num_samples,
         trace=settings.trace,
     )
-    return methods.program(settings, pair.verifier, pair.drafter, config, defaults["draft_len"])
+
+
+def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
+    """The Program of these settings."""
+    drafters = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
+    default = pair.decode_defaults["draft_len"]
+    return methods.program(settings, pair.verifier, drafters, program_config(pair, settings), default, pair.table)
 
 
 def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from speccascade_t5x.core import accounting
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import batching, options, records, text_input, vocabulary
+from speccascade_t5x.runtime import batching, measuring, options, records, text_input, vocabulary
 from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
 
 _RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
@@ -97,18 +97,18 @@ def infer(
     if limit is not None:
         options.whole("limit", limit, 1)
     runner = Runner(pair, settings)  # refuses bad settings before any data is read
-    dataset = _from_text(runner, input, limit) if task is None else _from_task(pair, runner, task, split, limit)
+    dataset = read_dataset(runner, task, split, input, limit)
     batches = runner.batches(dataset.prompts)
     written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]
     order = np.argsort(written).tolist()
     if output_dir is None:
         found = _decode(runner, dataset, batches, progress)
         in_order = [found[i] for i in order]
-        return InferResult(in_order, None, _metrics(dataset, settings, in_order), _timing(runner, resumed=False))
+        metrics = _metrics(dataset, settings, in_order)
+        return InferResult(in_order, None, metrics, _timing(runner, resumed=False) | _standardised(runner, metrics))
     chunks = [batches[i : i + batches_per_chunk] for i in range(0, len(batches), batches_per_chunk)]
-    identity = (
-        f"{config_text}\n# settings: {settings}\n# data: {_data_identity(dataset)}\n# pair: {_pair_identity(pair)}\n"
-    )
+    made_with = {"settings": runner.settings, "data": _data_identity(dataset), "pair": _pair_identity(pair)}
+    identity = f"{config_text}\n" + "".join(f"# {name}: {value}\n" for name, value in made_with.items())
     writer = records.RecordWriter(output_dir, dataset.name, identity, len(chunks))
     done = set(writer.done_chunks())
     for i, chunk in enumerate(chunks):
@@ -123,10 +123,15 @@ def infer(
     timed = path.parent / f"{records.file_stem(dataset.name)}-timing.json"
     if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
         return InferResult(in_order, path, metrics, json.loads(timed.read_text("utf-8")))
-    timing = _timing(runner, resumed=bool(done))
+    timing = _timing(runner, resumed=bool(done)) | _standardised(runner, metrics)
     writer.write_timing(timing)
     writer.write_summary(_summary(dataset, settings, metrics, timing))
     return InferResult(in_order, path, metrics, timing)
+
+
+def read_dataset(runner: Runner, task: str | None, split: str, input: str | None, limit: int | None) -> Dataset:
+    """Reads a task's split, or an input file; exactly one of the two is named. Arguments as for `infer`."""
+    return _from_text(runner, input, limit) if task is None else _from_task(runner.pair, runner, task, split, limit)
 
 
 def _decode(
@@ -188,8 +193,9 @@ def _data_identity(dataset: Dataset) -> str:
 def _pair_identity(pair: LoadedPair) -> str:
     """A short text that differs where the models or their vocabulary differ."""
     digest = hashlib.sha256(pair.vocabulary.fingerprint().encode())
-    models = (pair.verifier, pair.drafter)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(models):
+    models = (pair.verifier, pair.drafter, *pair.smaller)
+    drafted_with = models if pair.table is None else (*models, pair.table)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(drafted_with):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     digest.update(repr([bound and bound.model for bound in models]).encode())
@@ -200,11 +206,9 @@ def _metrics(dataset: Dataset, settings: Settings, in_order: list[dict[str, Any]
     """The task's metrics, of the first sample, and the rates of all records, resumed ones included."""
     one = settings.num_samples == 1
     predictions = [record["prediction"] if one else record["prediction"][0] for record in in_order]
-    totals: dict[str, float] = {}
-    for record in in_order:
-        for counts in [record["counts"]] if one else record["counts"]:
-            for name, value in counts.items():
-                totals[name] = totals.get(name, 0) + value
+    totals = accounting.total(
+        counts for record in in_order for counts in ([record["counts"]] if one else record["counts"])
+    )
     scores = dataset.score(predictions) if dataset.score else {}
     sources = [source for record in in_order for source in ([record["source"]] if one else record["source"])]
     rates = accounting.rates(totals) | {"acceptance_by_position": accounting.acceptance_by_position(sources)}
@@ -227,6 +231,32 @@ def _timing(runner: Runner, resumed: bool) -> dict[str, Any]:
     }
 
 
+def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Standardised walltime improvement of a cascade, in both published cost conventions; nothing for other runs.
+
+    A count of calls over all records, not a time: see `accounting.standardised_improvement`. `by_parameters` charges a
+    drafter its parameters over the verifier's, `by_step` a measured step of its over one of the verifier's.
+    """
+    if "level_calls_per_token" not in metrics:
+        return {}
+    pair = runner.pair
+    models = [pair.drafter, *pair.smaller][: len(metrics["level_calls_per_token"])]
+    per_token = {
+        "committed": 1.0,
+        "verifier_calls": metrics["verifier_calls_per_token"],
+        "level_calls": metrics["level_calls_per_token"],
+    }
+    sizes, steps = (
+        [measure(bound) for bound in (pair.verifier, *models)]
+        for measure in (lambda bound: sum(leaf.size for leaf in jax.tree.leaves(bound.params)), measuring.step_seconds)
+    )
+    improvement = {
+        name: round(accounting.standardised_improvement(per_token, [cost / costs[0] for cost in costs[1:]]), 3)
+        for name, costs in (("by_parameters", sizes), ("by_step", steps))
+    }
+    return {"standardised_walltime_improvement": improvement}
+
+
 def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
     """A page for people."""
     how = settings.method
@@ -234,7 +264,12 @@ def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], t
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
     lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {records.shown(value)} |" for name, value in metrics.items()]
-    lines += [f"| {name} | {value} |" for name, value in timing.items()]
+    standardised = timing.get("standardised_walltime_improvement", {})
+    shown = {name: value for name, value in timing.items() if value is not standardised}
+    shown |= {f"standardised walltime improvement, {name}": value for name, value in standardised.items()}
+    lines += [f"| {name} | {value} |" for name, value in shown.items()]
+    if standardised:
+        lines += ["", "The standardised walltime improvement counts calls; decode_s and tokens_per_s are real time."]
     if timing["resumed"]:
         lines += ["", "This run was resumed: the times are those of its last part."]
     return "\n".join(lines) + "\n"

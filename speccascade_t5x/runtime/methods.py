@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 from speccascade_t5x import decoding, drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import Bound, UserError
+from speccascade_t5x.runtime import drafters
 from speccascade_t5x.runtime.settings import Settings
 
 # These change how a law is executed and not the law: left in place while methods are compared, they mislead nobody.
-_HARMLESS = ("draft_len", "verification")
+_HARMLESS = ("draft_len", "plan", "verification")
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
 
@@ -35,8 +37,11 @@ class Method:
 
 METHODS = {
     "speculative": Method(
-        "drafter and verifier by speculative execution of a rule; draft_stop makes the draft length dynamic",
-        ("rule", "alpha", "rule_options", "draft_len", "verification", "draft_stop", "stop_threshold"),
+        "drafter and verifier by speculative execution of a rule; draft_len=auto does what `speccascade plan` found",
+        (
+            *("rule", "alpha", "rule_options", "draft_len", "plan", "verification", "draft_stop", "stop_threshold"),
+            *("drafter", "k_matrix", "lenience", "edge_rules", "max_ngram", "min_ngram", "ngram_fill"),
+        ),
         "Faster Cascades via Speculative Decoding, GenSpecSample; block verification: Sun et al. 2024",
     ),
     "verifier": Method("the verifier alone, token by token", (), "baseline"),
@@ -64,29 +69,24 @@ METHODS = {
     ),
 }
 
-DRAFTERS = {
-    "model": "any bound language model; draft_len tokens per round",
-    "model, draft_stop=confidence": "the draft ends before a token where max q < stop_threshold",
-    "model, draft_stop=entropy": "the draft ends before a token where H(q) > stop_threshold, in nats",
-    "bigram table": "models.bigram(logits): a table of next-token logits as a language model",
-}
-
 
 def program(
     settings: Settings,
     verifier: Bound,
-    drafter: Bound | None,
+    models: Sequence[Bound],
     config: decoding.DecodeConfig,
     default_draft_len: int,
+    table: drafting.NGramTable | None = None,
 ) -> decoding.Program:
     """The Program these settings ask for.
 
     Args:
       settings: what the user chose.
       verifier: bound model.
-      drafter: bound model, or None.
+      models: bound drafter models, from the largest; only a cascade runs more than the first.
       config: everything but the draft length.
       default_draft_len: used where the settings name none.
+      table: the pair's n-gram table, or None.
 
     Raises:
       UserError: an option the method does not read, a part that does not go with another, or a missing drafter; the
@@ -94,7 +94,8 @@ def program(
     """
     method = settings.method
     _check_options(settings)
-    if method != "verifier" and drafter is None:
+    drafter = models[0] if models else None
+    if method not in ("verifier", "speculative") and drafter is None:
         raise UserError(f"method={method!r} needs a drafter, but this bundle holds a verifier alone")
     sampling = settings.sampling()
     if method in ("verifier", "drafter"):
@@ -117,7 +118,8 @@ def program(
         )
     rule = rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
     if method == "speculative":
-        return decoding.speculative_program(drafter, verifier, rule, config, sampling, _draft_stop(settings))
+        chosen, config = drafters.build(settings, verifier, models, table, rule, config)
+        return decoding.speculative_program(chosen, verifier, rule, config, sampling, _draft_stop(settings))
     return decoding.token_cascade_program(drafter, verifier, rule, config, sampling, oracle=method == "oracle")
 
 

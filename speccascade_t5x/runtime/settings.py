@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,20 @@ class Settings:
       alpha: the rule's trade-off, None for rules without one; in a sequence cascade the log-probability below
         which the verifier rewrites.
       rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
-      draft_len: tokens drafted per round; 0 drafts nothing.
+      draft_len: tokens drafted per round; 0 drafts nothing, "auto" does what `plan` recommends.
+      plan: the plan.json of `speccascade plan` that draft_len="auto" follows.
       verification: "token" or "block".
       draft_stop: None, or "confidence" or "entropy": ends a draft early, see `drafting.stop`.
       stop_threshold: of draft_stop; a probability, or nats.
+      drafter: who drafts, a name of `runtime.drafters.DRAFTERS`: "model", "max_gram", "prompt_lookup", "ngram" or
+        "cascade".
+      k_matrix: of a cascade, in the convention of `drafting.k_matrix`; takes the place of draft_len. Its last row is
+        Max-Gram's where it has one row more than there are models.
+      lenience: L >= 1 of "Cascade Speculative Drafting" between drafters of a cascade, never at the verifier.
+      edge_rules: of a cascade of several models: per model None, or (rule, alpha) between it and the next smaller.
+      max_ngram: longest match Max-Gram and prompt lookup count; None is open, and 3 for prompt lookup.
+      min_ngram: a shorter match is none.
+      ngram_fill: how Max-Gram continues from the bundle's n-gram table: "argmax" or "sample".
       confidence: of a sequence cascade: "mean" (log-probability per token), "sum" or "quantile".
       quantile: which quantile of the per-token log-probabilities, 0 to 1.
       temperature: 0 to 2; 0 takes the argmax.
@@ -51,10 +62,18 @@ class Settings:
     rule: str = "lossless"
     alpha: float | None = None
     rule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    draft_len: int | None = None
+    draft_len: int | str | None = None
+    plan: str | None = None
     verification: str = "token"
     draft_stop: str | None = None
     stop_threshold: float | None = None
+    drafter: str = "model"
+    k_matrix: tuple[tuple[int, ...], ...] | None = None
+    lenience: float | None = None
+    edge_rules: tuple[tuple[str, float | None] | None, ...] | None = None
+    max_ngram: int | None = None
+    min_ngram: int = 1
+    ngram_fill: str = "argmax"
     confidence: str = "mean"
     quantile: float = 0.0
     temperature: float = 1.0
@@ -72,21 +91,26 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("method", "rule", "verification", "confidence"):
+        for name in ("method", "rule", "verification", "drafter", "ngram_fill", "confidence"):
             options.text(name, getattr(self, name))
         for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0), ("quantile", 1.0)):
             options.real(name, getattr(self, name), 0.0, high)
         if self.top_p == 0.0:
             raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
         options.whole("seed", self.seed, 0, 2**32 - 1)  # what a random key holds
-        for name, least in (("top_k", 0), ("num_samples", 1), ("batch_size", 1)):
+        for name, least in (("top_k", 0), ("min_ngram", 1), ("num_samples", 1), ("batch_size", 1)):
             options.whole(name, getattr(self, name), least)
-        for name, least in (("draft_len", 0), ("max_input_len", 1), ("max_len", 1)):
-            if getattr(self, name) is not None:
+        if isinstance(self.draft_len, str) and self.draft_len != "auto":
+            raise UserError(f"draft_len={self.draft_len!r} is unknown: use a whole number, or 'auto' with a plan")
+        for name, least in (("draft_len", 0), ("max_ngram", 1), ("max_input_len", 1), ("max_len", 1)):
+            if getattr(self, name) not in (None, "auto"):
                 options.whole(name, getattr(self, name), least)
-        for name in ("alpha", "stop_threshold"):
+        for name, low in (("alpha", -math.inf), ("stop_threshold", -math.inf), ("lenience", 1.0)):
             if getattr(self, name) is not None:
-                options.real(name, getattr(self, name))
+                options.real(name, getattr(self, name), low)
+        for name in ("k_matrix", "edge_rules"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _nested(name, getattr(self, name)))
         if not isinstance(self.rule_options, Mapping):
             raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
         for name in ("truncate", "trace"):
@@ -101,6 +125,12 @@ class Settings:
         return decoding.Sampling(
             jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.float32(self.min_p)
         )
+
+
+def _nested(name: str, rows: Any) -> tuple:
+    """Rows of an option as tuples; an entry of edge_rules may be None."""
+    rows = options.sequence(name, rows)
+    return tuple(row if row is None and name == "edge_rules" else options.sequence(name, row) for row in rows)
 
 
 def make_settings(**choices: Any) -> Settings:

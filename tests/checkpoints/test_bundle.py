@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -132,9 +133,7 @@ def test_sentencepiece_vocabulary_travels(tmp_path):
     (tmp_path / "spm").unlink()
     assert checkpoints.load_bundle(path).vocabulary.pieces == vocabulary.pieces
     sentencepiece_model(path / "vocabulary.model", "other")
-    with pytest.raises(
-        UserError, match="content of vocabulary.model has changed|vocabulary.model has"
-    ):
+    with pytest.raises(UserError, match="content of vocabulary.model has changed|vocabulary.model has"):
         checkpoints.load_bundle(path)
     with pytest.raises(UserError, match="fingerprints differ"):
         checkpoints.load_bundle(path, verify=False)
@@ -142,24 +141,18 @@ def test_sentencepiece_vocabulary_travels(tmp_path):
 
 def test_vocabularies_of_the_members_must_be_the_same(tmp_path):
     ours, theirs = (sentencepiece_model(tmp_path / word, word) for word in ("alpha", "beta"))
-    with pytest.raises(
-        UserError, match="drafter has .* 6 .*verifier one of 6 .*id 3 is 'beta' in one and 'alpha'"
-    ):
+    with pytest.raises(UserError, match="drafter has .* 6 .*verifier one of 6 .*id 3 is 'beta' in one and 'alpha'"):
         save(tmp_path / "pair", vocabulary=ours, drafter_vocabulary=theirs)
     with pytest.raises(UserError, match="drafter has a vocabulary of 6 .*verifier one of 259"):
         save(tmp_path / "pair", drafter_vocabulary=ours)
     narrow = make_model(dataclasses.replace(SMALL, vocab_size=128))
-    with pytest.raises(
-        UserError, match="has 259 pieces but the verifier 384 and the drafter 128 logits"
-    ):
+    with pytest.raises(UserError, match="has 259 pieces but the verifier 384 and the drafter 128 logits"):
         save(tmp_path / "pair", drafter=narrow)
     assert not (tmp_path / "pair").exists()
 
 
 def test_models_that_do_not_fit_their_configuration(tmp_path):
-    with pytest.raises(
-        UserError, match=r"The drafter does not fit .*'decoder/layers_0/mlp/wi_0/kernel'"
-    ):
+    with pytest.raises(UserError, match=r"The drafter does not fit .*'decoder/layers_0/mlp/wi_0/kernel'"):
         save(tmp_path / "pair", drafter=Bound(make_model(SMALL).model, make_model().params))
     broken = make_model(SMALL)
     broken.params["decoder"]["decoder_norm"]["scale"] *= jnp.nan
@@ -239,10 +232,23 @@ def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="none/bundle.json: No such file"):
         checkpoints.load_bundle(tmp_path / "none")
     with pytest.raises(UserError, match="remote address"):
-        checkpoints.load("gs://bucket/checkpoint_1")
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="Hugging Face folder, which is not yet supported"):
+        checkpoints.detect("gs://bucket/checkpoint_1")
+    with pytest.raises(UserError, match="Cannot look into .*: File name too long"):
+        checkpoints.load(tmp_path / ("x" * 300))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="pytorch_model.bin, which may run code when opened"):
         checkpoints.load(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user: root may read and write everything")
+def test_no_permission_names_the_file(copy, tmp_path):
+    (copy / "bundle.json").chmod(0)
+    with pytest.raises(UserError, match=r"Cannot read .*bundle.json: Permission denied"):
+        checkpoints.load_bundle(copy)
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Cannot write the bundle .*Permission denied"):
+        save(tmp_path / "new")
+    tmp_path.chmod(0o700)
 
 
 def test_full_disk_leaves_nothing(saved, tmp_path):
@@ -277,9 +283,7 @@ def test_importing_needs_no_tensorflow_seqio_or_gin():
         edges = ("tensorflow", "seqio", "gin", "clu", "sentencepiece")
         print([name for name in edges if name in sys.modules])
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -292,8 +296,8 @@ def test_killed_while_saving_leaves_no_bundle(saved, tmp_path):
         bundle = checkpoints.load_bundle(sys.argv[1])
         save = orbax_tree.save
 
-        def save_and_die(path, params):
-            save(path, params)
+        def save_and_die(path, params, **more):
+            save(path, params, **more)
             os.kill(os.getpid(), signal.SIGKILL)
 
         orbax_tree.save = save_and_die

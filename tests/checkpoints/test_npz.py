@@ -124,11 +124,4 @@ def test_reference_models(shared, name):
     with np.load(folder / "params.npz") as archive:
         for key, value in tree.flatten(model.params).items():
             np.testing.assert_array_equal(value, archive[key])
-    assert model.model.config.mlp_activations == (
-        ("relu",) if name == "t5x_v1_0" else TINY.mlp_activations
-    )
-
-
-def test_decoder_only_is_refused_by_name(shared):
-    with pytest.raises(UserError, match="decoder-only model, which is not yet supported"):
-        checkpoints.load(shared / "fixtures" / "t5x_decoder_only")
+    assert model.model.config.mlp_activations == (("relu",) if name == "t5x_v1_0" else TINY.mlp_activations)

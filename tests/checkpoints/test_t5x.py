@@ -41,9 +41,7 @@ def test_native_round_trip_from_shapes_alone(native):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_ungated_and_tied_are_seen_in_the_shapes(tmp_path, tied):
-    model = make_model(
-        dataclasses.replace(TINY, mlp_activations=("relu",), logits_via_embedding=tied)
-    )
+    model = make_model(dataclasses.replace(TINY, mlp_activations=("relu",), logits_via_embedding=tied))
     assert_same(checkpoints.load(write_native(tmp_path / "checkpoint_0", model)), model)
 
 
@@ -55,26 +53,20 @@ def test_many_chunks(tmp_path):
 
 
 def test_index_from_cloud_storage_reads_the_files_beside_it(tmp_path):
-    folder = write_native(
-        tmp_path / "checkpoint_1", make_model(), driver="gcs", bucket="t5x-dummy-bucket"
-    )
+    folder = write_native(tmp_path / "checkpoint_1", make_model(), driver="gcs", bucket="t5x-dummy-bucket")
     assert_same(checkpoints.load(folder), make_model())
 
 
 def test_path_at_the_top_of_an_old_spec(tmp_path):
     path = spec_of(EMBEDDING, np.zeros(1))["kvstore"]["path"]
-    assert_same(
-        checkpoints.load(edited(tmp_path, kvstore={"driver": "file"}, path=path)), make_model()
-    )
+    assert_same(checkpoints.load(edited(tmp_path, kvstore={"driver": "file"}, path=path)), make_model())
 
 
 def test_tensors_inside_the_index(tmp_path):
     """T5X keeps tensors without partitioning axes in the msgpack itself, packed by Flax."""
     flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(make_model().params).items()}
     (tmp_path / "checkpoint").write_bytes(
-        flax.serialization.msgpack_serialize(
-            {"version": 3, "optimizer": {"target": tree.nest(flat)}}
-        )
+        flax.serialization.msgpack_serialize({"version": 3, "optimizer": {"target": tree.nest(flat)}})
     )
     assert_same(checkpoints.load(tmp_path), make_model())
 
@@ -83,9 +75,7 @@ def test_bfloat16_becomes_float32(tmp_path):
     folder = write_native(tmp_path / "checkpoint_1", make_model())
     path = folder / "target.token_embedder.embedding"
     shutil.rmtree(path)
-    value = np.asarray(make_model().params["token_embedder"]["embedding"]).astype(
-        ml_dtypes.bfloat16
-    )
+    value = np.asarray(make_model().params["token_embedder"]["embedding"]).astype(ml_dtypes.bfloat16)
     metadata = {
         "shape": value.shape,
         "chunks": value.shape,
@@ -115,9 +105,7 @@ def test_newest_step_is_taken(native):
 
 
 def test_config_file_gives_what_shapes_cannot(native):
-    config = dataclasses.replace(
-        TINY, mlp_activations=("silu", "linear"), dropout_rate=0.1, dtype="bfloat16"
-    )
+    config = dataclasses.replace(TINY, mlp_activations=("silu", "linear"), dropout_rate=0.1, dtype="bfloat16")
     (native.parent / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
     assert checkpoints.load(native).model == T5(config)
     (native / "config.gin").write_text(
@@ -131,9 +119,7 @@ def test_config_file_gives_what_shapes_cannot(native):
 
 def test_config_that_disagrees_names_the_tensor(native):
     (native.parent / "config.gin").write_text("network.T5Config.emb_dim = 16\n")
-    with pytest.raises(
-        UserError, match=r"checkpoint_3 does not .* \(8,\) but the architecture asks for \(16,\)"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint_3 does not .* \(8,\) but the architecture asks for \(16,\)"):
         checkpoints.load(native)
 
 
@@ -144,9 +130,7 @@ def test_foreign_config_files_beside_are_left_alone(native):
 
 @pytest.mark.parametrize("path", ["/etc/", "../../secret/", "a/../../b/", "..\\b/", "", "/"])
 def test_paths_out_of_the_folder_are_refused(tmp_path, path):
-    with pytest.raises(
-        UserError, match=r"token_embedder/embedding' has the unsafe path|gives no path"
-    ):
+    with pytest.raises(UserError, match=r"token_embedder/embedding' has the unsafe path|gives no path"):
         checkpoints.load(edited(tmp_path, kvstore={"driver": "file", "path": path}))
 
 
@@ -172,9 +156,7 @@ def test_other_storage_is_refused(tmp_path, kvstore):
         checkpoints.load(edited(tmp_path, kvstore=kvstore))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"driver": "n5"}, {"driver": "json"}, {"kvstore": "file:///etc/passwd"}]
-)
+@pytest.mark.parametrize("changes", [{"driver": "n5"}, {"driver": "json"}, {"kvstore": "file:///etc/passwd"}])
 def test_other_array_drivers_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match="only zarr is read"):
         checkpoints.load(edited(tmp_path, **changes))
@@ -182,9 +164,7 @@ def test_other_array_drivers_are_refused(tmp_path, changes):
 
 def test_missing_chunk_is_not_read_as_zeros(native):
     (native / "target.decoder.logits_dense.kernel" / "0.0").unlink()
-    with pytest.raises(
-        UserError, match="chunk '0.0' of tensor 'decoder/logits_dense/kernel' is missing"
-    ):
+    with pytest.raises(UserError, match="chunk '0.0' of tensor 'decoder/logits_dense/kernel' is missing"):
         checkpoints.load(native)
 
 
@@ -231,9 +211,7 @@ def test_index_and_disk_must_agree_on_the_shape(tmp_path):
         checkpoints.load(edited(tmp_path, metadata={"shape": [9, 9]}))
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x80", b"\x81\xa9optimizer\x01", b"\x91" * 2000]
-)
+@pytest.mark.parametrize("raw", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x80", b"\x81\xa9optimizer\x01", b"\x91" * 2000])
 def test_broken_indexes(tmp_path, raw):
     (tmp_path / "checkpoint").write_bytes(raw)
     with pytest.raises(UserError, match=r"checkpoint index .* (is damaged|names no parameters)"):
@@ -253,25 +231,15 @@ def test_other_networks_are_refused_by_name(tmp_path):
     model = make_model()
     flat = tree.flatten(model.params)
     (tmp_path / "a").mkdir()
-    decoder = {
-        f"decoder/{k}" if k == EMBEDDING else k: v
-        for k, v in flat.items()
-        if not k.startswith("encoder/")
-    }
+    decoder = {f"decoder/{k}" if k == EMBEDDING else k: v for k, v in flat.items() if not k.startswith("encoder/")}
     write_native(tmp_path / "a" / "checkpoint_1", Bound(model.model, tree.nest(decoder)))
-    with pytest.raises(UserError, match="decoder-only model, which is not yet supported"):
-        checkpoints.load(tmp_path / "a")
-    scanned = {k.replace("layers_0", "layers"): v for k, v in flat.items() if "layers_1" not in k}
-    write_native(tmp_path / "b" / "checkpoint_1", Bound(model.model, tree.nest(scanned)))
-    with pytest.raises(UserError, match="scanned layers"):
-        checkpoints.load(tmp_path / "b")
+    with pytest.raises(UserError, match="encoder_decoder_attention/key/kernel' is not part of the architecture"):
+        checkpoints.load(tmp_path / "a")  # a decoder-only network has no cross-attention
     write_native(
         tmp_path / "c" / "checkpoint_1",
         Bound(model.model, {"Dense_0": {"kernel": flat[EMBEDDING]}}),
     )
-    with pytest.raises(
-        UserError, match="not an encoder-decoder T5 checkpoint: it has no tensor 'token_embedder"
-    ):
+    with pytest.raises(UserError, match="not a T5 checkpoint: it has no tensor 'token_embedder"):
         checkpoints.load(tmp_path / "c")
 
 
@@ -280,9 +248,7 @@ def test_an_extra_or_lost_layer_is_named(tmp_path):
     flat = tree.flatten(model.params)
     del flat["decoder/layers_1/mlp/wo/kernel"]
     folder = write_native(tmp_path / "checkpoint_1", Bound(model.model, tree.nest(flat)))
-    with pytest.raises(
-        UserError, match=r"'decoder/layers_1/mlp/wo/kernel' of shape \(16, 8\) is missing"
-    ):
+    with pytest.raises(UserError, match=r"'decoder/layers_1/mlp/wo/kernel' of shape \(16, 8\) is missing"):
         checkpoints.load(folder)
 
 
@@ -307,13 +273,6 @@ def test_reference_pair_native_equals_npz(shared, name):
     folder = shared / "pair_t5x" / name
     native = next(folder.glob("checkpoint_*"))
     fields = architecture.read_gin_fields(folder / "config.gin")
-    assert fields == dataclasses.asdict(checkpoints.load(folder).model.config)
+    ours = {"relative_position_tables": "shared"}  # no word of T5X's
+    assert fields | ours == dataclasses.asdict(checkpoints.load(folder).model.config)
     assert_same(checkpoints.load(native), checkpoints.load(folder))
-
-
-def test_reference_decoder_only_is_refused_by_name(shared, tmp_path):
-    folder = shared / "fixtures" / "t5x_decoder_only" / "checkpoint_3"
-    shutil.copytree(folder, tmp_path / "checkpoint_3")
-    for place in (folder, tmp_path / "checkpoint_3"):  # with and without the config.json beside it
-        with pytest.raises(UserError, match="decoder-only model, which is not yet supported"):
-            checkpoints.load(place)

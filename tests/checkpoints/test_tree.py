@@ -48,5 +48,7 @@ def test_every_kind_of_problem_is_named():
 
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="file: tensor 'a/k' holds NaN"):
-        tree.to_device("a/k", np.array([1.0, np.nan]), "file")
-    assert tree.to_device("a", np.array([1, 2], np.float64), "file").dtype == jnp.float32
+        tree.require_finite("a/k", np.array([1.0, np.nan]), "file")
+    with pytest.raises(UserError, match="file: tensor 'a/k' holds NaN or infinite"):
+        tree.require_finite("a/k", np.array([1.0, np.inf], np.float16), "file")
+    tree.require_finite("a/k", np.array([1.0, 2.0]), "file")

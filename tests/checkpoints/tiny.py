@@ -11,9 +11,9 @@ import msgpack
 import numpy as np
 import tensorstore
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import architecture, tree
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
+from speccascade_t5x.models.t5 import T5Config
 
 TINY = T5Config(
     vocab_size=384,
@@ -28,10 +28,10 @@ TINY = T5Config(
 
 
 def make_model(config=TINY, seed=0):
-    """A T5 with random parameters."""
+    """A model with random parameters."""
     source = np.random.default_rng(seed)
     draw = lambda leaf: jnp.asarray(source.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
-    return Bound(T5(config), jax.tree.map(draw, param_shapes(config)))
+    return Bound(architecture.model(config), jax.tree.map(draw, architecture.shapes(config)))
 
 
 def assert_same(a, b):
@@ -48,9 +48,7 @@ def write_npz(folder, model, **changes):
     """An npz folder; `changes` replace fields of the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "params.npz", **tree.flatten(model.params))
-    (folder / "config.json").write_text(
-        json.dumps({**dataclasses.asdict(model.model.config), **changes})
-    )
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(model.model.config), **changes}))
 
 
 def spec_of(name, array, **kvstore):
@@ -77,9 +75,7 @@ def write_native(folder, model, *, edit=lambda specs: None, chunks=None, **kvsto
             "dtype": "<f4",
             "compressor": compressor,
         }
-        metadata["chunks"] = [
-            min(c, n) for c, n in zip(metadata["chunks"], array.shape, strict=False)
-        ]
+        metadata["chunks"] = [min(c, n) for c, n in zip(metadata["chunks"], array.shape, strict=False)]
         store = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{path}/"},

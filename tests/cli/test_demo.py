@@ -15,7 +15,7 @@ from rich.console import Console
 from speccascade_t5x.cli import demo, demo_report
 from speccascade_t5x.cli.__main__ import run_verb
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
+from speccascade_t5x.runtime import generate, paths
 from speccascade_t5x.runtime.generate import Generation, Settings, Timing
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary
 from speccascade_t5x.tasks.folding import fold
@@ -28,6 +28,7 @@ needs_bundle = pytest.mark.skipif(
 METHODS = [
     *("verifier alone", "drafter alone", "lossless speculation"),
     *("TokenV3 alpha 0.3", "MinP alpha 0.3", "TokenV3 alpha 0.9", "MinP alpha 0.9"),
+    "chosen: lossy_sd residual=optimal alpha 0.2 block verification",
 ]
 GIVEN = "Schöne Grüße aus [Köln]"
 
@@ -44,7 +45,10 @@ def run() -> Run:
     """Three packaged sentences, one given text with umlauts and one given text in folded form."""
     file, progress = io.StringIO(), []
     console = Console(file=file, width=80, highlight=False, _environ={})
-    options = demo.DemoOptions(BUNDLE, texts=(GIVEN, "grune apfel"), sentences=3, repeats=2)
+    chosen = Settings(
+        draft_len=5, rule="lossy_sd", rule_options={"residual": "optimal"}, alpha=0.2, verification="block"
+    )
+    options = demo.DemoOptions(BUNDLE, texts=(GIVEN, "grune apfel"), sentences=3, repeats=2, settings=chosen)
     result = demo.run_demo(options, console, progress.append)
     return Run(result, file.getvalue(), progress)
 
@@ -84,7 +88,7 @@ def test_the_output_fits_80_columns_and_has_no_escape_codes(run):
     assert "\x1b" not in run.output
     lines = run.output.splitlines()
     assert max(map(len, lines)) <= 80
-    for name in METHODS:
+    for name in METHODS[:7]:
         row = next(line for line in lines if line.startswith(f"{name} "))
         assert len(row[len(name) :].split()) == (6 if name == "verifier alone" else 7), row  # nothing is wrapped
 
@@ -104,12 +108,12 @@ def test_the_given_texts_are_the_ones_shown(run):
 
 @needs_bundle
 def test_progress_tells_compiling_from_rounds(run):
-    assert run.progress[:7] == [f"compiling {name}" for name in METHODS]
-    assert len(run.progress) == 7 + 2 * 7 + 1
+    assert run.progress[:8] == [f"compiling {name}" for name in METHODS]
+    assert len(run.progress) == 8 + 2 * 8 + 1
     assert run.progress[-1] == ""
     # The second round begins with another method than the first.
-    assert run.progress[7].endswith("1 of 2: verifier alone")
-    assert run.progress[14].endswith("2 of 2: drafter alone")
+    assert run.progress[8].endswith("1 of 2: verifier alone")
+    assert run.progress[16].endswith("2 of 2: drafter alone")
 
 
 def test_help_runs_as_a_program():
@@ -150,9 +154,8 @@ def test_the_module_runs_as_a_program_without_escape_codes():
         ({"sentences": 0}, "nothing to decode"),
         ({"sentences": -1}, "--sentences=-1 is too small"),
         ({"repeats": 0}, "--repeats=0 is too small"),
-        ({"draft_len": 0}, "--draft_len=0 is too small"),
-        ({"temperature": 3.0}, "temperature=3.0 is outside its range"),
-        ({"seed": -1}, "seed=-1 is"),
+        ({"settings": Settings(draft_len=0)}, "--draft_len=0 is too small"),
+        ({"settings": Settings(rule="opt")}, "alpha"),
     ],
 )
 def test_bad_options_stop_before_anything_is_decoded(options, message):
@@ -182,16 +185,40 @@ def test_alphas_may_be_written_in_both_ways(flags):
 
 def test_flags_reach_the_options():
     options, width = demo.parse(["--text", "Ä", "--text=ö", "--sentences=2", "--width=60", "--seed=4", "--repeats=5"])
-    assert options == demo.DemoOptions(BUNDLE, texts=("Ä", "ö"), sentences=2, seed=4, repeats=5)
+    settings = Settings(draft_len=5, seed=4)
+    assert options == demo.DemoOptions(BUNDLE, texts=("Ä", "ö"), sentences=2, settings=settings, repeats=5)
     assert width == 60
     assert demo.parse([]) == (demo.DemoOptions(BUNDLE), None)
 
 
 @pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--rule=opt", "--alpha=0.1", "--verification=block"], {"rule": "opt", "alpha": 0.1, "verification": "block"}),
+        (["--gin_file=rules/token_v3.gin", "--alpha=0.5"], {"rule": "token_v3", "alpha": 0.5}),
+        (["--gin.generate.Settings.draft_len=3", "--method=bild"], {"draft_len": 3, "method": "bild"}),
+        (["--draft_stop=confidence", "--stop_threshold=0.5"], {"draft_stop": "confidence", "stop_threshold": 0.5}),
+    ],
+)
+def test_any_method_is_chosen_by_flags_or_gin(flags, wanted):
+    assert demo.parse(flags)[0].settings == Settings(**{"draft_len": 5} | wanted)
+
+
+def test_a_method_of_the_table_makes_no_second_row():
+    settings = Settings(draft_len=5, rule="token_v3", alpha=0.3)
+    pair = generate.load(BUNDLE)
+    assert list(demo._methods(demo.DemoOptions(BUNDLE, settings=settings), pair)) == METHODS[:7]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tekst", "a"], "unrecognized arguments: --tekst"),
+        (["--tekst", "a"], "unknown flag '--tekst': did you mean '--text'?"),
         (["--repeats", "many"], "invalid int value: 'many'"),
+        (["--temperature=3"], "temperature=3.0 is outside its range"),
+        (["--seed=-1"], "seed=-1 is"),
+        (["--num_beams=4"], "num_beams is not supported"),
+        (["--gin_file=rules/none.gin"], "rules/none.gin was not found"),
         (["--width=5"], "--width=5 is too narrow"),
     ],
 )
@@ -267,7 +294,9 @@ def test_the_two_methods_of_one_law_are_the_yardstick():
     assert "the 1.8 points of character accuracy between" in note
     (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(20, 90)))
     assert note == "Quality is that of one sample (1 text, 3 seeds): small differences say nothing."
-    (note,) = demo_report.chance_notes(scripted({"temperature": 0.0}, verifier=(20, 90), lossless=(20, 90)))
+    (note,) = demo_report.chance_notes(
+        scripted({"settings": Settings(temperature=0.0)}, verifier=(20, 90), lossless=(20, 90))
+    )
     assert note.startswith("At temperature 0 lossless speculation writes what the verifier alone writes")
 
 

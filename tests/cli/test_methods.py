@@ -7,7 +7,8 @@ import pytest
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import methods as verb
 from speccascade_t5x.core import rules
-from speccascade_t5x.runtime.methods import DRAFTERS, METHODS
+from speccascade_t5x.runtime.drafters import DRAFTERS
+from speccascade_t5x.runtime.methods import METHODS
 
 
 @pytest.fixture
@@ -57,8 +58,11 @@ def test_every_rule_is_listed_with_its_range_and_its_ends(lines):
 
 def test_every_drafter_is_listed(lines):
     assert "\n".join(lines).count("draft_stop=") >= 2
-    for name in DRAFTERS:
-        assert any(line.startswith(name) for line in lines), name
+    rows = dict(section(lines, "Drafters"))
+    assert list(rows) == list(DRAFTERS)
+    for name, kind in DRAFTERS.items():
+        assert all(option in rows[name] for option in kind.reads), name
+        assert all(word in rows[name] for word in kind.source.split()), name
 
 
 def test_it_takes_no_options(capsys):

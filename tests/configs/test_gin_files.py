@@ -20,10 +20,12 @@ RULE_FILES = [name for name in FILES if name.startswith("rules/")]
 
 
 def required(name: str) -> list[str]:
-    """Macros a file, or one it includes, leaves for the user to set."""
+    """Macros a file leaves for the user to set, or a file it includes does and it does not set them itself."""
     text = (ROOT / name).read_text("utf-8")
-    found = [macro for part in re.findall(r"^include '(.+)'", text, re.MULTILINE) for macro in required(part)]
-    return found + re.findall(r"^(\w+) = %gin\.REQUIRED", text, re.MULTILINE)
+    own = dict(re.findall(r"^(\w+) = (.+)", text, re.MULTILINE))
+    included = [macro for part in re.findall(r"^include '(.+)'", text, re.MULTILINE) for macro in required(part)]
+    left = [macro for macro in included if macro not in own]
+    return left + [macro for macro, value in own.items() if value == "%gin.REQUIRED"]
 
 
 REQUIRED = {name: required(name) for name in FILES if required(name)}
@@ -70,10 +72,15 @@ def test_the_header_tells_what_is_required(name):
 @pytest.mark.parametrize("name", REQUIRED)
 def test_what_is_required_is_named_when_it_is_missing(name):
     macros = REQUIRED[name]
-    with pytest.raises(UserError, match=f"needs {', '.join(macros)}: set --gin.{macros[0]}=VALUE"):
+    with pytest.raises(UserError) as caught:
         gin_flags.load([name], [])
-    with pytest.raises(UserError, match=f"needs {macros[0]}: set"):
-        gin_flags.load([name], given(name)[1:])
+    found = re.fullmatch(r"the configuration needs (.+?): set (.+)", str(caught.value))
+    assert sorted(found[1].split(", ")) == sorted(set(macros))  # gin gives them in an order of its own
+    assert found[2].split() == [f"--gin.{macro}=VALUE" for macro in found[1].split(", ")]
+    for macro in macros:
+        others = [binding for binding in given(name) if not binding.startswith(f"{macro} =")]
+        with pytest.raises(UserError, match=f"needs {macro}: set --gin.{macro}=VALUE"):
+            gin_flags.load([name], others)
 
 
 @pytest.mark.parametrize("name", RULE_FILES)

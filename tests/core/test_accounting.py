@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -51,6 +52,23 @@ def test_rates_by_hand():
         "scored_per_token": 1.8,
         "deferral_rate": 0.75,
     }
+
+
+def test_calls_of_each_level_by_hand():
+    counts = Counts.zeros(2).add(jnp.array([True, True]), committed=jnp.array([6, 4]), verifier_calls=2)
+    assert "level_calls" not in accounting.totals(counts) and "level_calls" not in counts.row(0)
+    counts = dataclasses.replace(counts, level_calls=jnp.array([[3, 10], [2, 5]]))
+    assert counts.row(1)["level_calls"] == [2, 5] and counts.row(1)["committed"] == 4
+    total = accounting.totals(counts)
+    assert total["level_calls"] == [5, 15] and total == accounting.total([counts.row(0), counts.row(1)])
+    assert accounting.rates(total)["level_calls_per_token"] == [0.5, 1.5]
+    assert "level_calls_per_token" not in accounting.rates(accounting.totals(Counts.zeros(2)))
+    # 10 tokens for 4 calls of the verifier, 5 at 0.4 and 15 at 0.1.
+    assert accounting.standardised_improvement(total, [0.4, 0.1]) == pytest.approx(10 / (4 + 2 + 1.5))
+    plain = {"committed": 10, "verifier_calls": 4, "drafter_calls": 15}
+    assert accounting.standardised_improvement(plain, [0.2]) == pytest.approx(10 / 7)
+    with pytest.raises(ValueError, match="1 costs for 2 models"):
+        accounting.standardised_improvement(total, [0.4])
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,16 @@ ALL = pytest.mark.parametrize("variant", VARIANTS, ids=cases.variant_id)
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
+@jax.jit
+def laws_of(q, p, temperature) -> Pair:
+    """Compiled, or the branch for temperature 0 would be compiled anew in every call."""
+    return Pair(probs.tempered(q, temperature), probs.tempered(p, temperature), probs.raw(q), probs.raw(p))
+
+
 def pair_of(drafter_logits, verifier_logits, temperature) -> Pair:
     q, p = jnp.asarray(drafter_logits, jnp.float32), jnp.asarray(verifier_logits, jnp.float32)
-    return Pair(
-        q=probs.tempered(q, temperature),
-        p=probs.tempered(p, temperature),
-        q_raw=probs.raw(q),
-        p_raw=probs.raw(p),
-        greedy=temperature == 0,
-    )
+    pair = laws_of(q, p, jnp.asarray(temperature, jnp.float32))
+    return dataclasses.replace(pair, greedy=temperature == 0)
 
 
 def rule_of(variant, alpha):
@@ -195,6 +196,40 @@ def test_alpha_per_row(variant):
             np.testing.assert_allclose(got[b], alone, rtol=0, atol=1e-7)
         flat = pair_of(drafter[:, 0], verifier[:, 0], temperature)  # [B, V] with B == V
         np.testing.assert_allclose(rule_of(variant, alphas).target(flat), got[:, 0], rtol=0, atol=1e-7)
+
+
+def test_bild_fallback_per_row():
+    """B == G == V as above: rows whose alpha and fallback are their own; neither falls back always or never."""
+    alphas, fallbacks = [0.3, 3.0, 1.2, 0.7], [0.3, 0.45, 0.6, 0.75]
+    drafter, verifier = (x.reshape(4, 4, 4) for x in cases.random_logits(7, 16, 4))
+    for temperature in (0.0, 1.0):
+        pair = pair_of(drafter, verifier, temperature)
+        got = rules.by_name("bild", alphas, fallback=np.asarray(fallbacks, np.float32)).target(pair)
+        for b, (alpha, fallback) in enumerate(zip(alphas, fallbacks, strict=True)):
+            alone = rules.by_name("bild", alpha, fallback=fallback)
+            np.testing.assert_allclose(got[b], alone.target(pair_of(drafter[b], verifier[b], temperature)), atol=1e-7)
+        flat = pair_of(drafter[:, 0], verifier[:, 0], temperature)  # [B, V] with B == V
+        found = rules.by_name("bild", alphas, fallback=jnp.asarray(fallbacks)).target(flat)
+        np.testing.assert_allclose(found, got[:, 0], rtol=0, atol=1e-7)
+        falls_back = np.asarray(pair.q_raw).max(-1) < np.asarray(fallbacks)[:, None]
+        assert 0 < falls_back.sum() < falls_back.size
+    # With the fallback of one row for all of them the laws differ.
+    assert np.abs(np.asarray(rules.by_name("bild", alphas, fallback=0.3).target(pair) - got)).max() > 0.05
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=cases.variant_id)
+def test_target_at_gathers_the_target(variant):
+    """The view of single tokens is the law itself, with alpha per row, at rows of temperature 0 as well."""
+    name, _ = variant
+    alphas = None if name == "lossless" else [cases.ALPHAS[name][i % len(cases.ALPHAS[name])] for i in range(4)]
+    drafter, verifier = (x.reshape(4, 6, 5) for x in cases.random_logits(13, 24, 5))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 5, (4, 6)))
+    rule, mixed = rule_of(variant, alphas), jnp.asarray([0.0, 1.0, 0.0, 0.5])
+    pairs = [pair_of(drafter, verifier, temperature) for temperature in (0.0, 0.7, 1.0, mixed)]
+    pairs[-1] = dataclasses.replace(pairs[-1], greedy=mixed == 0)
+    for pair in pairs:
+        wanted = np.take_along_axis(np.asarray(rule.target(pair)), np.asarray(tokens)[..., None], -1)[..., 0]
+        np.testing.assert_allclose(rule.target_at(pair, tokens), wanted, rtol=1e-6, atol=1e-7)
 
 
 @ALL

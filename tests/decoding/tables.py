@@ -66,12 +66,7 @@ def tally(output: decoding.Output, vocab: int) -> Counter[tuple[int, ...]]:
     inside = np.arange(tokens.shape[1]) < lengths[:, None]
     codes = np.where(inside, (tokens + 1) * weights, 0).sum(axis=1)
     _, index, numbers = np.unique(codes, return_index=True, return_counts=True)
-    return Counter(
-        {
-            tuple(tokens[i][: lengths[i]].tolist()): int(n)
-            for i, n in zip(index, numbers, strict=True)
-        }
-    )
+    return Counter({tuple(tokens[i][: lengths[i]].tolist()): int(n) for i, n in zip(index, numbers, strict=True)})
 
 
 @functools.cache

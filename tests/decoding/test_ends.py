@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -43,7 +41,7 @@ def decode(drafter, verifier, rule=None, rows=1, **options) -> decoding.Output:
 
 def row(output: decoding.Output, index: int = 0) -> dict[str, int]:
     counts = jax.device_get(output.counts)
-    return {f.name: getattr(counts, f.name)[index].item() for f in dataclasses.fields(counts)}
+    return counts.row(index)
 
 
 def source(output: decoding.Output, index: int = 0) -> list[int]:
@@ -177,17 +175,17 @@ def test_eos_in_the_last_place_and_beyond_it():
     assert outputs(cut) == [longer[:10]]
 
 
+def decode_to_a_stop(path: tuple[int, ...]) -> decoding.Output:
+    """Both models write `path`, until a stop sequence stands."""
+    table = script(*path)
+    return decode(table, table, max_len=10, draft_len=3, stop_sequences=((8, 9), (8, 11, 9), (10,)))
+
+
 @pytest.mark.parametrize("size", range(7))
 def test_stop_sequence_at_every_offset(size):
     """8 9 stands inside one round or across two; it stays in the output and nothing follows it."""
     path = (*range(2, 2 + size), 8, 9, 11, 10)
-    output = decode(
-        script(*path),
-        script(*path),
-        max_len=10,
-        draft_len=3,
-        stop_sequences=((8, 9), (8, 11, 9), (10,)),
-    )
+    output = decode_to_a_stop(path)
     assert outputs(output) == [path[: size + 2]]
     assert row(output)["committed"] == size + 2
     assert row(output)["accepted"] == source(output).count(1)
@@ -195,21 +193,13 @@ def test_stop_sequence_at_every_offset(size):
 
 def test_the_first_stop_sequence_to_stand_whole_ends_the_row():
     path = (2, 3, 10, 8, 9, EOS)
-    output = decode(
-        script(*path),
-        script(*path),
-        max_len=10,
-        draft_len=3,
-        stop_sequences=((8, 9), (8, 11, 9), (10,)),
-    )
+    output = decode_to_a_stop(path)
     assert outputs(output) == [(2, 3, 10)]
 
 
 def test_no_stop_sequence_stands_where_there_is_none():
     """The start token is no output; tokens of a sequence that stand apart do not end a row."""
-    output = decode(
-        PATH, PATH, max_len=10, draft_len=3, stop_sequences=((0, 2), (0, 0, 2), (3, 5), (4, 3))
-    )
+    output = decode(PATH, PATH, max_len=10, draft_len=3, stop_sequences=((0, 2), (0, 0, 2), (3, 5), (4, 3)))
     assert outputs(output) == [(2, 3, 4, 5, 6, 7, EOS)]
 
 

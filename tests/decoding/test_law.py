@@ -32,7 +32,7 @@ MAX_LEN = 4
 ALPHAS = {
     "lossless": None,
     "bild": 1.2,
-    "bild_fixed": 1.0,
+    "bild_fixed": 0.5,
     "chow": 0.45,
     "chow_log": 0.9,
     "cos": 0.4,
@@ -94,9 +94,7 @@ def check(program, setting, seed: int = 0) -> Agreement:
     tables = random_tables(seed, vocab, MAX_LEN)
     config = decoding.DecodeConfig(MAX_LEN, draft_len, eos_id=EOS, verification=verification)
     alpha = np.float32(ALPHAS[rule] if ALPHAS[rule] is not None else 0.0)
-    output = decoder(config, rule, ROWS)(
-        alpha, *tables, sampling_of(temperature, truncation), jax.random.key(seed + 7)
-    )
+    output = decoder(config, rule, ROWS)(alpha, *tables, sampling_of(temperature, truncation), jax.random.key(seed + 7))
     law = exact_law(rule, float(alpha), *tables, MAX_LEN, temperature, TRUNCATIONS[truncation])
     return agreement(tally(output, vocab), law)
 
@@ -153,7 +151,7 @@ def test_the_alphas_are_neither_end_of_their_rule(rule, vocab):
         exact_law("lossless", None, q, p, MAX_LEN),
         exact_law("lossless", None, p, q, MAX_LEN),
     ):
-        assert 0.5 * sum(abs(law.get(o, 0.0) - other[o]) for o in other) > 0.035
+        assert 0.5 * sum(abs(law.get(o, 0.0) - other[o]) for o in other) > 0.05
 
 
 def test_the_checker_passes_the_law_itself_and_the_oracle_sums_to_one():

@@ -32,9 +32,7 @@ def drafter_of(
     settings: dict, model, width: int, score_bonus: bool, vocab_size=None, draft_len=DRAFT_LEN
 ) -> ModelDrafter:
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
-    return ModelDrafter(
-        decoding.Sampling(**values), model, draft_len, width, vocab_size, score_bonus
-    )
+    return ModelDrafter(decoding.Sampling(**values), model, draft_len, width, vocab_size, score_bonus)
 
 
 def first_round(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,9 +107,7 @@ def test_the_cache_catches_up_whatever_was_accepted(score_bonus, rows, draft_len
     """After any number of accepted tokens, all of them included, the next laws equal a full forward's."""
     bound = tiny_pair.pair()[0]
     source = tiny_pair.sources(rows)
-    drafter = drafter_of(
-        {"temperature": 1.3}, bound.model, tiny_pair.VOCAB, score_bonus, draft_len=draft_len
-    )
+    drafter = drafter_of({"temperature": 1.3}, bound.model, tiny_pair.VOCAB, score_bonus, draft_len=draft_len)
     room = 20
     state = jax.jit(lambda p: drafter.start(p, source, rows, room))(bound.params)
     propose = jax.jit(drafter.propose)
@@ -125,9 +121,7 @@ def test_the_cache_catches_up_whatever_was_accepted(score_bonus, rows, draft_len
     length = np.zeros(rows, np.int32)
     every = np.arange(rows)
     for accepted in ([3, 0, 1, 2], [3, 3, 0, 1], [0, 3, 3, 2], [3, 1, 3, 3]):
-        last_two = np.stack(
-            [committed[every, np.maximum(length - 1, 0)], committed[every, length]], 1
-        )
+        last_two = np.stack([committed[every, np.maximum(length - 1, 0)], committed[every, length]], 1)
         noise = rng.random((rows, draft_len), np.float32)
         proposal, state = propose(bound.params, state, last_two, length, noise)
         draft = np.asarray(proposal.tokens)
@@ -142,12 +136,11 @@ def test_the_cache_catches_up_whatever_was_accepted(score_bonus, rows, draft_len
         for row, kept in enumerate(np.minimum(accepted[:rows], draft_len)):
             committed[row, : length[row] + 1 + kept] = ahead[row, : length[row] + 1 + kept]
             length[row] += kept + 1
-            committed[row, length[row]] = rng.integers(
-                1, tiny_pair.VOCAB
-            )  # residual or bonus token
+            committed[row, length[row]] = rng.integers(1, tiny_pair.VOCAB)  # residual or bonus token
         state = drafter.commit(state, length)
 
 
+@pytest.mark.slow  # guards the test above, which does not change
 def test_a_lagging_cache_would_be_seen():
     """Without the catch-up the laws after a wholly accepted draft differ, so the test above can fail."""
     bound = tiny_pair.pair()[0]
@@ -172,11 +165,7 @@ def test_a_drafter_may_be_passed_ready_made():
     sampling = decoding.Sampling(*(np.float32(1), np.int32(0), np.float32(1), np.float32(0)))
     config = decoding.DecodeConfig(max_len=6, draft_len=DRAFT_LEN)
     wanted = decoder(config, "token_v3", 50)(np.float32(0.5), *tables, sampling, jax.random.key(0))
-    ready = Bound(
-        ModelDrafter(sampling, drafter.model, DRAFT_LEN, VOCAB, None, True), drafter.params
-    )
-    program = decoding.speculative_program(
-        ready, verifier, rules.by_name("token_v3", 0.5), config, sampling
-    )
+    ready = Bound(ModelDrafter(sampling, drafter.model, DRAFT_LEN, VOCAB, None, True), drafter.params)
+    program = decoding.speculative_program(ready, verifier, rules.by_name("token_v3", 0.5), config, sampling)
     output = decoding.decode(program, inputs(50), jax.random.key(0), np.arange(50))
     np.testing.assert_array_equal(output.tokens, wanted.tokens)

@@ -39,6 +39,9 @@ KINDS = {
     "1.0-untied": T5Config(**SMALLER, mlp_activations=("relu",)),
     "1.1-tied": T5Config(**SMALLER, mlp_activations=("gelu", "linear"), logits_via_embedding=True),
     "1.1-untied": T5Config(**TINY, mlp_activations=("gelu", "linear")),
+    "table-per-layer": T5Config(
+        **TINY, mlp_activations=("gelu", "linear"), relative_position_tables="per_layer"
+    ),
 }
 
 
@@ -51,12 +54,12 @@ def tiny(kind: str):
     shaken = jax.tree.map(
         lambda x: x + np.asarray(rng.normal(0, 0.3, x.shape), np.float32) * (x.ndim < 2), params
     )
-    for stack in ("encoder", "decoder"):
-        table = shaken[stack]["relpos_bias"]["rel_embedding"]
-        shaken[stack]["relpos_bias"]["rel_embedding"] = table + rng.normal(
-            0, 1, table.shape
-        ).astype("f4")
-    return T5(config), shaken
+
+    def spread(path, x):
+        table = path[-1].key == "rel_embedding"
+        return x + rng.normal(0, 1, x.shape).astype("f4") if table else x
+
+    return T5(config), jax.tree_util.tree_map_with_path(spread, shaken)
 
 
 def batch(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -272,7 +275,12 @@ def test_parameter_shapes_and_axes_name_the_same_tree(kind):
     assert layer["encoder_decoder_attention"]["out"]["kernel"] == ("joined_kv", "embed")
     assert layer["mlp"]["wo"]["kernel"] == ("mlp", "embed")
     assert layer["pre_mlp_layer_norm"]["scale"] == ("embed",)
-    assert names["decoder"]["relpos_bias"]["rel_embedding"] == ("heads", "relpos_buckets")
+    tables = layer if config.table_per_layer else names["decoder"]
+    assert tables["relpos_bias"]["rel_embedding"] == ("heads", "relpos_buckets")
+    assert ("relpos_bias" in names["encoder"]["layers_1" if config.num_encoder_layers > 1 else "layers_0"]) == (
+        config.table_per_layer
+    )
+    assert ("relpos_bias" in names["encoder"]) != config.table_per_layer
     if config.logits_via_embedding:
         assert "logits_dense" not in names["decoder"]
     else:
@@ -282,6 +290,8 @@ def test_parameter_shapes_and_axes_name_the_same_tree(kind):
 def test_an_unknown_activation_is_refused_by_name():
     with pytest.raises(UserError, match="swish9"):
         T5Config(**TINY, mlp_activations=("swish9",))
+    with pytest.raises(UserError, match="relative_position_tables='per_head' is unknown: use shared or per_layer"):
+        T5Config(**TINY, relative_position_tables="per_head")
 
 
 @pytest.mark.parametrize("start_id", [0, 2])

@@ -82,6 +82,14 @@ class Rule:
         """The target law pi, [..., V]."""
         raise NotImplementedError
 
+    def target_at(self, pair: Pair, tokens: Array) -> Array:
+        """pi of one token per position, [...]: `target` gathered at tokens [...].
+
+        Derived from `target`. A class may override it to build no law over the vocabulary; its values must stay the
+        same, so a subclass that overrides `target` overrides this as well.
+        """
+        return probs.gather(self.target(pair), tokens)
+
     def deferral(self, pair: Pair) -> Array:
         """[...] the probability that the rule turns to the verifier here: r of prefix rules, eta of token rules."""
         return jnp.ones(pair.p.shape[:-1], jnp.float32)
@@ -121,6 +129,9 @@ class PrefixRule(AlphaRule):
     def target(self, pair: Pair) -> Array:
         return jnp.where(self.defers(pair)[..., None], pair.p, pair.q)
 
+    def target_at(self, pair: Pair, tokens: Array) -> Array:
+        return jnp.where(self.defers(pair), probs.gather(pair.p, tokens), probs.gather(pair.q, tokens))
+
     def deferral(self, pair: Pair) -> Array:
         return self.defers(pair).astype(jnp.float32)
 
@@ -138,12 +149,19 @@ class TokenRule(AlphaRule):
         raise NotImplementedError
 
     def target(self, pair: Pair) -> Array:
-        rejected = self.rejects(pair)
-        eta = jnp.sum(jnp.where(rejected, pair.q, 0.0), axis=-1, keepdims=True)
-        return jnp.where(rejected, 0.0, pair.q) + eta * pair.p
+        # q - q r is q or 0 exactly, and reads what the sum has stored: a second selection would be stored as well.
+        return pair.q - self._ruled_out(pair) + self.deferral(pair)[..., None] * pair.p
+
+    def target_at(self, pair: Pair, tokens: Array) -> Array:
+        kept = jnp.where(probs.gather(self.rejects(pair), tokens), 0.0, probs.gather(pair.q, tokens))
+        return kept + self.deferral(pair) * probs.gather(pair.p, tokens)
 
     def deferral(self, pair: Pair) -> Array:
-        return jnp.sum(jnp.where(self.rejects(pair), pair.q, 0.0), axis=-1)
+        return jnp.sum(self._ruled_out(pair), axis=-1)
+
+    def _ruled_out(self, pair: Pair) -> Array:
+        """q(v) r(v), [..., V]."""
+        return jnp.where(self.rejects(pair), pair.q, 0.0)
 
 
 def peak(law: Array) -> Array:

@@ -51,9 +51,16 @@ class MinP(AlphaRule):
     source = f"{_LV}, baseline of Token V3"
 
     def target(self, pair: Pair) -> Array:
+        return probs.normalise(self._kept(pair))
+
+    def target_at(self, pair: Pair, tokens: Array) -> Array:
+        kept = self._kept(pair)
+        total = jnp.sum(kept, axis=-1)
+        return probs.gather(kept, tokens) / jnp.where(total > 0, total, 1.0)
+
+    def _kept(self, pair: Pair) -> Array:
         floor = 1.0 - self._alpha(pair.p_raw.ndim)
-        keep = pair.p_raw >= floor * peak(pair.p_raw)[..., None]
-        return probs.normalise(jnp.where(keep, pair.p, 0.0))
+        return jnp.where(pair.p_raw >= floor * peak(pair.p_raw)[..., None], pair.p, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,25 +96,44 @@ class LossySD(AlphaRule):
             greedy = probs.expand_right(jnp.asarray(pair.greedy), pair.p.ndim)
             return jnp.where(greedy, jnp.where(stands, pair.q, pair.p), sampled)
 
-        return jax.lax.cond(jnp.any(pair.greedy), at_zero, lambda sampled: sampled, self._sampled(pair))
+        sampled = self._sampled(pair)
+        if isinstance(pair.greedy, bool):  # known without a trace
+            return at_zero(sampled) if pair.greedy else sampled
+        return jax.lax.cond(jnp.any(pair.greedy), at_zero, lambda sampled: sampled, sampled)
+
+    def target_at(self, pair: Pair, tokens: Array) -> Array:
+        if pair.greedy is not False:
+            return super().target_at(pair, tokens)
+        q, p = (probs.gather(law, tokens)[..., None] for law in (pair.q, pair.p))
+        return self._blend(q, p, self._share(pair))[..., 0]
 
     def deferral(self, pair: Pair) -> Array:
-        return 1.0 - jnp.sum(self._kept(pair), axis=-1)
+        return 1.0 - jnp.sum(self._kept(pair.q, pair.p), axis=-1)
 
     def _lenience(self, rank: int) -> Array:
         return 1.0 - self._alpha(rank)
 
-    def _kept(self, pair: Pair) -> Array:
+    def _kept(self, q: Array, p: Array) -> Array:
         """min(q, p / l): the drafter's mass that stands."""
         smallest = jnp.finfo(jnp.float32).tiny  # alpha = 1: p / l is then large wherever p is positive
-        return jnp.minimum(pair.q, pair.p / jnp.maximum(self._lenience(pair.p.ndim), smallest))
+        return jnp.minimum(q, p / jnp.maximum(self._lenience(p.ndim), smallest))
 
     def _sampled(self, pair: Pair) -> Array:
-        kept = self._kept(pair)
-        missing = jnp.maximum(1.0 - jnp.sum(kept, axis=-1, keepdims=True), 0.0)
-        if self.residual == "shifted":
-            return kept + missing * probs.normalise(jnp.maximum(pair.p - pair.q, 0.0))
-        return jnp.maximum(kept, _share_of_p(pair, missing) * pair.p)
+        return self._blend(pair.q, pair.p, self._share(pair))
+
+    def _share(self, pair: Pair) -> Array:
+        """[..., 1] how much of the residual makes pi sum to 1: a factor of max(0, p - q), or 1/b."""
+        missing = jnp.maximum(1.0 - jnp.sum(self._kept(pair.q, pair.p), axis=-1, keepdims=True), 0.0)
+        if self.residual == "optimal":
+            return _share_of_p(pair, missing)
+        total = jnp.sum(jnp.maximum(pair.p - pair.q, 0.0), axis=-1, keepdims=True)
+        return missing / jnp.where(total > 0, total, 1.0)
+
+    def _blend(self, q: Array, p: Array, share: Array) -> Array:
+        """pi of the tokens whose q and p these are."""
+        if self.residual == "optimal":
+            return jnp.maximum(self._kept(q, p), share * p)
+        return self._kept(q, p) + share * jnp.maximum(p - q, 0.0)
 
 
 def _share_of_p(pair: Pair, missing: Array) -> Array:

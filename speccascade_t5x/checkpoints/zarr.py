@@ -1,0 +1,169 @@
+"""zarr arrays as T5X writes them: version 2, C order, gzip or nothing, one file per chunk.
+
+They are read here and not by tensorstore, because a chunk of any size is then read in a few megabytes, because a
+missing chunk is an error (zarr reads it as zeros without a word), and because nothing beyond the promised bytes is
+ever unpacked. tensorstore writes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from speccascade_t5x.checkpoints import architecture
+from speccascade_t5x.checkpoints.tensors import Block, Tensor, count, row_bands
+from speccascade_t5x.interfaces import UserError
+
+HEADER_FILE = ".zarray"
+_COMPRESSORS = ("gzip", "zlib")
+_HIGHEST_RATIO = 1040  # deflate cannot do better than 1032:1
+_DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16", "<i4": "int32", "<i8": "int64", "|b1": "bool"}
+_READ_BYTES = 2**18
+_EITHER_WRAPPER = 47  # zlib's window argument for "gzip or zlib, see which"
+
+
+def open_array(path: Path, name: str) -> Tensor:
+    """An array folder, once its header and its files are known to fit each other.
+
+    Raises:
+      UserError: a file is missing or damaged, or claims what it cannot hold.
+    """
+    header = architecture.read_json(path / HEADER_FILE)
+    shape, chunks = header.get("shape"), header.get("chunks")
+    for numbers, least in ((shape, 0), (chunks, 1)):
+        if not isinstance(numbers, list) or not all(type(n) is int and n >= least for n in numbers):
+            raise UserError(f"{path}/.zarray is damaged: shape {shape!r}, chunks {chunks!r}.")
+    if len(shape) != len(chunks) or any(c > max(n, 1) for c, n in zip(chunks, shape, strict=True)):
+        raise UserError(f"{path}/.zarray is damaged: chunks {chunks} do not fit shape {shape}.")
+    for key, wanted in (("zarr_format", 2), ("order", "C"), ("filters", None)):
+        if header.get(key, wanted) != wanted:
+            raise UserError(f"{path}/.zarray says {key} = {header[key]!r}, where T5X writes {wanted!r}.")
+    dtype_name = _DTYPES.get(header.get("dtype") if isinstance(header.get("dtype"), str) else "")
+    if dtype_name is None:
+        raise UserError(f"Tensor {name!r} holds {header.get('dtype')!r}; only {', '.join(_DTYPES)} are read.")
+    compressor = header.get("compressor")
+    if compressor is not None and (not isinstance(compressor, dict) or compressor.get("id") not in _COMPRESSORS):
+        raise UserError(f"Tensor {name!r} is compressed in a way T5X does not use: {compressor!r}.")
+    separator = "/" if header.get("dimension_separator") == "/" else "."
+    dtype = np.dtype(dtype_name)
+    _check_chunks(path, name, shape, chunks, dtype, compressor is not None, separator)
+    blocks = lambda: _blocks(path, shape, chunks, dtype, compressor is not None, separator)  # noqa: E731
+    return Tensor(tuple(shape), dtype, blocks)
+
+
+def _check_chunks(
+    path: Path, name: str, shape: list[int], chunks: list[int], dtype: np.dtype, packed: bool, separator: str
+) -> None:
+    """Every chunk must be there and could hold what the header claims."""
+    needed = count(tuple(chunks)) * dtype.itemsize
+    counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
+    if math.prod(counts) > sum(1 for _ in path.rglob("*")):  # before any loop over a count we were told
+        raise UserError(
+            f"{path}: {math.prod(counts)} chunks of tensor {name!r} were saved, fewer are here; copy it again."
+        )
+    if not math.prod(shape):
+        return
+    for index in itertools.product(*map(range, counts)):
+        chunk = path / _chunk_name(index, separator)
+        if not chunk.is_file():
+            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is missing; copy the checkpoint again.")
+        if chunk.stat().st_size < (needed / _HIGHEST_RATIO if packed else needed):
+            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is too short to hold {needed} bytes.")
+
+
+def _chunk_name(index: tuple[int, ...], separator: str) -> str:
+    return separator.join(map(str, index)) or "0"
+
+
+def _blocks(
+    path: Path, shape: list[int], chunks: list[int], dtype: np.dtype, packed: bool, separator: str
+) -> Iterator[Block]:
+    """The values of an array; a chunk at its end is stored whole and cut here."""
+    if not math.prod(shape):
+        return
+    bands = list(row_bands(tuple(chunks), dtype.itemsize))
+    row = count(tuple(chunks[1:]))
+    sizes = [(last - first) * row * dtype.itemsize for first, last in bands]
+    for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
+        begin = [i * c for i, c in zip(index, chunks, strict=True)]
+        kept = [min(c, n - b) for b, c, n in zip(begin, chunks, shape, strict=True)]
+        inner = tuple(slice(b, b + k) for b, k in zip(begin[1:], kept[1:], strict=True))
+        pieces = _pieces(path / _chunk_name(index, separator), packed, sizes)
+        for (first, _), piece in zip(bands, pieces, strict=True):
+            if not shape:
+                yield (), np.frombuffer(piece, dtype).reshape(())
+            elif first < kept[0]:
+                rows = np.frombuffer(piece, dtype).reshape(-1, *chunks[1:])[: kept[0] - first]
+                where = slice(begin[0] + first, begin[0] + first + len(rows))
+                yield (where, *inner), rows[(slice(None), *(slice(k) for k in kept[1:]))]
+
+
+def _pieces(path: Path, packed: bool, sizes: list[int]) -> Iterator[bytes]:
+    """A chunk's bytes in pieces of the given sizes, which must be all there is; deflate's checksum is verified."""
+    with open(path, "rb") as file:
+        read = _inflater(file) if packed else file.read
+        for size in sizes:
+            piece = read(size)
+            if len(piece) != size:
+                raise ValueError(f"chunk {path.name!r} is truncated")
+            yield piece
+        if read(1):
+            raise ValueError(f"chunk {path.name!r} holds more than its shape")
+
+
+def _inflater(file: Any) -> Any:
+    """A `read(size)` over a deflated file. It ends with '' only where the stream ends as it should."""
+    stream = zlib.decompressobj(_EITHER_WRAPPER)
+
+    def read(size: int) -> bytes:
+        parts, missing = [], size
+        while missing and not stream.eof:
+            packed = stream.unconsumed_tail or file.read(_READ_BYTES)
+            part = stream.decompress(packed, missing)
+            if not packed and not part:
+                raise ValueError("its compressed bytes are truncated")
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    return read
+
+
+def write_array(path: Path, values: np.ndarray, chunk_bytes: int) -> dict[str, Any]:
+    """Writes an array folder.
+
+    Args:
+      path: the folder to make.
+      values: what goes into it.
+      chunk_bytes: largest chunk before compression, if a row of axis 0 is no larger.
+
+    Returns:
+      The metadata part of its tensorstore spec.
+
+    Raises:
+      OSError, ValueError: it cannot be written.
+    """
+    chunks = list(values.shape)
+    if chunks:
+        chunks[0] = min(max(1, chunks[0]), max(1, chunk_bytes // max(1, values.itemsize * count(values.shape[1:]))))
+    metadata = {"shape": list(values.shape), "chunks": chunks, "compressor": {"id": "gzip", "level": 1}}
+    names = {name: ours for ours, name in _DTYPES.items()}
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        "metadata": {**metadata, "dtype": names[values.dtype.name]},
+        "store_data_equal_to_fill_value": True,
+    }
+    store = tensorstore.open(spec, create=True).result()
+    rows = chunks[0] if chunks else 1
+    for first in range(0, values.shape[0] if chunks else 1, rows):
+        where = slice(first, min(first + rows, values.shape[0])) if chunks else ...
+        store[where].write(np.ascontiguousarray(values[where])).result()
+    return metadata

@@ -1,0 +1,157 @@
+"""`speccascade cache`: writes a seqio task, or a model's outputs, as tokenised shards.
+
+    speccascade cache --task=restore_de --output_dir=cached
+    speccascade cache --task=restore_de --records=decoded --splits=train --output_dir=distilled
+
+Short flags are bindings: the resolved config.gin beside the shards says everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import paths, records
+
+# Short flag -> (type, help). These are macros of runs/cache.gin.
+_MACROS = {
+    "task": (str, "a registered seqio task or mixture"),
+    "output_dir": (str, "where a folder for each split, and config.gin, go"),
+    "splits": (str, "splits, with commas between (default: train,validation)"),
+    "inputs_len": (int, "longest inputs in ids, EOS included; longer ones are cut and counted"),
+    "targets_len": (int, "longest targets; likewise"),
+    "limit": (int, "only the first so many examples of each split"),
+    "records": (str, "the output folder of an `infer` job: its outputs become the targets"),
+    "pair": (str, "with --records: the pair that wrote them, for its vocabulary (default: the task's)"),
+}
+
+_EPILOG = """\
+required:
+  --output_dir, and --task or --records
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  TASK, OUTPUT_DIR, SPLITS, INPUTS_LEN, TARGETS_LEN, LIMIT, RECORDS, PAIR
+  cache.cache.task_lengths         give the lengths to the task's own preprocessors (span corruption needs them)
+  cache.cache.unfinished           with RECORDS: keep outputs that do not end in EOS (default: leave them out)
+  cache.cache.seed                 of preprocessors that draw (default: 0)
+  cache.cache.examples_per_shard   examples in one file (default: 65536)
+  l10n.data_dir.path               corpus of the tasks restore_de and l10n_en_de
+  l10n.restore_de_rows.max_target_bytes   longest German text of restore_de
+
+gin files:
+  --task=NAME reads runs/cache_NAME.gin where that is packaged, else runs/cache.gin.
+
+The config.gin beside the shards repeats the run: speccascade cache --gin_file=FOLDER/config.gin
+Started again, a killed run keeps the splits that are whole and writes the rest; its files are the same.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    flags, bindings = gin_flags.split(_parser(), argv)
+    shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
+    if flags.splits is not None:
+        shorts["SPLITS"] = tuple(flags.splits.split(","))
+    files = flags.gin_file or [_default_file(flags.task)]
+    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    job, output_dir = _job()
+    with _progress_line() as progress:
+        found = job(config_text=config_text, progress=progress)
+    records.write_text(output_dir / "config.gin", config_text)
+    for cached in found:
+        print(_line(cached))
+    return 0
+
+
+def _line(cached: Any) -> str:
+    """What a corpus holds, in a line."""
+    manifest = cached.manifest
+    tokens = ", ".join(
+        f"{about['tokens']:,} {name} ids (mean {about['mean']:.1f}, longest {about['longest']})"
+        for name, about in manifest["features"].items()
+    )
+    share = f"{100 * manifest['cut_share']:.2f} % cut"
+    left_out = manifest["source"].get("unfinished_outputs")
+    ended = f", {left_out:,} outputs without EOS" if left_out else ""
+    what = "kept" if cached.kept else "wrote"
+    return f"{what} {cached.folder}: {manifest['examples']:,} examples, {tokens}, {share}{ended}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="speccascade cache",
+        usage="speccascade cache --task=NAME --output_dir=FOLDER [flags]\n"
+        "       speccascade cache --records=FOLDER --splits=train --task=NAME --output_dir=FOLDER [flags]",
+        description="Writes a seqio task or mixture, or a model's outputs, as tokenised shards to train on.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (kind, text) in _MACROS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    gin_flags.add_flags(parser)
+    return parser
+
+
+def _job() -> tuple[Callable[..., Any], Path]:
+    """The configured job, and where it writes.
+
+    Raises:
+      UserError: the gin files configure another one, or none.
+    """
+    import gin
+
+    from speccascade_t5x.runtime import cache
+
+    try:
+        output_dir = gin.query_parameter("OUTPUT_DIR/gin.macro.value")
+        gin.query_parameter("cache.cache.output_dir")
+    except ValueError as error:
+        raise UserError(
+            "no gin file binds cache.cache.output_dir: begin with a run file, such as --gin_file=runs/cache.gin"
+        ) from error
+    return gin.get_configurable(cache.cache), Path(output_dir)
+
+
+def _default_file(task: str | None) -> str:
+    own = f"runs/cache_{task}.gin"
+    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/cache.gin"
+
+
+@contextlib.contextmanager
+def _progress_line() -> Iterator[object]:
+    """A live line on stderr with examples and examples/s; nothing where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("caching {task.description}"),
+        TextColumn("{task.completed:,.0f} examples"),
+        TextColumn("{task.fields[speed]} examples/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as line:
+        rows: dict[str, Any] = {}
+
+        def advance(what: str, examples: int) -> None:
+            if what not in rows:
+                rows[what] = line.add_task(what, total=None, speed="-")
+            line.update(rows[what], completed=examples)
+            speed = line.tasks[rows[what]].speed
+            line.update(rows[what], speed=f"{speed:,.0f}" if speed else "-")
+
+        yield advance
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade cache"))

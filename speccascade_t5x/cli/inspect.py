@@ -1,0 +1,41 @@
+"""`speccascade inspect PATH`: tells what a checkpoint holds, without reading its tensors.
+
+speccascade inspect t5_1_1_small/checkpoint_1000000
+speccascade inspect flan-t5-base --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.runtime import records
+
+
+def main(argv: list[str]) -> int:
+    """Prints the description. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="speccascade inspect",
+        description="Tells kind, step, architecture, parameters, dtype and vocabulary of a checkpoint: a bundle or a "
+        "member of it, T5X (native or Orbax, scanned or not), plain Orbax, npz, or Hugging Face.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="PATH", help="its folder, or a gs:// address")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file with its checksum, where there are any"
+    )
+    flags, _ = gin_flags.split(parser, argv)
+
+    from speccascade_t5x.checkpoints import describe
+
+    found = describe.describe(flags.path, verify=flags.verify)
+    print(records.to_json(found, indent=1) if flags.json else describe.in_words(found))
+    return 0
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade inspect"))

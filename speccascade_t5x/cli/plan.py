@@ -1,0 +1,156 @@
+"""`speccascade plan`: predicts which draft length, drafter and K matrix pay, and whether speculation pays at all.
+
+    speccascade plan --input=lines.txt --batch_size=1 --output_dir=plan --measure=3
+    speccascade infer --input=more.txt --batch_size=1 --draft_len=auto --plan=plan/plan.json
+    speccascade plan --acceptance="0.8,0.5;0.6" --costs=0.2
+
+Short flags are bindings: see runs/plan.gin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import paths, records
+
+
+def figures(text: str) -> tuple[tuple[float, ...], ...]:
+    """ "0.8,0.5;0.6" as rows of numbers."""
+    return tuple(tuple(float(entry) for entry in row.split(",")) for row in text.split(";"))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.2,0.05" as numbers; "" as none."""
+    return tuple(float(entry) for entry in text.split(",") if entry)
+
+
+# Short flag -> (type, help). These are macros of runs/plan.gin.
+_MACROS = {
+    "task": (str, "a registered seqio task to measure on"),
+    "input": (str, 'a text file, a .jsonl file with "inputs", or "-", instead of a task'),
+    "output_dir": (str, "where plan.json and config.gin go"),
+    "split": (str, "split of the task (default: validation)"),
+    "limit": (int, "measure on the first so many examples (default: 16)"),
+    "measure": (int, "decode with so many of the best, and show the measured gain beside the predicted one"),
+    "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
+    "acceptance": (figures, 'instead of measuring: "0.8,0.5;0.6", a row per reviewer, Max-Gram last'),
+    "costs": (numbers, "with --acceptance: a step of each drafter model, in steps of the verifier"),
+}
+_LEFT_OUT = (
+    *("method", "draft_len", "plan", "draft_stop", "stop_threshold", "drafter", "k_matrix", "lenience"),
+    *("max_ngram", "min_ngram", "ngram_fill", "confidence", "quantile"),
+)
+_SHOWN = 12
+
+_EPILOG = """\
+required:
+  --input or --task; or --acceptance and --costs, and nothing is measured
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, MEASURE, PAIR, ACCEPTANCE, COSTS
+  generate.Settings.rule, alpha, temperature, top_k, top_p, min_p, verification, batch_size, ...: give them as the run
+    that follows the plan will have them; infer --draft_len=auto refuses a plan made under others
+
+gin files:
+  --task=NAME reads runs/plan_NAME.gin where that is packaged, else runs/plan.gin.
+
+The predicted gain is tokens per second over the verifier alone, in the decoding loop: (tokens per round x the
+verifier's step) / (drafting + the verifier's block + what a round takes beside them). Above 1 speculation pays.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    settings_flags.refuse_unsupported(argv)
+    flags, bindings = gin_flags.split(_parser(), argv)
+    shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
+    shorts |= {name: value for name, value in settings_flags.bindings(flags).items() if value is not None}
+    if flags.acceptance is not None:  # nothing is decoded, so no pair is loaded
+        bindings = ["plan.plan.pair = None", *bindings]
+    files = flags.gin_file or [_default_file(flags.task)]
+    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    found = _job()(progress=lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
+    if found.path is not None:
+        records.write_text(found.path.parent / "config.gin", config_text)
+    print("\n".join(lines(found)))
+    return 0
+
+
+def lines(found: Any) -> list[str]:
+    """What is printed of a plan."""
+    measured = any(candidate.measured is not None for candidate in found.candidates)
+    rows = [("rank", "how", "predicted gain", *(["measured"] if measured else []), "tokens/round", "calls/token")]
+    for i, candidate in enumerate(found.candidates):
+        if i >= _SHOWN and candidate.draft_len:
+            continue
+        gain = [f"{candidate.gain:.2f}x"]
+        if measured:
+            gain.append("-" if candidate.measured is None else f"{candidate.measured:.2f}x")
+        calls = " ".join(f"{count:.2f}" for count in candidate.calls_per_token)
+        rows.append((str(i + 1), candidate.label, *gain, f"{candidate.tokens_per_round:.2f}", calls))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left = len(found.candidates) - len(rows) + 1
+    best = found.candidates[0]
+    text += [f"and {left} more"] if left else []
+    text.append("")
+    if not found.speculate:
+        text.append("do not speculate: nothing is expected to be faster than the verifier alone")
+    else:
+        text.append(f"use {best.label}")
+    if found.path is not None:
+        text.append(f"wrote {found.path}; follow it with --draft_len=auto --plan={found.path}")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="speccascade plan",
+        usage="speccascade plan --input=FILE [--output_dir=FOLDER] [flags]\n"
+        "       speccascade plan --task=NAME [--output_dir=FOLDER] [flags]\n"
+        "       speccascade plan --acceptance=ROWS --costs=NUMBERS",
+        description="Predicts which draft length, drafter and K matrix pay, and whether speculation pays at all.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (kind, text) in _MACROS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    settings_flags.add_flags(parser, leave_out=_LEFT_OUT)
+    gin_flags.add_flags(parser)
+    return parser
+
+
+def _job() -> Callable[..., Any]:
+    """The configured job.
+
+    Raises:
+      UserError: the gin files configure another one, or none.
+    """
+    import gin
+
+    from speccascade_t5x.runtime import plan
+
+    try:
+        gin.query_parameter("plan.plan.settings")
+    except ValueError as error:
+        raise UserError(
+            "no gin file binds plan.plan.settings: begin with a run file, such as --gin_file=runs/plan.gin"
+        ) from error
+    return gin.get_configurable(plan.plan)
+
+
+def _default_file(task: str | None) -> str:
+    own = f"runs/plan_{task}.gin"
+    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/plan.gin"
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade plan"))

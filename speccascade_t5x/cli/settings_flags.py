@@ -1,0 +1,73 @@
+"""Short flags that stand for fields of `runtime.generate.Settings`, the same in every verb that decodes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from speccascade_t5x.runtime import options
+
+
+def draft_len(text: str) -> int | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
+def k_matrix(text: str) -> tuple[tuple[int, ...], ...]:
+    """ "5,14,10;0,1,10;0,0,10" as rows; brackets are taken as well."""
+    bare = re.sub(r"\]\s*,\s*\[", ";", text.strip())
+    return tuple(tuple(int(entry) for entry in row.strip("[] ").split(",")) for row in bare.strip("[] ").split(";"))
+
+
+SETTINGS = {
+    "method": (str, '"speculative" (default), or another of `speccascade methods`'),
+    "rule": (str, "which rule (default: lossless)"),
+    "alpha": (float, "the rule's trade-off"),
+    "draft_len": (draft_len, 'tokens drafted per round; "auto" follows --plan'),
+    "plan": (str, "the plan.json of `speccascade plan`, for --draft_len=auto"),
+    "drafter": (str, '"model" (default), "max_gram", "prompt_lookup", "ngram" or "cascade"'),
+    "k_matrix": (k_matrix, "of a cascade: rows with semicolons between, such as 5,0;0,3"),
+    "lenience": (float, "of a cascade: L >= 1 between drafters (default: exact)"),
+    "max_ngram": (int, "longest match that Max-Gram or prompt lookup counts"),
+    "min_ngram": (int, "shortest match (default: 1)"),
+    "ngram_fill": (str, '"argmax" (default) or "sample": how Max-Gram goes on from the n-gram table'),
+    "verification": (str, '"token" (default) or "block"'),
+    "draft_stop": (str, '"confidence" or "entropy": end a draft early'),
+    "stop_threshold": (float, "of draft_stop: a probability, or nats"),
+    "confidence": (str, 'of a sequence cascade: "mean" (default), "sum" or "quantile"'),
+    "quantile": (float, "which, for --confidence=quantile"),
+    "temperature": (float, "0 to 2 (default: 1); 0 takes the argmax"),
+    "top_k": (int, "0 is off"),
+    "top_p": (float, "1 is off"),
+    "min_p": (float, "0 is off"),
+    "max_input_len": (int, "longest prompt in tokens"),
+    "max_len": (int, "longest output in tokens"),
+    "num_samples": (int, "outputs per input"),
+    "batch_size": (int, "inputs decoded together"),
+    "seed": (int, "of the random key"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """Adds the flags, but those a verb sets by itself."""
+    for name, (kind, text) in SETTINGS.items():
+        if name not in leave_out:
+            parser.add_argument(f"--{name}", type=kind, help=text)
+
+
+def bindings(flags: argparse.Namespace) -> dict[str, Any]:
+    """gin bindings of the flags; None where one was not given."""
+    return {f"generate.Settings.{name}": getattr(flags, name, None) for name in SETTINGS}
+
+
+def refuse_unsupported(argv: Sequence[str]) -> None:
+    """Refuses by name what no method here can do.
+
+    Raises:
+      UserError: a flag or binding asks for beam search, a penalty or the like.
+    """
+    for argument in argv:
+        if argument.startswith("--"):
+            options.refuse_unsupported(argument[2:].partition("=")[0].removeprefix("gin.generate.Settings."))

@@ -1,0 +1,107 @@
+"""`speccascade tables`: counts a task or tokenised shards into an n-gram table and stores it in a bundle.
+
+    speccascade tables --task=restore_de --output_dir=pair_with_table
+    speccascade infer --pair=pair_with_table --drafter=max_gram --input=lines.txt
+
+Short flags are bindings: see runs/tables.gin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import paths
+
+# Short flag -> (type, help). These are macros of runs/tables.gin.
+_MACROS = {
+    "task": (str, "a registered seqio task"),
+    "cached": (str, "a folder of `speccascade cache`, instead of a task"),
+    "output_dir": (str, "the bundle to make; the pair's own folder puts the table into it"),
+    "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
+    "split": (str, "split of the task (default: train)"),
+    "order": (int, "2 for bigrams, 3 for trigrams on top of them (default: 3)"),
+    "limit": (int, "count only the first so many examples"),
+}
+
+_EPILOG = """\
+required:
+  --output_dir, and --task or --cached
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  TASK, CACHED, OUTPUT_DIR, PAIR, SPLIT, ORDER, LIMIT
+  tables.tables.successors   most successors kept per context (default: 16)
+  tables.tables.discount     mass a successor gives up to the shorter context (default: 0.5)
+  l10n.data_dir.path         corpus of the tasks restore_de and l10n_en_de
+
+gin files:
+  --task=NAME reads runs/tables_NAME.gin where that is packaged, else runs/tables.gin.
+
+To count what the verifier itself writes: decode with `speccascade infer`, cache the records, give the shards here.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    flags, bindings = gin_flags.split(_parser(), argv)
+    shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
+    files = flags.gin_file or [_default_file(flags.task)]
+    gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    built = _job()()
+    about = built.about
+    kind = {2: "bigram", 3: "trigram"}[about["order"]]
+    print(
+        f"wrote {built.bundle}: a {kind} table of {about['sequences']:,} sequences, {about['tokens']:,} tokens "
+        f"({about['source']}), {built.stored_bytes / 1e6:.2f} MB"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="speccascade tables",
+        usage="speccascade tables --task=NAME --output_dir=FOLDER [flags]\n"
+        "       speccascade tables --cached=FOLDER --output_dir=FOLDER [flags]",
+        description="Counts a task or tokenised shards into an n-gram table and stores it in a bundle, to draft with.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (kind, text) in _MACROS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    gin_flags.add_flags(parser)
+    return parser
+
+
+def _job() -> Callable[..., Any]:
+    """The configured job.
+
+    Raises:
+      UserError: the gin files configure another one, or none.
+    """
+    import gin
+
+    from speccascade_t5x.runtime import tables
+
+    try:
+        gin.query_parameter("tables.tables.output_dir")
+    except ValueError as error:
+        raise UserError(
+            "no gin file binds tables.tables.output_dir: begin with a run file, such as --gin_file=runs/tables.gin"
+        ) from error
+    return gin.get_configurable(tables.tables)
+
+
+def _default_file(task: str | None) -> str:
+    own = f"runs/tables_{task}.gin"
+    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/tables.gin"
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade tables"))

@@ -1,0 +1,207 @@
+"""`speccascade train`: trains or distils a model on tokenised shards or a seqio task.
+
+    speccascade train --model=restore_de_drafter --cached=shards/train --output_dir=run --steps=2000
+    speccascade train --gin_file=runs/train_restore_de_verifier.gin --gin.OUTPUT_DIR="'run'"
+
+Short flags are bindings: the resolved config.gin beside the checkpoints says everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import paths, records, train_loop
+
+# Short flag -> (type, help). These are macros of runs/train.gin.
+_MACROS = {
+    "output_dir": (str, "where checkpoints, curves and config.gin go; a run found there is continued"),
+    "steps": (int, "updates in all (default: 10000)"),
+    "cached": (str, "folder of tokenised shards to train on"),
+    "task": (str, "a registered seqio task, instead of --cached"),
+    "eval_cached": (str, "folder of tokenised shards to evaluate on"),
+    "start_from": (str, "checkpoint or bundle to begin with"),
+    "teacher": (str, "checkpoint or bundle to compare with, and to learn from where a loss is configured"),
+    "inputs_len": (int, "encoder positions of a row"),
+    "targets_len": (int, "decoder positions of a row"),
+    "batch_size": (int, "rows of a batch"),
+    "eval_every": (int, "steps between evaluations (0: at both ends only)"),
+    "checkpoint_every": (int, "steps between checkpoints"),
+    "log_every": (int, "steps between reports"),
+    "seed": (int, "of initialisation, dropout and the order of the data"),
+}
+
+_EPILOG = """\
+required:
+  --output_dir, --cached or --task, and --model or a gin file that binds t5.T5Config
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  OUTPUT_DIR, STEPS, CACHED, TASK, EVAL_CACHED, START_FROM, TEACHER, INPUTS_LEN, TARGETS_LEN, BATCH_SIZE,
+    EVAL_EVERY, CHECKPOINT_EVERY, LOG_EVERY, SEED, OPTIMIZER
+  t5.T5Config.dropout_rate, dtype
+  train.Data.batching, tokens_per_batch, buckets, split, eval_split, eval_limit
+  train_loop.TrainConfig.microbatches, keep, distill
+  losses.LossConfig.z_loss, label_smoothing, normalizer
+  losses.DistillConfig.divergence, weight, temperature
+  optimizers.Schedule.name, base, warmup_steps, total_steps, final_share
+  optimizers.Adafactor and optimizers.AdamW, see there
+  train.train.devices                how many devices share a batch (default: all)
+
+gin files:
+  --task=NAME reads runs/train_NAME.gin where that is packaged, else runs/train.gin
+  --model=NAME reads models/NAME.gin after it
+
+The config.gin beside the checkpoints repeats the run: speccascade train --gin_file=FOLDER/config.gin
+A killed run is continued by the same command, with the same bits on one device in float32.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    flags, bindings = gin_flags.split(_parser(), argv)
+    files = flags.gin_file or [_default_file(flags.task)]
+    if flags.model:
+        files = [*files, f"models/{flags.model}.gin"]
+    shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
+    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    job = _job()
+    with _observer(not flags.no_tensorboard) as observer:
+        summary = job(config_text=config_text, observer=observer)
+    for name, value in summary.items():
+        if not isinstance(value, dict):
+            print(f"{name:<26} {records.shown(value) if isinstance(value, float) else value}")
+    for name, value in summary["after"].items():
+        before = summary["before"].get(name, value)
+        print(f"{name:<26} {records.shown(before)} -> {records.shown(value)}")
+    print(f"wrote {observer.output_dir / 'train-summary.md'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="speccascade train",
+        usage="speccascade train --model=NAME --cached=FOLDER --output_dir=FOLDER --steps=N [flags]",
+        description="Trains or distils a model on tokenised shards or a seqio task.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (kind, text) in _MACROS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
+    parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
+    gin_flags.add_flags(parser)
+    return parser
+
+
+def _job() -> Callable[..., Any]:
+    """The configured job.
+
+    Raises:
+      UserError: the gin files configure another job or none, or no architecture.
+    """
+    import gin
+
+    from speccascade_t5x.runtime import train
+
+    known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
+    needed = {
+        "train.train.data": "begin with a run file, such as --gin_file=runs/train.gin",
+        "t5.T5Config.vocab_size": f"name an architecture with --model, one of {known}",
+    }
+    for argument, advice in needed.items():
+        try:
+            gin.query_parameter(argument)
+        except ValueError as error:
+            raise UserError(f"no gin file binds {argument}: {advice}") from error
+    return gin.get_configurable(train.train)
+
+
+def _default_file(task: str | None) -> str:
+    own = f"runs/train_{task}.gin"
+    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/train.gin"
+
+
+@contextlib.contextmanager
+def _observer(tensorboard: bool) -> Iterator[Live]:
+    """Shows a live line on stderr, and writes TensorBoard files beside the checkpoints."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s{task.fields[evaluation]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield Live(bar, console, tensorboard)
+
+
+class Live(train_loop.Observer):
+    """A live line where stderr is a terminal, plain lines elsewhere; scalars for TensorBoard through clu."""
+
+    def __init__(self, bar: Any, console: Any, tensorboard: bool):
+        self._bar, self._console, self._tensorboard = bar, console, tensorboard
+        self.output_dir = Path()
+        self._row = bar.add_task("", total=None, loss="-", speed="-", evaluation="")
+        self._writers: dict[str, Any] = {}
+        self._begun = (time.monotonic(), 0)
+        self._steps = 0
+
+    def started(self, step: int, steps: int, output_dir: Path | None) -> None:
+        self.output_dir = output_dir
+        self._steps, self._begun = steps, (time.monotonic(), step)
+        self._bar.update(self._row, total=steps, completed=step)
+        if step:
+            self._say(f"continues after step {step}")
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> None:
+        loss, speed = f"{metrics['cross_entropy']:.4f}", f"{metrics['tokens_per_s']:,.0f}"
+        self._bar.update(self._row, completed=step, loss=loss, speed=speed)
+        if not self._console.is_terminal:
+            begun, first = self._begun
+            left = (time.monotonic() - begun) / max(step - first, 1) * (self._steps - step)
+            self._say(f"step {step}/{self._steps}  loss {loss}  {speed} tokens/s  {left / 60:.1f} min left")
+        self._write("train", step, metrics)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._bar.update(self._row, evaluation=f"  nll {metrics['nll']:.4f}")
+        self._say(f"after step {step}: {figures}")
+        self._write("eval", step, metrics)
+
+    def _say(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._tensorboard:
+            return
+        try:
+            # First, because it loads TensorFlow quietly and keeps it off accelerators.
+            importlib.import_module("speccascade_t5x.runtime.data")
+            from clu import metric_writers
+        except ImportError as error:
+            self._tensorboard = False
+            self._say(f"no TensorBoard files are written: {error.name} is not installed")
+            return
+        if kind not in self._writers:
+            self._writers[kind] = metric_writers.SummaryWriter(str(self.output_dir / "tensorboard" / kind))
+        self._writers[kind].write_scalars(step, dict(metrics))
+        self._writers[kind].flush()
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade train"))

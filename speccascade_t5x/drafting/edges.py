@@ -1,0 +1,117 @@
+"""What one drafter makes of a smaller drafter's draft: the target law of an edge between two drafters.
+
+Three kinds of edge, with s the law each drafted token was really drawn from and m the upper model's law:
+  exact     Tr(m);
+  lenient   min(s, L m) + (1 - sum) norm(max(0, m - s)), L = 1/l >= 1, and m at the bonus position: "Cascade
+            Speculative Drafting" (its lossy acceptance min(1, L m / s));
+  by rule   Tr(rule(Q, M)), Q being the lower drafter's model law: three or more models under rules.
+Whichever it is, `core.verify.token` then realises it, and it is the law d of what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from speccascade_t5x.core import probs
+from speccascade_t5x.core.probs import Sampling
+from speccascade_t5x.core.rules import Pair, Rule
+from speccascade_t5x.interfaces import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLaw:
+    """What a model, or a rule over models, says at each position.
+
+    Attributes:
+      tempered: [B, T, V] after temperature, untruncated: what a rule above mixes.
+      raw: [B, T, V] at temperature 1: what its tests read.
+      sampled: [B, T, V] Tr of the tempered law: what tokens are drawn from.
+    """
+
+    tempered: Array
+    raw: Array
+    sampled: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A draft as the reviewer above sees it.
+
+    Attributes:
+      tokens: [B, G] ids.
+      lengths: [B] how many count.
+      law: [B, G, V] d.
+      confidence: [B, G] raw probability of each token under whoever reviewed it last; 1 for a copied one. At
+        temperature 0 lenience compares with it.
+    """
+
+    tokens: Array
+    lengths: Array
+    law: Array
+    confidence: Array
+
+
+jax.tree_util.register_dataclass(ModelLaw, data_fields=["tempered", "raw", "sampled"], meta_fields=[])
+jax.tree_util.register_dataclass(Draft, data_fields=["tokens", "lengths", "law", "confidence"], meta_fields=[])
+
+
+def model_law(logits: Array, sampling: Sampling, vocab_size: int | None) -> ModelLaw:
+    """One model's law from its logits [B, T, V]."""
+    tempered = probs.tempered(logits, sampling.temperature, vocab_size)
+    return ModelLaw(tempered, probs.raw(logits, vocab_size), probs.truncate(tempered, sampling))
+
+
+def raw_chance(logits: Array, tokens: Array, vocab_size: int | None) -> Array:
+    """The probability of each token at temperature 1, [..., V] x [...] -> [...]; makes no law of the logits."""
+    logits = probs.mask_vocabulary(logits, vocab_size)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Sampling) -> ModelLaw:
+    """The law of a rule over two drafters: q' = rule(q1, q2), and q'_raw of the raw pair.
+
+    Args:
+      rule: the edge's rule.
+      lower: the smaller drafter's; None where the rule does not read it.
+      upper: the larger model's.
+      sampling: as everywhere; its truncation shapes the inputs of a rule that wants it so, else what is sampled.
+    """
+    kind = "sampled" if rule.truncates_inputs else "tempered"
+    q, q_raw = (None, None) if lower is None else (getattr(lower, kind), lower.raw)
+    greedy = jnp.asarray(sampling.temperature) == 0.0
+    mixed = rule.target(Pair(q=q, p=getattr(upper, kind), q_raw=q_raw, p_raw=upper.raw, greedy=greedy))
+    raw = rule.target(Pair(q=q_raw, p=upper.raw, q_raw=q_raw, p_raw=upper.raw))
+    return ModelLaw(mixed, raw, mixed if rule.truncates_inputs else probs.truncate(mixed, sampling))
+
+
+def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, sampling: Sampling) -> Array:
+    """The target law of a lenient edge, [B, G + 1, V]; position i is the law after i drafted tokens.
+
+    `sure` [B, G] is the raw probability of each drafted token under the upper model.
+    At temperature 0 it is the published acceptance: the token stands if it is the upper model's argmax, or if
+    its raw probability there exceeds 1/L of its recorded one; else the argmax stands in its place.
+    """
+    size = draft.tokens.shape[1]
+    lenience = jnp.asarray(lenience, jnp.float32)
+    m = upper.sampled[:, :size]
+    kept = jnp.minimum(draft.law, probs.expand_right(lenience, 3) * m)
+    missing = jnp.maximum(1.0 - jnp.sum(kept, axis=-1, keepdims=True), 0.0)
+    gain = jnp.maximum(m - draft.law, 0.0)
+    empty = jnp.sum(gain, axis=-1, keepdims=True) <= 0.0  # only by rounding: then nothing but dust is missing
+    sampled = kept + missing * probs.normalise(jnp.where(empty, m, gain))
+
+    def published(sampled: Array) -> Array:
+        scale = probs.expand_right(lenience, 2)
+        stands = (scale > 1.0) & (scale * sure > draft.confidence)
+        chosen = jax.nn.one_hot(draft.tokens, m.shape[-1], dtype=jnp.float32)
+        greedy = probs.expand_right(jnp.asarray(sampling.temperature) == 0.0, 3)
+        return jnp.where(greedy, jnp.where(stands[..., None], chosen, m), sampled)
+
+    is_greedy = jnp.any(jnp.asarray(sampling.temperature) == 0.0)
+    sampled = jax.lax.cond(is_greedy, published, lambda law: law, sampled)
+    drafted = (jnp.arange(size) < draft.lengths[:, None])[..., None]
+    return jnp.concatenate([jnp.where(drafted, sampled, m), upper.sampled[:, size:]], axis=1)

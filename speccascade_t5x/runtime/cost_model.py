@@ -1,0 +1,259 @@
+"""What speculation gains, predicted from acceptance between levels and from the cost of a step. numpy only.
+
+gain = tokens per round x (verifier's step) / (time of a round): above 1 speculation pays.
+
+Levels are counted from the verifier, 0, over the drafters from the largest; a copying drafter is the last level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from speccascade_t5x.drafting import KMatrix
+from speccascade_t5x.interfaces import UserError
+
+
+def ewif(acceptance: float, draft_len: int, cost: float) -> float:
+    """Expected walltime improvement of one drafter, (1 - a^(G+1)) / ((1 - a)(G c + 1)): i.i.d. acceptance, v = 1.
+
+    Source: Leviathan et al. 2023, Theorem 3.8.
+
+    Args:
+      acceptance: a = E[sum_v min(p, d)].
+      draft_len: G.
+      cost: c, a step of the drafter over a step of the verifier.
+    """
+    return _geometric(acceptance, draft_len + 1) / (draft_len * cost + 1.0)
+
+
+def vertical_ewif(
+    acceptance: float, inner_acceptance: float, rounds: int, copied: int, cost: float, copy_cost: float = 0.0
+) -> float:
+    """Expected walltime improvement of a vertical cascade: `rounds` reviews of `copied` tokens per draft.
+
+    (1 - a phi(a)^n) / ((1 - a)(1 + n c1 + n k c2)), with phi the generating function of the tokens of one inner round.
+    Source: the vertical cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
+
+    Args:
+      acceptance: a, of the drafter's tokens by the verifier.
+      inner_acceptance: b, of the small drafter's tokens by the drafter.
+      rounds: n.
+      copied: k.
+      cost: c1, a step of the drafter over one of the verifier.
+      copy_cost: c2, likewise of the small drafter.
+    """
+    a, b = acceptance, inner_acceptance
+    phi = 1.0 + (a - 1.0) * _geometric(a * b, copied + 1)
+    spent = 1.0 + rounds * cost + rounds * copied * copy_cost
+    if a == 1.0:  # the limit: every token drafted counts
+        return (1.0 + rounds * _geometric(b, copied + 1)) / spent
+    return (1.0 - a * phi**rounds) / ((1.0 - a) * spent)
+
+
+def _geometric(ratio: float, terms: int) -> float:
+    """1 + ratio + ... , so many terms."""
+    return float(terms) if ratio == 1.0 else (1.0 - ratio**terms) / (1.0 - ratio)
+
+
+def round_law(curve: Sequence[float], draft_len: int) -> np.ndarray:
+    """How many tokens a round with one drafter adds: [G + 2], entry n the probability of n.
+
+    Args:
+      curve: acceptance at each draft position given that all before it stand; the last holds for all later ones.
+      draft_len: G.
+    """
+    stands = np.cumprod([1.0, *(_at(curve, i) for i in range(draft_len))])
+    return np.array([0.0, *(stands[:-1] - stands[1:]), stands[-1]])
+
+
+def tokens_per_round(law: np.ndarray, lengths: Sequence[int] = ()) -> float:
+    """Expected tokens of a round, on average over a whole decode.
+
+    Args:
+      law: [G + 2] from `round_law`.
+      lengths: tokens of each output; the last round of an output is cut at its end, so short outputs get less out of
+        long drafts. Empty: outputs without end.
+    """
+    mean = float(law @ np.arange(len(law)))
+    if not len(lengths):
+        return mean
+    rounds = np.zeros(max(lengths) + 1)  # rounds until n tokens are written
+    for n in range(1, len(rounds)):
+        added = np.arange(1, len(law))
+        rounds[n] = 1.0 + law[1:] @ rounds[np.maximum(n - added, 0)]
+    return float(sum(lengths) / sum(rounds[n] for n in lengths))
+
+
+def _at(curve: Sequence[float], index: int) -> float:
+    return curve[min(index, len(curve) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """A cascade's round in the long run.
+
+    Attributes:
+      law: [G + 2], entry n the probability that a round adds n tokens.
+      calls: per round, of each model, from the largest drafter.
+    """
+
+    law: np.ndarray
+    calls: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """How often the tokens of one level stand at the review by another.
+
+    Attributes:
+      curves: {(reviewer, writer): acceptance at each position given that all before it stand}. Positions are those of
+        the draft, or of the writer's own piece where it copies; the last one holds for all later ones.
+    """
+
+    curves: Mapping[tuple[int, int], tuple[float, ...]]
+
+    def at(self, reviewer: int, writer: int, index: int) -> float:
+        """Acceptance of position `index`."""
+        if (reviewer, writer) not in self.curves:
+            raise UserError(f"no acceptance of level {writer} by level {reviewer} is known: measure or give it")
+        return _at(self.curves[reviewer, writer], index)
+
+
+class CascadeModel:
+    """Expected tokens and calls of a cascade's round: an exact recursion over how a draft can be written.
+
+    Assumed: a token stands at a review with the probability `Acceptance` gives its position, whatever else happened;
+    every inner review is exact; rows do not wait for each other. Followed exactly: the lengths of the K matrix, pieces
+    that overshoot into the next drafter's share, and the largest drafter's cache, which lacks what others wrote, so
+    that its first review of a round is cut short.
+    """
+
+    def __init__(self, plan: KMatrix, acceptance: Acceptance):
+        self.plan, self.acceptance = plan, acceptance
+        self._rest = functools.cache(self._uncached_rest)
+
+    def block(self, drafter: int) -> int:
+        """Tokens the review by `drafter` (0 is the largest) scores."""
+        size = self.plan.length(drafter + 1)
+        return size + 1 if size else 2
+
+    def expected(self) -> Expected:
+        """Averages over the stationary behaviour of rounds."""
+        length = self.plan.length(0)
+        rounds = [self._round(lag) for lag in range(length + 2)]
+        share = np.eye(length + 2)[0]
+        moves = np.stack([lags for _, _, lags in rounds])
+        for _ in range(200):
+            share = share @ moves
+        law = sum(s * np.insert(pmf, 0, 0.0) for s, (pmf, _, _) in zip(share, rounds, strict=True))
+        calls = sum(s * calls for s, (_, calls, _) in zip(share, rounds, strict=True))
+        return Expected(law, tuple(calls.tolist()))
+
+    def _round(self, lag: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(distribution of accepted tokens [G + 1], calls [models], distribution of the next round's lag [G + 2])."""
+        length = self.plan.length(0)
+        if not self.plan.rows[0][0] or self.plan.models == 0:
+            pmf, calls, lags = self._rest(0, 0, 0, length)
+            return pmf, calls, lags
+        block = self.block(0)
+        inner = min(length, block - lag % block) - 1
+        pmf, calls, lags = self._review(0, 0, 0, length, inner)
+        calls = calls.copy()
+        calls[0] += lag // block
+        return pmf, calls, lags
+
+    def _uncached_rest(self, row: int, drafter: int, count: int, limit: int) -> tuple[np.ndarray, ...]:
+        """What follows once `count` tokens stand and `drafter` is writing; as `_round`."""
+        entries, length = self.plan.rows[row], self.plan.length(0)
+        lags, none = np.eye(length + 2)[0], np.zeros(self.plan.models)
+        if drafter == len(entries) or count >= limit:
+            pmf = np.eye(length + 1)[count]
+            return pmf, none, self._lags(row, drafter, count, pmf)
+        goal = min(sum(entries[: drafter + 1]), limit)
+        if count >= goal:
+            pmf, calls, later = self._rest(row, drafter + 1, count, limit)
+            return pmf, calls, self._lags(row, drafter, count, pmf) if drafter == 0 else later
+        if drafter == self.plan.models:
+            pmf, stands = np.zeros(length + 1), 1.0
+            for i in range(goal - count):
+                chance = self.acceptance.at(row, drafter + 1, i)
+                pmf[count + i] += stands * (1.0 - chance)
+                stands *= chance
+            pmf[goal] += stands
+            return pmf, none, lags
+        inner = min(limit - count - 1, self.plan.length(drafter + 1))
+        return self._review(row, drafter, count, limit, inner)
+
+    def _review(self, row: int, drafter: int, count: int, limit: int, inner: int) -> tuple[np.ndarray, ...]:
+        """One review by `drafter` of an inner draft of at most `inner` tokens, and what follows."""
+        length = self.plan.length(0)
+        pmf, lags = np.zeros(length + 1), np.zeros(length + 2)
+        if drafter + 1 < len(self.plan.rows) and inner > 0:
+            within, calls, _ = self._rest(drafter + 1, 0, 0, inner)
+            calls = calls.copy()
+        else:
+            within, calls = np.eye(length + 1)[0], np.zeros(self.plan.models)
+        calls[drafter] += 1.0
+        for accepted, chance in enumerate(within):
+            if not chance:
+                continue
+            stands = chance
+            for i in range(accepted + 1):
+                keeps = self.acceptance.at(row, drafter + 1, count + i)
+                pmf[count + i] += stands * (1.0 - keeps)
+                lags[0] += stands * (1.0 - keeps)
+                stands *= keeps
+            rest, more, later = self._rest(row, drafter, count + accepted + 1, limit)
+            pmf, lags, calls = pmf + stands * rest, lags + stands * later, calls + chance * more
+        return pmf, calls, lags
+
+    def _lags(self, row: int, drafter: int, count: int, pmf: np.ndarray) -> np.ndarray:
+        """The next round's lag of the largest drafter, which has written up to `count`; 0 below row 0."""
+        lags = np.zeros(self.plan.length(0) + 2)
+        if row or drafter:
+            lags[0] = 1.0
+            return lags
+        for accepted, chance in enumerate(pmf):
+            lags[max(accepted + 1 - count, 0)] += chance
+        return lags
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Times of a pair, in one unit: seconds, or steps of the verifier.
+
+    Attributes:
+      step: a token of the verifier alone, everything included.
+      verifier: {block: time of scoring so many tokens}.
+      drafters: the same of each drafter model, from the largest.
+      drafter_step: a token of the largest drafter drafting by itself, its sampling included.
+      round: what a round takes beside the models: laws, verification, copying.
+      review: the same of each token of a block that is reviewed inside a cascade.
+    """
+
+    step: float
+    verifier: Mapping[int, float]
+    drafters: tuple[Mapping[int, float], ...]
+    drafter_step: float
+    round: float = 0.0
+    review: float = 0.0
+
+    @classmethod
+    def relative(cls, coefficients: Sequence[float]) -> Costs:
+        """In steps of the verifier, blocks of any width costing as much as one token: Leviathan et al.'s accounting."""
+        drafters = tuple({1: c} for c in coefficients)
+        return cls(1.0, {1: 1.0}, drafters, coefficients[0] if coefficients else 0.0)
+
+
+def block_time(times: Mapping[int, float], block: int) -> float:
+    """Time of a block, interpolated between the measured ones and held beyond them in proportion to the last slope."""
+    known = sorted(times)
+    if block <= known[-1] or len(known) == 1:
+        return float(np.interp(block, known, [times[size] for size in known]))
+    before, last = known[-2:]
+    slope = max((times[last] - times[before]) / (last - before), 0.0)
+    return times[last] + slope * (block - last)

@@ -1,0 +1,93 @@
+"""A pair as one T5X checkpoint: there and back, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from speccascade_t5x import checkpoints
+from speccascade_t5x.checkpoints import t5x_native, t5x_pair
+from speccascade_t5x.interfaces import UserError
+
+from .tiny import TINY, assert_same, make_model, write_native
+
+SMALL = dataclasses.replace(TINY, emb_dim=4, relative_position_tables="per_layer")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(folder of the pair, verifier, drafter)."""
+    verifier, drafter = make_model(), make_model(SMALL, seed=1)
+    sources = [write_native(tmp_path / name, m) for name, m in (("verifier", verifier), ("drafter", drafter))]
+    folder = t5x_pair.export(sources[0], tmp_path / "pair" / "checkpoint_5", drafter=sources[1], step=5)
+    return folder, verifier, drafter
+
+
+def test_it_reads_back(written):
+    folder, verifier, drafter = written
+    found = t5x_pair.load(folder)
+    assert_same(found["verifier"], verifier)
+    assert_same(found["drafter"], drafter)
+    names = set(t5x_native.read_tensors(folder))
+    assert {name.partition("/")[0] for name in names} == {"drafter", "verifier"}
+    assert "drafter/decoder/layers_0/relpos_bias/rel_embedding" in names
+
+
+def test_a_pair_is_not_taken_for_a_model(written):
+    with pytest.raises(UserError, match="not a T5 checkpoint"):
+        checkpoints.load(written[0])
+
+
+def test_what_is_in_the_way_stays(written, tmp_path):
+    folder = written[0]
+    before = sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file())
+    source = tmp_path / "verifier"
+    with pytest.raises(UserError, match="already exists"):
+        t5x_pair.export(source, folder, drafter=tmp_path / "drafter")
+    with pytest.raises(UserError, match="name the drafter's checkpoint too"):
+        t5x_pair.export(source, tmp_path / "other")
+    with pytest.raises(UserError, match="cannot be written as 'int8'"):
+        t5x_pair.export(source, tmp_path / "other", drafter=source, dtype="int8")
+    with pytest.raises(UserError, match="step = -1"):
+        t5x_pair.export(source, tmp_path / "other", drafter=source, step=-1)
+    assert sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file()) == before
+    assert not (tmp_path / "other").exists()
+    t5x_pair.export(source, folder, drafter=source, overwrite=True)
+    assert_same(t5x_pair.load(folder)["drafter"], written[1])
+
+
+def test_bfloat16_reads_back_rounded(written, tmp_path):
+    folder = t5x_pair.export(tmp_path / "verifier", tmp_path / "half", drafter=tmp_path / "drafter", dtype="bfloat16")
+    assert {tensor.dtype.name for tensor in t5x_native.read_tensors(folder).values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda facts: facts.pop("members"), "does not describe a drafter and a verifier"),
+        (lambda facts: facts["members"].pop("drafter"), "does not describe a drafter and a verifier"),
+        (lambda facts: facts["members"]["drafter"].update(network="rnn"), r"\(drafter\) names no architecture"),
+        (lambda facts: facts["members"]["drafter"].update(start_id=-1), r"\(drafter\) says start_id = -1"),
+        (lambda facts: facts["members"]["verifier"]["config"].update(mlp_dim=17), "verifier/.*mlp"),
+        (lambda facts: facts["members"]["verifier"]["config"].pop("emb_dim"), "does not say 'emb_dim'"),
+    ],
+)
+def test_a_damaged_description_is_named(written, edit, message):
+    folder = written[0]
+    path = folder / "config.json"
+    facts = json.loads(path.read_text())
+    edit(facts)
+    path.write_text(json.dumps(facts))
+    (folder / "checksums.json").unlink()
+    with pytest.raises(UserError, match=message):
+        t5x_pair.load(folder)
+
+
+def test_a_missing_tensor_is_named(written):
+    folder = written[0]
+    (folder / "checksums.json").unlink()
+    (folder / "target.drafter.encoder.encoder_norm.scale" / ".zarray").unlink()
+    with pytest.raises(UserError, match="drafter/encoder/encoder_norm/scale"):
+        t5x_pair.load(folder)
