@@ -43,18 +43,19 @@ def save(path: Path, params: PyTree, *, dtype: Any = np.float32, file_bytes: int
       path: the folder to make.
       params: nested arrays.
       dtype: what floats are written as; None leaves each as it is.
-      file_bytes: about the largest data file.
+      file_bytes: the largest data file, where its tensors can be cut that finely.
 
     Raises:
       UserError: the disk is full, or the place cannot be written.
     """
     as_written = lambda leaf: np.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None)  # noqa: E731
     params = jax.tree.map(as_written, params)
-    # A data file is closed once it has grown beyond its size, by up to one chunk.
-    chunk_bytes = min(_CHUNK_BYTES, file_bytes // 3)
+    # A data file is closed by the write that takes it past its target: one chunk more. As much again is left for the
+    # nodes of the index, which are written to the same files.
+    chunk_bytes = min(_CHUNK_BYTES, file_bytes // 6)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), params)
     arguments = ocp.args.PyTreeSave(
-        params, save_args=save_args, ocdbt_target_data_file_size=file_bytes - chunk_bytes // 2
+        params, save_args=save_args, ocdbt_target_data_file_size=file_bytes - 2 * chunk_bytes
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as writer:

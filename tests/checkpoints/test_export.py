@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -22,7 +23,7 @@ from speccascade_t5x.checkpoints.export import FORMATS, export
 from speccascade_t5x.drafting.ngram import build_table
 from speccascade_t5x.interfaces import UserError
 
-from .tiny import assert_same, make_model, write_native, write_npz
+from .tiny import TINY, assert_same, make_model, write_native, write_npz
 
 BYTES = {"vocabulary": "bytes"}
 
@@ -137,13 +138,15 @@ def test_plain_orbax_reads_it(source, tmp_path):
         np.testing.assert_array_equal(tree.flatten(restored)[name], leaf)
 
 
-def test_no_file_is_larger_than_asked(source, tmp_path):
-    for form, size in (("t5x", 0.02), ("orbax", 0.02), ("huggingface", 0.014), ("bundle", 0.02)):
+def test_no_file_is_larger_than_asked(tmp_path):
+    wide = make_model(dataclasses.replace(TINY, emb_dim=64, mlp_dim=256))  # 700 kB; its largest tensor has 98 kB
+    source = write_native(tmp_path / "checkpoint_3", wide)
+    for form, size in (("t5x", 0.05), ("orbax", 0.1), ("huggingface", 0.1), ("bundle", 0.1)):
         report = export(source, tmp_path / form, form, max_file_mb=size, verify=True, **more(form))
         assert report.largest[0] <= size * 1e6
         assert report.files > 6
-    with pytest.raises(UserError, match=r"would have 0.01 MB, more than the 0.01 MB of max_file_mb"):
-        export(source, tmp_path / "x", "huggingface", max_file_mb=0.01)
+    with pytest.raises(UserError, match=r"would have 0.10 MB, more than the 0.09 MB of max_file_mb"):
+        export(source, tmp_path / "x", "huggingface", max_file_mb=0.09)
     assert not (tmp_path / "x").exists()
 
 
