@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths, records
+from speccascade_t5x.runtime import records
 
 # Short flag -> (type, help). These are macros of runs/cache.gin.
 _MACROS = {
@@ -58,9 +57,16 @@ def main(argv: list[str]) -> int:
     shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
     if flags.splits is not None:
         shorts["SPLITS"] = tuple(flags.splits.split(","))
-    files = flags.gin_file or [_default_file(flags.task)]
+    files = flags.gin_file or [gin_flags.default_file("cache", flags.task)]
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
-    job, output_dir = _job()
+
+    import gin
+
+    from speccascade_t5x.runtime import cache  # TensorFlow loads after the flags are known to be good
+
+    begin = "begin with a run file, such as --gin_file=runs/cache.gin"
+    job = gin_flags.job(cache.cache, {"cache.cache.output_dir": begin, "OUTPUT_DIR/gin.macro.value": begin})
+    output_dir = Path(gin.query_parameter("OUTPUT_DIR/gin.macro.value"))
     with _progress_line() as progress:
         found = job(config_text=config_text, progress=progress)
     records.write_text(output_dir / "config.gin", config_text)
@@ -84,44 +90,14 @@ def _line(cached: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="speccascade cache",
-        usage="speccascade cache --task=NAME --output_dir=FOLDER [flags]\n"
-        "       speccascade cache --records=FOLDER --splits=train --task=NAME --output_dir=FOLDER [flags]",
-        description="Writes a seqio task or mixture, or a model's outputs, as tokenised shards to train on.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = (
+        "--task=NAME --output_dir=FOLDER [flags]",
+        "--records=FOLDER --splits=train --task=NAME --output_dir=FOLDER [flags]",
     )
-    for name, (kind, text) in _MACROS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    description = "Writes a seqio task or mixture, or a model's outputs, as tokenised shards to train on."
+    parser = gin_flags.parser("cache", usage, description, _EPILOG, _MACROS)
     gin_flags.add_flags(parser)
     return parser
-
-
-def _job() -> tuple[Callable[..., Any], Path]:
-    """The configured job, and where it writes.
-
-    Raises:
-      UserError: the gin files configure another one, or none.
-    """
-    import gin
-
-    from speccascade_t5x.runtime import cache
-
-    try:
-        output_dir = gin.query_parameter("OUTPUT_DIR/gin.macro.value")
-        gin.query_parameter("cache.cache.output_dir")
-    except ValueError as error:
-        raise UserError(
-            "no gin file binds cache.cache.output_dir: begin with a run file, such as --gin_file=runs/cache.gin"
-        ) from error
-    return gin.get_configurable(cache.cache), Path(output_dir)
-
-
-def _default_file(task: str | None) -> str:
-    own = f"runs/cache_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/cache.gin"
 
 
 @contextlib.contextmanager

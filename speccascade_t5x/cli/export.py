@@ -9,7 +9,6 @@ Short flags are bindings of runs/export.gin.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from speccascade_t5x.cli import gin_flags
@@ -52,16 +51,9 @@ bindings (each flag above stands for one of them):
 
 def main(argv: list[str]) -> int:
     """Parses flags, exports, prints what was written. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="speccascade export",
-        usage="speccascade export --source=PATH --target=PATH --format=FORMAT [flags]",
-        description="Writes a checkpoint in another format, whole or not at all.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name, (kind, text) in (_MACROS | _ARGUMENTS).items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    usage = ["--source=PATH --target=PATH --format=FORMAT [flags]"]
+    description = "Writes a checkpoint in another format, whole or not at all."
+    parser = gin_flags.parser("export", usage, description, _EPILOG, _MACROS | _ARGUMENTS)
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     gin_flags.add_flags(parser)

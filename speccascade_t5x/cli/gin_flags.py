@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,55 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         dest="_documented",
         help="one binding, texts in quotes of their own; may be repeated",
     )
+
+
+def parser(
+    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Callable, str]]
+) -> argparse.ArgumentParser:
+    """The parser of a verb, without the gin flags, which come last in its help: see `add_flags`.
+
+    Args:
+      verb: its name.
+      usage: what may follow "speccascade VERB", one text a line.
+      description: what it does.
+      epilog: printed as it is.
+      flags: name -> (type, help).
+    """
+    made = argparse.ArgumentParser(
+        prog=f"speccascade {verb}",
+        usage="\n       ".join(f"speccascade {verb} {line}" for line in usage),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (kind, text) in flags.items():
+        made.add_argument(f"--{name}", type=kind, help=text)
+    return made
+
+
+def default_file(verb: str, task: str | None) -> str:
+    """The run file a verb reads where none is named: the packaged one for its task, else the one for all."""
+    own = f"runs/{verb}_{task}.gin"
+    return own if task and (paths.gin_configs_dir() / own).is_file() else f"runs/{verb}.gin"
+
+
+def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[..., Any]:
+    """The function with what the loaded gin files bind.
+
+    Args:
+      function: the configurable.
+      needed: bindings its run files make -> what to do where a configuration makes none.
+
+    Raises:
+      UserError: the gin files configure another job or none.
+    """
+    for binding, advice in needed.items():
+        try:
+            gin.query_parameter(binding)
+        except ValueError as error:
+            raise UserError(f"no gin file binds {binding}: {advice}") from error
+    return gin.get_configurable(function)
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from speccascade_t5x.cli import gin_flags, settings_flags
-from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths, records
+from speccascade_t5x.runtime import records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
 _MACROS = {
@@ -55,13 +53,17 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    files = flags.gin_file or [_default_file(flags.task)]
+    files = flags.gin_file or [gin_flags.default_file("infer", flags.task)]
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= settings_flags.bindings(flags)
     for name in ("truncate", "trace"):
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
-    job = _job()
+
+    from speccascade_t5x.runtime import infer  # JAX loads after the flags are known to be good
+
+    begin = "begin with a run file, such as --gin_file=runs/infer.gin"
+    job = gin_flags.job(infer.infer, {"infer.infer.pair": begin, "infer.infer.settings": begin})
     with _progress_bar() as progress:
         result = job(config_text=config_text, progress=progress)
     if result.predictions is None:
@@ -79,47 +81,17 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="speccascade infer",
-        usage="speccascade infer --task=NAME --output_dir=FOLDER [flags]\n"
-        "       speccascade infer --input=FILE [--output_dir=FOLDER] [flags]",
-        description="Decodes a seqio task, or lines of text, with a pair.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = (
+        "--task=NAME --output_dir=FOLDER [flags]",
+        "--input=FILE [--output_dir=FOLDER] [flags]",
     )
-    for name, (kind, text) in _MACROS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    description = "Decodes a seqio task, or lines of text, with a pair."
+    parser = gin_flags.parser("infer", usage, description, _EPILOG, _MACROS)
     settings_flags.add_flags(parser)
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     gin_flags.add_flags(parser)
     return parser
-
-
-def _job() -> Callable[..., Any]:
-    """The configured job.
-
-    Raises:
-      UserError: the gin files configure another one, or none.
-    """
-    import gin
-
-    from speccascade_t5x.runtime import infer
-
-    for argument in ("pair", "settings"):
-        try:
-            gin.query_parameter(f"infer.infer.{argument}")
-        except ValueError as error:
-            raise UserError(
-                f"no gin file binds infer.infer.{argument}: begin with a run file, such as --gin_file=runs/infer.gin"
-            ) from error
-    return gin.get_configurable(infer.infer)
-
-
-def _default_file(task: str | None) -> str:
-    own = f"runs/infer_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/infer.gin"
 
 
 @contextlib.contextmanager

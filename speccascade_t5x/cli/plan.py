@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, settings_flags
-from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths, records
+from speccascade_t5x.runtime import records
 
 
 def figures(text: str) -> tuple[tuple[float, ...], ...]:
@@ -72,9 +70,14 @@ def main(argv: list[str]) -> int:
     shorts |= {name: value for name, value in settings_flags.bindings(flags).items() if value is not None}
     if flags.acceptance is not None:  # nothing is decoded, so no pair is loaded
         bindings = ["plan.plan.pair = None", *bindings]
-    files = flags.gin_file or [_default_file(flags.task)]
+    files = flags.gin_file or [gin_flags.default_file("plan", flags.task)]
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
-    found = _job()(progress=lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
+
+    from speccascade_t5x.runtime import plan  # JAX loads after the flags are known to be good
+
+    begin = "begin with a run file, such as --gin_file=runs/plan.gin"
+    job = gin_flags.job(plan.plan, {"plan.plan.settings": begin})
+    found = job(progress=lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     if found.path is not None:
         records.write_text(found.path.parent / "config.gin", config_text)
     print("\n".join(lines(found)))
@@ -109,45 +112,16 @@ def lines(found: Any) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="speccascade plan",
-        usage="speccascade plan --input=FILE [--output_dir=FOLDER] [flags]\n"
-        "       speccascade plan --task=NAME [--output_dir=FOLDER] [flags]\n"
-        "       speccascade plan --acceptance=ROWS --costs=NUMBERS",
-        description="Predicts which draft length, drafter and K matrix pay, and whether speculation pays at all.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = (
+        "--input=FILE [--output_dir=FOLDER] [flags]",
+        "--task=NAME [--output_dir=FOLDER] [flags]",
+        "--acceptance=ROWS --costs=NUMBERS",
     )
-    for name, (kind, text) in _MACROS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    description = "Predicts which draft length, drafter and K matrix pay, and whether speculation pays at all."
+    parser = gin_flags.parser("plan", usage, description, _EPILOG, _MACROS)
     settings_flags.add_flags(parser, leave_out=_LEFT_OUT)
     gin_flags.add_flags(parser)
     return parser
-
-
-def _job() -> Callable[..., Any]:
-    """The configured job.
-
-    Raises:
-      UserError: the gin files configure another one, or none.
-    """
-    import gin
-
-    from speccascade_t5x.runtime import plan
-
-    try:
-        gin.query_parameter("plan.plan.settings")
-    except ValueError as error:
-        raise UserError(
-            "no gin file binds plan.plan.settings: begin with a run file, such as --gin_file=runs/plan.gin"
-        ) from error
-    return gin.get_configurable(plan.plan)
-
-
-def _default_file(task: str | None) -> str:
-    own = f"runs/plan_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/plan.gin"
 
 
 if __name__ == "__main__":

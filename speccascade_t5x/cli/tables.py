@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
 
 # Short flag -> (type, help). These are macros of runs/tables.gin.
 _MACROS = {
@@ -49,9 +46,13 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     flags, bindings = gin_flags.split(_parser(), argv)
     shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
-    files = flags.gin_file or [_default_file(flags.task)]
+    files = flags.gin_file or [gin_flags.default_file("tables", flags.task)]
     gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
-    built = _job()()
+
+    from speccascade_t5x.runtime import tables  # JAX loads after the flags are known to be good
+
+    begin = "begin with a run file, such as --gin_file=runs/tables.gin"
+    built = gin_flags.job(tables.tables, {"tables.tables.output_dir": begin})()
     about = built.about
     kind = {2: "bigram", 3: "trigram"}[about["order"]]
     print(
@@ -62,43 +63,14 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="speccascade tables",
-        usage="speccascade tables --task=NAME --output_dir=FOLDER [flags]\n"
-        "       speccascade tables --cached=FOLDER --output_dir=FOLDER [flags]",
-        description="Counts a task or tokenised shards into an n-gram table and stores it in a bundle, to draft with.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = (
+        "--task=NAME --output_dir=FOLDER [flags]",
+        "--cached=FOLDER --output_dir=FOLDER [flags]",
     )
-    for name, (kind, text) in _MACROS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    description = "Counts a task or tokenised shards into an n-gram table and stores it in a bundle, to draft with."
+    parser = gin_flags.parser("tables", usage, description, _EPILOG, _MACROS)
     gin_flags.add_flags(parser)
     return parser
-
-
-def _job() -> Callable[..., Any]:
-    """The configured job.
-
-    Raises:
-      UserError: the gin files configure another one, or none.
-    """
-    import gin
-
-    from speccascade_t5x.runtime import tables
-
-    try:
-        gin.query_parameter("tables.tables.output_dir")
-    except ValueError as error:
-        raise UserError(
-            "no gin file binds tables.tables.output_dir: begin with a run file, such as --gin_file=runs/tables.gin"
-        ) from error
-    return gin.get_configurable(tables.tables)
-
-
-def _default_file(task: str | None) -> str:
-    own = f"runs/tables_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/tables.gin"
 
 
 if __name__ == "__main__":

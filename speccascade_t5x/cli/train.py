@@ -13,12 +13,11 @@ import contextlib
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import paths, records, train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
@@ -67,12 +66,20 @@ A killed run is continued by the same command, with the same bits on one device 
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     flags, bindings = gin_flags.split(_parser(), argv)
-    files = flags.gin_file or [_default_file(flags.task)]
+    files = flags.gin_file or [gin_flags.default_file("train", flags.task)]
     if flags.model:
         files = [*files, f"models/{flags.model}.gin"]
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
-    job = _job()
+
+    from speccascade_t5x.runtime import train  # JAX loads after the flags are known to be good
+
+    known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
+    needed = {
+        "train.train.data": "begin with a run file, such as --gin_file=runs/train.gin",
+        "t5.T5Config.vocab_size": f"name an architecture with --model, one of {known}",
+    }
+    job = gin_flags.job(train.train, needed)
     with _observer(not flags.no_tensorboard) as observer:
         summary = job(config_text=config_text, observer=observer)
     for name, value in summary.items():
@@ -86,48 +93,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="speccascade train",
-        usage="speccascade train --model=NAME --cached=FOLDER --output_dir=FOLDER --steps=N [flags]",
-        description="Trains or distils a model on tokenised shards or a seqio task.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for name, (kind, text) in _MACROS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    usage = ["--model=NAME --cached=FOLDER --output_dir=FOLDER --steps=N [flags]"]
+    description = "Trains or distils a model on tokenised shards or a seqio task."
+    parser = gin_flags.parser("train", usage, description, _EPILOG, _MACROS)
     parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
     parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     gin_flags.add_flags(parser)
     return parser
-
-
-def _job() -> Callable[..., Any]:
-    """The configured job.
-
-    Raises:
-      UserError: the gin files configure another job or none, or no architecture.
-    """
-    import gin
-
-    from speccascade_t5x.runtime import train
-
-    known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
-    needed = {
-        "train.train.data": "begin with a run file, such as --gin_file=runs/train.gin",
-        "t5.T5Config.vocab_size": f"name an architecture with --model, one of {known}",
-    }
-    for argument, advice in needed.items():
-        try:
-            gin.query_parameter(argument)
-        except ValueError as error:
-            raise UserError(f"no gin file binds {argument}: {advice}") from error
-    return gin.get_configurable(train.train)
-
-
-def _default_file(task: str | None) -> str:
-    own = f"runs/train_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else "runs/train.gin"
 
 
 @contextlib.contextmanager
