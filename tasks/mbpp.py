@@ -226,8 +226,8 @@ def pass_at_1(targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]) 
     chosen = configured(execution)()
     if not chosen.allow_code_execution:
         logging.getLogger(__name__).warning(
-            "pass_at_1 was not measured, as it runs code a model wrote: bind mbpp.execution.allow_code_execution = "
-            "True to allow that"
+            "pass_at_1 was not measured, as it runs code a model wrote: give --allow_code_execution, or bind "
+            "mbpp.execution.allow_code_execution = True, to allow that"
         )
         return {}
     if len(targets) != len(predictions) or not targets:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import speccascade_t5x.checkpoints as checkpoints
-from speccascade_t5x.checkpoints import bundle, remote, tensors
+from speccascade_t5x.checkpoints import bundle, remote, t5x_pair, tensors
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Part
 from speccascade_t5x.models.decoder_only import DecoderOnlyConfig
@@ -21,6 +21,7 @@ _KINDS = {
     "t5x_orbax": "T5X checkpoint written by Orbax",
     "orbax": "Orbax checkpoint",
     "huggingface": "Hugging Face folder",
+    "t5x_pair": "native T5X checkpoint of a pair",
 }
 
 
@@ -37,6 +38,10 @@ def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     with remote.local_copy(path) as local:
         if checkpoints.detect(local) == "bundle":
             found = _describe_bundle(local, verify)
+        elif t5x_pair.is_pair(local):
+            members = t5x_pair.open_members(local, verify=verify)
+            found = {"kind": "t5x_pair", "step": members["verifier"].step, "vocabulary": None}
+            found["models"] = {role: _describe_model(members[role]) for role in bundle.MEMBERS}
         else:
             opened = checkpoints.open_model(local, verify=verify)
             found = {"kind": opened.kind, "step": opened.step, "models": {"model": _describe_model(opened)}}

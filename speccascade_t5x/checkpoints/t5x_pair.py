@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, bundle, folders, t5x_native, tensors, tree
+from speccascade_t5x.checkpoints import architecture, bundle, folders, t5x_native, tree
 from speccascade_t5x.checkpoints.architecture import Model
+from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.runtime import records
 
@@ -112,20 +113,44 @@ def models(folder: str | Path) -> dict[str, Model]:
     return found
 
 
+def is_pair(folder: str | Path) -> bool:
+    """Whether a folder is a T5X checkpoint of a pair, by its files alone."""
+    folder = Path(folder)
+    if not (folder / t5x_native.INDEX_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+        return False
+    return "members" in architecture.read_json(folder / CONFIG_FILE)
+
+
+def open_members(folder: str | Path, *, verify: bool = True) -> dict[str, Opened]:
+    """A pair in its files, by role: no tensor has been read.
+
+    Args:
+      folder: the checkpoint.
+      verify: compare every file with its checksum where there are any.
+
+    Raises:
+      UserError: see `models`; or a tensor is missing, or of another shape.
+    """
+    folder = Path(folder)
+    if verify:
+        folders.check(folder)
+    named = models(folder)
+    step = architecture.read_json(folder / CONFIG_FILE).get("step")
+    found = t5x_native.read_tensors(folder)
+    wanted = {f"{role}/{name}": s for role in MEMBERS for name, s in _shapes(named[role]).items()}
+    tree.require_match(tree.nest(wanted), found, str(folder))
+    leaves = {role: {name: found[f"{role}/{name}"] for name in _shapes(named[role])} for role in MEMBERS}
+    step = step if type(step) is int else None
+    return {role: Opened("t5x_pair", folder, named[role], leaves[role], step=step) for role in MEMBERS}
+
+
 def load(folder: str | Path) -> dict[str, Bound]:
     """Reads a pair, float32, by role.
 
     Raises:
-      UserError: see `models`; or a tensor is missing, damaged or of another shape.
+      UserError: see `open_members`; or a tensor is damaged.
     """
-    folder = Path(folder)
-    folders.check(folder)
-    named = models(folder)
-    found = t5x_native.read_tensors(folder)
-    wanted = {f"{role}/{name}": s for role in MEMBERS for name, s in _shapes(named[role]).items()}
-    tree.require_match(tree.nest(wanted), found, str(folder))
-    params = tree.nest(tensors.to_devices(found, str(folder), None))
-    return {role: Bound(named[role], params[role]) for role in MEMBERS}
+    return {role: opened.load() for role, opened in open_members(folder).items()}
 
 
 def _network(model: Model) -> str:

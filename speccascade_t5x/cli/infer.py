@@ -31,7 +31,7 @@ required:
   --task and --output_dir, or --input
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
-  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION of the tasks that score programs
   generate.Settings.method, rule, alpha, draft_len, plan, verification, draft_stop, stop_threshold, drafter,
     k_matrix, lenience, max_ngram, min_ngram, ngram_fill, confidence, quantile, temperature, top_k, top_p, min_p,
     max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     shorts |= settings_flags.bindings(flags)
     for name in ("truncate", "trace"):
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
+    shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
     from speccascade_t5x.runtime import infer  # JAX loads after the flags are known to be good
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     settings_flags.add_flags(parser)
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
+    parser.add_argument(
+        "--allow_code_execution", action="store_true", help="measure pass@1 by running, in a sandbox, what the pair wrote"
+    )
     gin_flags.add_flags(parser)
     return parser
 

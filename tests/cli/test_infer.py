@@ -165,6 +165,7 @@ def refused(capsys, *argv: str) -> str:
         (["--gin.LIMIT=[1"], "a bracket or a quote is not closed"),
         (["--alpha=inf"], "give a finite number"),
         (["--limit=0"], "limit=0 is outside its range"),
+        (["--allow_code_execution"], "sets ALLOW_CODE_EXECUTION, which no gin file reads"),
         (["--rule=chow", "--alpha=1.5"], "alpha=1.5 is outside the range of the rule 'chow': from 0 to 1"),
         (["--rule=token_v9", "--alpha=0.1"], "there is no rule named 'token_v9': did you mean 'token_v"),
         (["--temperature=3"], "temperature=3.0 is outside its range: it must be a number from 0 to 2"),
@@ -216,6 +217,19 @@ def test_bad_data(corpus, capsys, monkeypatch):
     monkeypatch.delenv("SPECCASCADE_L10N_DIR")
     assert "No corpus folder is set" in refused(capsys, *task)
     assert "There is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
+
+
+def test_code_runs_only_where_the_flag_says_so(tmp_path, capsys):
+    """The flag reaches the task of programs, and its config.gin; without it pass@1 is left out, with the reason."""
+    Path("mbpp.jsonl").write_text(
+        json.dumps({"task_id": 11, "text": "One.", "code": "a = 1", "test_list": ["assert a"], "test_setup_code": ""})
+    )
+    begin = ["--task=mbpp", "--gin.DATA='mbpp.jsonl'", "--pair=restore_de_pair", *SHAPE, "--truncate"]
+    assert infer(*begin, "--output_dir=without") == 0
+    assert "pass_at_1" not in json.loads(Path("without/mbpp-metrics.json").read_text())
+    assert infer(*begin, "--output_dir=with", "--allow_code_execution") == 0
+    assert json.loads(Path("with/mbpp-metrics.json").read_text())["pass_at_1"] == 0
+    assert "ALLOW_CODE_EXECUTION = True" in Path("with/config.gin").read_text()
 
 
 def test_a_damaged_bundle(lines, capsys):
