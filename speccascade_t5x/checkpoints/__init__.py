@@ -10,6 +10,7 @@ checkpoints.export.export(source, target)   from any kind to bundles, Orbax, T5X
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from speccascade_t5x.checkpoints import folders, huggingface, npz, orbax_tree, remote, safetensors_files, t5x_native
@@ -22,7 +23,7 @@ from speccascade_t5x.checkpoints.bundle import (
     read_manifest,
     save_bundle,
 )
-from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.checkpoints.opened import Opened, Placing
 from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.interfaces import Bound, UserError
 
@@ -84,12 +85,13 @@ def _detect(path: Path) -> str:
     raise UserError(f"{path} holds no checkpoint; looked for {_LOOKED_FOR}.")
 
 
-def open_model(path: str | Path, *, verify: bool = True) -> Opened:
+def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collection[str] = ()) -> Opened:
     """One model in its files: its architecture is known and its tensors fit it, but none has been read.
 
     Args:
       path: see `load`; local.
       verify: compare every file with its checksum where there are any. It reads them twice.
+      allow_drivers: see `load`.
 
     Raises:
       UserError: see `load`.
@@ -110,12 +112,12 @@ def open_model(path: str | Path, *, verify: bool = True) -> Opened:
         newest = path / f"checkpoint_{max(_steps(path))}"
         if detect(newest) not in ("t5x_native", "t5x_orbax", "orbax"):
             raise UserError(f"{newest} is not a T5X checkpoint.")
-        return open_model(newest, verify=verify)
+        return open_model(newest, verify=verify, allow_drivers=allow_drivers)
     if verify:
         folders.check(path)
     openers = {
         "npz": npz.open_model,
-        "t5x_native": t5x_native.open_model,
+        "t5x_native": lambda folder: t5x_native.open_model(folder, allow_drivers),
         "t5x_orbax": orbax_tree.open_t5x,
         "orbax": orbax_tree.open_t5x,
         "huggingface": huggingface.open_model,
@@ -126,7 +128,13 @@ def open_model(path: str | Path, *, verify: bool = True) -> Opened:
         raise UserError(f"Cannot read {error.filename or path}: {error.strerror or error}.") from error
 
 
-def load(path: str | Path, *, placement: Placement | None = None) -> Bound:
+def load(
+    path: str | Path,
+    *,
+    placement: Placement | None = None,
+    placing: Placing | None = None,
+    allow_drivers: Collection[str] = (),
+) -> Bound:
     """One model, float32, read tensor by tensor to where it shall live.
 
     Of several checkpoint_<step> folders the newest is taken. A bundle is loaded here only if it
@@ -135,12 +143,16 @@ def load(path: str | Path, *, placement: Placement | None = None) -> Bound:
     Args:
       path: a folder, or a gs:// address, which is copied to a temporary folder first.
       placement: (flat name, shape) -> sharding; the default device where it is None or gives None.
+      placing: the same for whatever architecture is found: model -> placement.
+      allow_drivers: tensorstore drivers ("gcs", "s3", "http", "file") with which a native T5X checkpoint may place
+        arrays outside its folder. Name one only where you trust the checkpoint: its index says what is read.
 
     Raises:
       UserError: see `detect` and the readers; messages name the file or tensor.
     """
     with remote.local_copy(path) as local:
-        return open_model(local).load(placement)
+        opened = open_model(local, allow_drivers=allow_drivers)
+        return opened.load(placement if placing is None else placing(opened.model))
 
 
 def _steps(path: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ _KINDS = {
 }
 
 
-def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
+def describe(path: str | Path, *, verify: bool = False, allow_drivers: Collection[str] = ()) -> dict[str, Any]:
     """Kind, step, architecture, parameters, dtypes and vocabulary of a checkpoint of any kind, as JSON types.
 
     Args:
       path: see `checkpoints.load`.
       verify: compare every file with its checksum where there are any.
+      allow_drivers: see `checkpoints.load`.
 
     Raises:
       UserError: see `checkpoints.load`; nothing is told of a checkpoint that could not be loaded.
@@ -43,7 +45,7 @@ def describe(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             found = {"kind": "t5x_pair", "step": members["verifier"].step, "vocabulary": None}
             found["models"] = {role: _describe_model(members[role]) for role in bundle.MEMBERS}
         else:
-            opened = checkpoints.open_model(local, verify=verify)
+            opened = checkpoints.open_model(local, verify=verify, allow_drivers=allow_drivers)
             found = {"kind": opened.kind, "step": opened.step, "models": {"model": _describe_model(opened)}}
             found["vocabulary"] = _vocabulary(opened)
     return {"path": str(path), "what": _KINDS[found["kind"]], **found}

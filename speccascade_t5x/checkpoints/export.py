@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,22 @@ from speccascade_t5x.checkpoints import (
     remote,
     scanned,
     t5x_native,
+    t5x_pair,
     tensors,
     tree,
 )
 from speccascade_t5x.checkpoints.bundle import Bundle
+from speccascade_t5x.checkpoints.comparing import compare, compare_tables
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 from speccascade_t5x.runtime import records
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
-FORMATS = ("bundle", "orbax", "t5x", "huggingface")
+FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
 DTYPES = ("float32", "bfloat16", "float16")
 _MB = 10**6
-_STEP_FORMATS = ("orbax", "t5x")  # those that have room for a step and an optimizer state
+_STATE_FORMATS = ("orbax", "t5x")  # those that have room for an optimizer state
+_STEP_FORMATS = (*_STATE_FORMATS, "t5x_pair")
 _T5_EXTRA_IDS = 100
 _BYTE_EXTRA_IDS = 125
 
@@ -80,6 +82,7 @@ def export(
     max_shard_mb: float = 5000,
     verify: bool = False,
     overwrite: bool = False,
+    allow_drivers: Collection[str] = (),
     drafter: str | Path | None = None,
     vocabulary: str | Path | None = None,
     extra_ids: int | None = None,
@@ -100,7 +103,8 @@ def export(
       max_shard_mb: largest safetensors file.
       verify: read the result back before it gets its name, and compare parameters and logits.
       overwrite: replace a checkpoint that is already there.
-      drafter: of a bundle made of two checkpoints; `source` is the verifier then.
+      allow_drivers: see `checkpoints.load`; for source and drafter.
+      drafter: of a bundle or T5X pair made of two checkpoints; `source` is the verifier then.
       vocabulary: of a bundle: "bytes" or a SentencePiece model; None takes what comes with the source.
       extra_ids: sentinels after its ordinary pieces; 125 for bytes and 100 otherwise if None.
       max_input_len: longest input of a bundle, in tokens.
@@ -112,16 +116,23 @@ def export(
         result that is not what it should be. Nothing is left then.
     """
     _check_options(format, dtype, optimizer_state, step, max_file_mb, max_shard_mb)
-    if format != "bundle" and (drafter is not None or vocabulary is not None):
-        raise UserError(f"a drafter and a vocabulary go into a bundle; the format {format!r} holds one model.")
+    if format != "bundle" and vocabulary is not None:
+        raise UserError(f"a vocabulary goes into a bundle; the format {format!r} has no room for it.")
+    if format not in ("bundle", "t5x_pair") and drafter is not None:
+        raise UserError(f"a drafter goes into a bundle or a t5x_pair; the format {format!r} holds one model.")
     limit = None if max_file_mb is None else int(max_file_mb * _MB)
     with remote.local_copy(source) as place, _local_target(target, overwrite) as folder:
         job = _Job(format, np.dtype(jnp.dtype(dtype)), limit, int(max_shard_mb * _MB), verify)
+        _require_room(place, format)
+        if format == "t5x_pair":
+            members = t5x_pair.members_of(place, drafter, allow_drivers)
+            return job.write_pair(members, folder, str(target), step or 0)
         if format == "bundle":
             lengths = {"inputs": max_input_len, "targets": max_len}
-            made = _bundle_of(place, drafter, vocabulary, extra_ids, lengths, description)
+            made = _bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
             return job.write_bundle(made, folder, str(target))
-        return job.write_model(checkpoints.open_model(place), folder, str(target), step, optimizer_state)
+        opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
+        return job.write_model(opened, folder, str(target), step, optimizer_state)
 
 
 def _check_options(
@@ -131,8 +142,8 @@ def _check_options(
         raise UserError(f"there is no format {format!r}: use one of {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(DTYPES)}.")
-    if optimizer_state and format not in _STEP_FORMATS:
-        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STEP_FORMATS)}.")
+    if optimizer_state and format not in _STATE_FORMATS:
+        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STATE_FORMATS)}.")
     if step is not None and (type(step) is not int or step < 0 or format not in _STEP_FORMATS):
         raise UserError(f"step = {step!r} is not usable: a whole number from 0 on, for {' or '.join(_STEP_FORMATS)}.")
     for name, value in (("max_file_mb", max_file_mb), ("max_shard_mb", max_shard_mb)):
@@ -162,6 +173,15 @@ class _local_target:
                     remote.publish(Path(folder) / "export", str(self._target), self._overwrite)
 
 
+def _require_room(place: Path, format: str) -> None:
+    """A table is never left behind in silence: it travels from bundle to bundle; other formats hold models alone."""
+    if format != "bundle" and checkpoints.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
+        raise UserError(
+            f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
+            f"models ({place / 'verifier'}) to leave the table behind."
+        )
+
+
 def _require_free(path: Path, overwrite: bool) -> None:
     """Only a checkpoint is ever replaced, and only if asked for."""
     if not path.exists():
@@ -187,13 +207,15 @@ class _Job:
         members = {"verifier": made.verifier} | ({"drafter": made.drafter} if made.drafter is not None else {})
         members = {name: Bound(m.model, self._cast(m.params)) for name, m in members.items()}
         originals = {"verifier": made.verifier, "drafter": made.drafter}
+        about = None if made.table is None else bundle.read_manifest(made.path)["ngrams"]
 
         def check(partial: Path) -> None:
             self._check_sizes(partial)
             if self.verify:
                 found = bundle.load_bundle(partial)
                 for name, member in members.items():
-                    drift.append(_compare(originals[name], member, getattr(found, name), target))
+                    drift.append(compare(originals[name], member, getattr(found, name), target))
+                compare_tables(made.table, found.table, target)
 
         bundle.save_bundle(
             folder,
@@ -206,9 +228,28 @@ class _Job:
             dtype=self.dtype,
             file_bytes=orbax_tree.FILE_BYTES if self.limit is None else self.limit,
             check=check,
+            table=made.table,
+            about_table=about,
         )
         count = sum(tree.count(member.params) for member in members.values())
         return self._report(folder, target, count, None, 0, max(drift, default=None))
+
+    def write_pair(self, members: Mapping[str, Bound], folder: Path, target: str, step: int) -> Report:
+        cast = {role: Bound(member.model, self._cast(member.params)) for role, member in members.items()}
+        drift: list[float] = []
+        with folders.published(folder, "t5x_pair checkpoint") as partial:
+            t5x_pair.write(partial, cast, step=step, dtype=self.dtype.name, chunk_bytes=self._chunk_bytes())
+            folders.write_checksums(partial)
+            self._check_sizes(partial)
+            if self.verify:
+                found = t5x_pair.load(partial)
+                drift = [compare(members[role], cast[role], found[role], target) for role in cast]
+        count = sum(tree.count(member.params) for member in cast.values())
+        return self._report(folder, target, count, step, 0, max(drift, default=None))
+
+    def _chunk_bytes(self) -> int:
+        """Largest chunk of a native T5X array; compression may add a little."""
+        return t5x_native.CHUNK_BYTES if self.limit is None else min(t5x_native.CHUNK_BYTES, self.limit * 9 // 10)
 
     def write_model(self, opened: Opened, folder: Path, target: str, step: int | None, optimizer_state: bool) -> Report:
         if optimizer_state:
@@ -221,7 +262,7 @@ class _Job:
             getattr(self, f"_write_{self.format}")(partial, opened, bound, step, kept)
             folders.write_checksums(partial)
             self._check_sizes(partial)
-            drift = _compare(original, bound, checkpoints.load(partial), target) if self.verify else None
+            drift = compare(original, bound, checkpoints.load(partial), target) if self.verify else None
         noted = step if self.format in _STEP_FORMATS else None
         return self._report(folder, target, tree.count(bound.params), noted, len(kept), drift)
 
@@ -230,8 +271,7 @@ class _Job:
         config = bound.model.config
         tensors_of = scanned.stack(flat, config.num_heads) if _is_scalable(config) else flat.items()
         params = ((name, np.asarray(leaf, self.dtype)) for name, leaf in tensors_of)
-        chunk_bytes = 64 * 2**20 if self.limit is None else min(64 * 2**20, self.limit * 9 // 10)
-        t5x_native.write(partial, params, step=step, state=_state(opened, kept), chunk_bytes=chunk_bytes)
+        t5x_native.write(partial, params, step=step, state=_state(opened, kept), chunk_bytes=self._chunk_bytes())
         _write_config(partial, bound, step)
 
     def _write_orbax(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
@@ -331,21 +371,18 @@ def _bundle_of(
     extra_ids: int | None,
     lengths: Mapping[str, int],
     description: str,
+    allow_drivers: Collection[str],
 ) -> Bundle:
     """A bundle as it is, or one made of checkpoints."""
     if checkpoints.detect(place) == "bundle":
         if drafter is not None or vocabulary is not None:
             raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members.")
         found = bundle.load_bundle(place)
-        if found.table is not None:
-            raise UserError(
-                f"{place} holds an n-gram table, which export would leave behind: export the bundle it was made from, "
-                "and count the table into the result with `speccascade tables --pair=TARGET --output_dir=TARGET`."
-            )
         return dataclasses.replace(found, description=description or found.description)
-    opened = checkpoints.open_model(place)
+    opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
     pieces = _vocabulary(opened, vocabulary, extra_ids)
-    models = {"verifier": opened.load(), "drafter": None if drafter is None else checkpoints.load(drafter)}
+    small = None if drafter is None else checkpoints.load(drafter, allow_drivers=allow_drivers)
+    models = {"verifier": opened.load(), "drafter": small}
     decode = {"start_id": opened.model.start_id}
     return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
 
@@ -359,32 +396,3 @@ def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None)
     if path is None:
         raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model.")
     return SentencePieceVocabulary(path, _T5_EXTRA_IDS if extra_ids is None else extra_ids)
-
-
-def _compare(original: Bound, written: Bound, found: Bound, target: str) -> float:
-    """Largest difference of logits between source and export; what was read back must be what was written.
-
-    Raises:
-      UserError: it is not.
-    """
-    if found.model != written.model:
-        raise UserError(f"{target} reads back as another architecture: {found.model}; it was not kept.")
-    flat = tree.flatten(found.params)
-    for name, leaf in tree.flatten(written.params).items():
-        if not np.array_equal(np.asarray(leaf), np.asarray(flat[name])):
-            raise UserError(f"{target}: tensor {name!r} reads back with other values; it was not kept.")
-    draw = np.random.default_rng(0)
-    inputs = [draw.integers(1, original.model.vocab_size, (2, n)) for n in (12, 8)]
-    before, ours, again = (
-        np.asarray(_logits(bound.model, bound.params, *inputs)) for bound in (original, written, found)
-    )
-    if not np.array_equal(ours, again):
-        raise UserError(f"{target} reads back with logits off by {np.abs(ours - again).max():.3g}; it was not kept.")
-    return float(np.abs(before - again).max())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: architecture.Model, params: PyTree, encoder: jax.Array, decoder: jax.Array) -> jax.Array:
-    ones = jnp.ones_like(decoder)
-    tokens = (decoder, ones, ones) if model.input_name == "decoder_input_tokens" else (encoder, decoder, ones)
-    return model.module.apply({"params": params}, *tokens)

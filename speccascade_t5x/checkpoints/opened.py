@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from speccascade_t5x.checkpoints import architecture, scanned, tensors, tree
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.tensors import Leaf, Placement, Tensor
 from speccascade_t5x.interfaces import Bound, UserError
+
+# A model -> where its arrays shall live; None means the default device.
+Placing = Callable[[Model], Placement | None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from speccascade_t5x.checkpoints import architecture, opened, tensors, tree
+from speccascade_t5x.checkpoints import architecture, opened, stores, tensors, tree
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.checkpoints.tensors import BLOCK_BYTES, Block, Placement, Tensor
+from speccascade_t5x.checkpoints.tensors import Block, Placement, Tensor
 from speccascade_t5x.interfaces import PyTree, UserError
 
 # Small files travel well: many hosts of files refuse or slow down large ones.
@@ -154,15 +153,7 @@ def _blocks(path: Path, name: str, shape: tuple[int, ...], facts: Mapping[str, A
     store = tensorstore.open(spec, open=True, read=True).result()
     if tuple(store.shape) != shape:
         raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
-    if not shape:
-        yield (), np.asarray(store.read().result())
-        return
-    rows = max(1, store.chunk_layout.read_chunk.shape[0])
-    row_bytes = max(1, tensors.count(shape[1:]) * store.dtype.numpy_dtype.itemsize)
-    rows *= max(1, math.floor(BLOCK_BYTES / (rows * row_bytes)))
-    for first in range(0, shape[0], rows):
-        where = slice(first, min(first + rows, shape[0]))
-        yield (where,), store[where].read().result()
+    yield from stores.blocks(store)
 
 
 def open_t5x(folder: Path) -> Opened:

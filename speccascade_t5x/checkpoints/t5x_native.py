@@ -1,8 +1,8 @@
 """Native T5X checkpoints: `checkpoint_N/` with a msgpack index and one zarr array per tensor.
 
-The files may come from anywhere, so they are data and nothing else: no pickle, no path out of the folder, no storage
-driver but files, and no allocation before the sizes have been compared with the architecture and with the bytes on
-disk.
+The files may come from anywhere, so they are data and nothing else: no pickle, no path out of the folder and no storage
+driver but files unless the user has named it, and no allocation before the sizes have been compared with the
+architecture and with the bytes on disk.
 
 Layout after the T5X source: index {"version": 3, "optimizer": {"target": <params>, "state": {"step", "param_states"}}},
 each leaf a tensorstore spec whose path is relative to the folder, or the array itself.
@@ -11,7 +11,7 @@ each leaf a tensorstore spec whose path is relative to the folder, or the array 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,32 +19,39 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-from speccascade_t5x.checkpoints import opened, tensors, tree, zarr
+from speccascade_t5x.checkpoints import opened, stores, tensors, tree, zarr
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Tensor
 from speccascade_t5x.interfaces import UserError
 
 INDEX_FILE = "checkpoint"
 VERSION = 3
+CHUNK_BYTES = 64 * 2**20
 # T5X writes this bucket into the index of a checkpoint it saves to cloud storage, with the same
 # relative path, so such a checkpoint can be read wherever it was copied to.
 _PLACEHOLDER_BUCKET = "t5x-dummy-bucket"
 _INLINE_ARRAY = 1  # Flax's msgpack extension code of an ndarray
 _INLINE_SCALAR = 3  # and of a numpy scalar
 _LARGEST_INDEX = 2**30
+_UNLESS = " If you trust its origin, allow drivers by name."
 
 
-def open_model(folder: Path) -> Opened:
+def open_model(folder: Path, allow_drivers: Collection[str] = ()) -> Opened:
     """Finds and checks everything in one `checkpoint_N` folder without reading an array.
 
     The architecture comes from the shapes, and from a config.json or config.gin in the folder or
     its parent where there is one. Without either, gated MLPs are taken to be T5 1.1 (gelu, linear).
 
+    Args:
+      folder: the checkpoint.
+      allow_drivers: tensorstore drivers whose arrays are read wherever the index says they are, see
+        `stores.open_foreign`.
+
     Raises:
       UserError: a file is missing, damaged or suspicious, or the model is not a supported T5.
     """
     optimizer = _read_index(folder / INDEX_FILE)
-    found = _tensors(folder, _flatten(optimizer["target"], ""))
+    found = _tensors(folder, _flatten(optimizer["target"], ""), allow_drivers)
     state = optimizer.get("state")
     step, entries, others = _read_state(state if isinstance(state, dict) else {})
     return opened.from_t5x(
@@ -53,7 +60,7 @@ def open_model(folder: Path) -> Opened:
         found,
         step=step,
         # Opened only when asked for: a copy may well have left the optimizer's files behind.
-        state=_Lazy(folder, entries),
+        state=_Lazy(folder, entries, allow_drivers),
         state_others=others,
     )
 
@@ -70,17 +77,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 class _Lazy(dict):
     """Names to tensors, whose files are looked at when a tensor is asked for."""
 
-    def __init__(self, folder: Path, entries: Mapping[str, Any]):
+    def __init__(self, folder: Path, entries: Mapping[str, Any], allow_drivers: Collection[str]):
         super().__init__(entries)
-        self._folder = folder
+        self._folder, self._allow_drivers = folder, allow_drivers
 
     def __getitem__(self, name: str) -> Tensor:
-        return _tensors(self._folder, {name: super().__getitem__(name)})[name]
+        return _tensors(self._folder, {name: super().__getitem__(name)}, self._allow_drivers)[name]
 
 
-def _tensors(folder: Path, entries: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(folder: Path, entries: Mapping[str, Any], allow_drivers: Collection[str] = ()) -> dict[str, Tensor]:
     return {
-        name: _locate(folder, name, entry) if isinstance(entry, dict) else tensors.in_memory(entry)
+        name: _locate(folder, name, entry, allow_drivers) if isinstance(entry, dict) else tensors.in_memory(entry)
         for name, entry in entries.items()
     }
 
@@ -153,8 +160,10 @@ def _read_state(state: Mapping[str, Any]) -> tuple[int | None, dict[str, Any], t
     return (int(step) if whole or type(step) is int else None), entries, tuple(others)
 
 
-def _locate(folder: Path, name: str, spec: Mapping[str, Any]) -> Tensor:
+def _locate(folder: Path, name: str, spec: Mapping[str, Any], allow_drivers: Collection[str]) -> Tensor:
     """Follows a spec to its zarr array and checks that array's files."""
+    if allow_drivers and _is_foreign(spec):
+        return stores.open_foreign(name, spec, allow_drivers)
     where = _relative_path(name, spec)
     path = folder / where
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -174,17 +183,35 @@ def _relative_path(name: str, spec: Mapping[str, Any]) -> str:
     """The array's folder as the spec names it, once that is known to be harmless."""
     kvstore = spec.get("kvstore")
     if spec["driver"] != "zarr" or not isinstance(kvstore, dict):
-        raise UserError(f"Tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read.")
-    driver = kvstore.get("driver")
-    if driver not in ("file", "gfile") and not (driver == "gcs" and kvstore.get("bucket") == _PLACEHOLDER_BUCKET):
-        raise UserError(f"Tensor {name!r} is stored with driver {driver!r}; only files in the folder are read.")
+        raise UserError(f"Tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read.{_UNLESS}")
+    if not _is_local(kvstore):
+        driver = kvstore.get("driver")
+        raise UserError(
+            f"Tensor {name!r} is stored with driver {driver!r}; only files in the folder are read.{_UNLESS}"
+        )
     where = kvstore.get("path") or spec.get("path")
     if not isinstance(where, str) or not where.strip("/"):
         raise UserError(f"The checkpoint index gives no path for tensor {name!r}.")
     path = PurePosixPath(where)
     if path.is_absolute() or ".." in path.parts or "\\" in where or "\0" in where:
-        raise UserError(f"Tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read.")
+        raise UserError(
+            f"Tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read.{_UNLESS}"
+        )
     return str(path)
+
+
+def _is_local(kvstore: Mapping[str, Any]) -> bool:
+    """Whether an array's files are meant to lie in the checkpoint, as far as the driver tells."""
+    driver = kvstore.get("driver")
+    return driver in ("file", "gfile") or (driver == "gcs" and kvstore.get("bucket") == _PLACEHOLDER_BUCKET)
+
+
+def _is_foreign(spec: Mapping[str, Any]) -> bool:
+    """Whether an array is in another format than zarr, or somewhere else than below the checkpoint's folder."""
+    kvstore = spec.get("kvstore")
+    if spec["driver"] != "zarr" or not isinstance(kvstore, dict) or not _is_local(kvstore):
+        return True
+    return str(kvstore.get("path")).startswith("/")
 
 
 def write(
@@ -193,7 +220,7 @@ def write(
     *,
     step: int,
     state: Iterable[tuple[str, np.ndarray]] = (),
-    chunk_bytes: int = 64 * 2**20,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
     """Writes what T5X's own reader restores.
 

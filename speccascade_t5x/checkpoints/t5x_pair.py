@@ -6,7 +6,7 @@ member with a position table per layer is not stacked here, as it is where it st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +23,43 @@ from speccascade_t5x.runtime import records
 
 CONFIG_FILE = "config.json"
 MEMBERS = ("drafter", "verifier")
-_DTYPES = ("float32", "bfloat16", "float16")
+_ADVICE = "write the pair with `speccascade export --format=t5x_pair`"
 
 
-def export(
-    source: str | Path,
-    target: str | Path,
-    *,
-    drafter: str | Path | None = None,
-    dtype: str = "float32",
-    step: int = 0,
-    overwrite: bool = False,
-) -> Path:
-    """Writes a pair as one T5X checkpoint. It is read back and compared before it gets its name.
+def members_of(
+    source: str | Path, drafter: str | Path | None = None, allow_drivers: Collection[str] = ()
+) -> dict[str, Bound]:
+    """The models of a bundle, or of two checkpoints, by role.
 
     Args:
       source: a bundle of two models, or the verifier's checkpoint of any kind.
-      target: the folder to make; T5X looks for `checkpoint_<step>`.
       drafter: the drafter's checkpoint, where `source` is the verifier's.
-      dtype: what parameters are written as: float32, bfloat16 or float16.
-      step: training steps to note.
-      overwrite: replace a pair that is already there.
-
-    Returns:
-      The folder.
+      allow_drivers: see `checkpoints.load`.
 
     Raises:
-      UserError: a bad argument, a checkpoint that cannot be read, a target in the way or that cannot be written, or
-        one that reads back as something else. Nothing is left then.
+      UserError: there is only one model, or more than two; or a checkpoint cannot be read.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(_DTYPES)}.")
-    if type(step) is not int or step < 0:
-        raise UserError(f"step = {step!r} is not usable: it must be a whole number from 0 on.")
-    target = Path(target)
-    if target.exists() and not (overwrite and (target / t5x_native.INDEX_FILE).is_file()):
-        raise UserError(f"{target} already exists; choose another name, or allow a T5X checkpoint to be overwritten.")
-    members = _members(source, drafter)
-    with folders.published(target, "t5x checkpoint") as partial:
-        write(partial, members, step=step, dtype=dtype)
-        folders.write_checksums(partial)
-        _require_same(members, load(partial), dtype, target)
-    return target
+    if checkpoints.detect(source) != "bundle":
+        if drafter is None:
+            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models.")
+        named = {"drafter": drafter, "verifier": source}
+        return {role: checkpoints.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
+    if drafter is not None:
+        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out.")
+    found = bundle.load_bundle(source)
+    if found.drafter is None:
+        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter.")
+    return {"drafter": found.drafter, "verifier": found.verifier}
 
 
-def write(folder: Path, members: Mapping[str, Bound], *, step: int = 0, dtype: str = "float32") -> None:
+def write(
+    folder: Path,
+    members: Mapping[str, Bound],
+    *,
+    step: int = 0,
+    dtype: str = "float32",
+    chunk_bytes: int = t5x_native.CHUNK_BYTES,
+) -> None:
     """Writes the files of a pair into an empty folder.
 
     Args:
@@ -75,10 +67,12 @@ def write(folder: Path, members: Mapping[str, Bound], *, step: int = 0, dtype: s
       members: "drafter" and "verifier".
       step: training steps to note.
       dtype: what parameters are written as.
+      chunk_bytes: largest file before compression.
     """
     wide = np.dtype(jnp.dtype(dtype))
     flat = {f"{role}/{name}": leaf for role in MEMBERS for name, leaf in tree.flatten(members[role].params).items()}
-    t5x_native.write(folder, ((name, np.asarray(leaf, wide)) for name, leaf in flat.items()), step=step)
+    values = ((name, np.asarray(leaf, wide)) for name, leaf in flat.items())
+    t5x_native.write(folder, values, step=step, chunk_bytes=chunk_bytes)
     facts: dict[str, Any] = {"members": {}, "step": step}
     for role in MEMBERS:
         model = members[role].model
@@ -95,10 +89,10 @@ def models(folder: str | Path) -> dict[str, Model]:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; make one with `t5x_pair.export`.")
+        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; {_ADVICE}.")
     members = architecture.read_json(path).get("members")
     if not isinstance(members, dict) or set(members) != set(MEMBERS):
-        raise UserError(f"{path} does not describe a drafter and a verifier; make the pair with `t5x_pair.export`.")
+        raise UserError(f"{path} does not describe a drafter and a verifier; {_ADVICE}.")
     found = {}
     for role in MEMBERS:
         facts, source = members[role], f"{path} ({role})"
@@ -159,29 +153,3 @@ def _network(model: Model) -> str:
 
 def _shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
     return tree.flatten(architecture.shapes(model.config))
-
-
-def _members(source: str | Path, drafter: str | Path | None) -> dict[str, Bound]:
-    if checkpoints.detect(source) != "bundle":
-        if drafter is None:
-            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models.")
-        return {"drafter": checkpoints.load(drafter), "verifier": checkpoints.load(source)}
-    if drafter is not None:
-        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out.")
-    found = bundle.load_bundle(source)
-    if found.drafter is None:
-        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter.")
-    return {"drafter": found.drafter, "verifier": found.verifier}
-
-
-def _require_same(members: Mapping[str, Bound], found: Mapping[str, Bound], dtype: str, target: Path) -> None:
-    for role in MEMBERS:
-        if found[role].model != members[role].model:
-            raise UserError(f"{target} reads back another {role}: {found[role].model}; it was not kept.")
-        again = tree.flatten(found[role].params)
-        for name, leaf in tree.flatten(members[role].params).items():
-            rounded = np.asarray(jnp.asarray(leaf).astype(dtype).astype(jnp.float32))
-            if not np.isfinite(rounded).all():
-                raise UserError(f"tensor '{role}/{name}' has values {dtype} cannot hold: write it as bfloat16.")
-            if not np.array_equal(rounded, np.asarray(again[name])):
-                raise UserError(f"{target}: tensor '{role}/{name}' reads back with other values; it was not kept.")

@@ -17,7 +17,7 @@ from speccascade_t5x.cli import gin_flags
 _MACROS = {
     "source": (str, "a checkpoint of any kind, see `speccascade inspect`; a folder or a gs:// address"),
     "target": (str, "the folder to make, or a gs:// address; T5X looks for checkpoint_<step>"),
-    "format": (str, "bundle, orbax, t5x or huggingface"),
+    "format": (str, "bundle, orbax, t5x, huggingface, or t5x_pair (both models in one T5X checkpoint)"),
 }
 # Short flags that are arguments of checkpoints.export.export.
 _ARGUMENTS = {
@@ -25,7 +25,8 @@ _ARGUMENTS = {
     "step": (int, "training steps to note (default: the source's)"),
     "max_file_mb": (float, "no file becomes larger, in MB of 10^6 bytes"),
     "max_shard_mb": (float, "largest safetensors file (default: 5000)"),
-    "drafter": (str, "of a bundle made of two checkpoints; --source is the verifier"),
+    "allow_drivers": (gin_flags.names, gin_flags.ALLOW_DRIVERS),
+    "drafter": (str, "of a bundle or t5x_pair made of two checkpoints; --source is the verifier"),
     "vocabulary": (str, 'of a bundle: "bytes" or a SentencePiece model'),
     "extra_ids": (int, "sentinels after its ordinary pieces (default: 125 for bytes, 100 otherwise)"),
     "max_input_len": (int, "of a bundle: longest input in tokens (default: 256)"),
@@ -44,8 +45,8 @@ required:
 
 bindings (each flag above stands for one of them):
   SOURCE, TARGET, FORMAT
-  export.export.dtype, optimizer_state, step, max_file_mb, max_shard_mb, verify, overwrite, drafter, vocabulary,
-    extra_ids, max_input_len, max_len, description
+  export.export.dtype, optimizer_state, step, max_file_mb, max_shard_mb, verify, overwrite, allow_drivers, drafter,
+    vocabulary, extra_ids, max_input_len, max_len, description
 """
 
 

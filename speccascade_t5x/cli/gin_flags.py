@@ -20,7 +20,13 @@ import gin
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import paths
 
+ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """ "gcs,s3" as its parts."""
+    return tuple(part for part in text.split(",") if part)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +98,12 @@ def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[...
         except ValueError as error:
             raise UserError(f"no gin file binds {binding}: {advice}") from error
     return gin.get_configurable(function)
+
+
+def configured(binding: str) -> Any:
+    """What a loaded binding stands for: the result of its `@configurable()`, or its plain value."""
+    value = gin.query_parameter(binding)
+    return value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference) else value
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -26,11 +26,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its checksum, where there are any"
     )
+    parser.add_argument("--allow_drivers", type=gin_flags.names, default=(), help=gin_flags.ALLOW_DRIVERS)
     flags, _ = gin_flags.split(parser, argv)
 
     from speccascade_t5x.checkpoints import describe
 
-    found = describe.describe(flags.path, verify=flags.verify)
+    found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers)
     print(records.to_json(found, indent=1) if flags.json else describe.in_words(found))
     return 0
 

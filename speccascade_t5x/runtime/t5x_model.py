@@ -238,7 +238,7 @@ def from_checkpoint(
     feature_converter_cls: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> PairModel:
-    """The model for a pair that `checkpoints.t5x_pair.export` wrote; T5X itself restores the parameters.
+    """The model for a pair that `speccascade export --format=t5x_pair` wrote; T5X itself restores the parameters.
 
     Args:
       path: the checkpoint, a local folder; only its config.json is read here.

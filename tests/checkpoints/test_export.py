@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import describe, t5x_native, tensors, tree
-from speccascade_t5x.checkpoints.bundle import store_table
+from speccascade_t5x.checkpoints import bundle, describe, t5x_native, tensors, tree
+from speccascade_t5x.checkpoints.bundle import TABLE_FILE, read_manifest, store_table
 from speccascade_t5x.checkpoints.export import FORMATS, export
 from speccascade_t5x.drafting.ngram import build_table
 from speccascade_t5x.interfaces import UserError
@@ -33,11 +33,14 @@ def source(tmp_path_factory):
     return write_native(tmp_path_factory.mktemp("source") / "checkpoint_3", make_model())
 
 
+OF_ONE = [form for form in FORMATS if form != "t5x_pair"]  # which has tests of its own
+
+
 def more(form):
     return BYTES if form == "bundle" else {}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", OF_ONE)
 def test_every_format_reads_back_exactly(source, tmp_path, form):
     report = export(source, tmp_path / "out", form, verify=True, **more(form))
     assert report.drift == 0 and report.parameters == tree.count(make_model().params)
@@ -59,12 +62,34 @@ def test_round_trip_through_every_format_is_exact(shared, tmp_path, name):
     assert_same(checkpoints.load(place), checkpoints.load(start))
 
 
-def test_a_table_is_not_left_behind_in_silence(source, tmp_path):
+def test_a_table_travels_from_bundle_to_bundle(source, tmp_path, monkeypatch):
+    export(source, tmp_path / "plain", "bundle", **BYTES)
+    table = build_table([[5, 6, 7], [6, 7, 8]], checkpoints.load_bundle(tmp_path / "plain").verifier.model.vocab_size)
+    with_table = store_table(tmp_path / "plain", tmp_path / "with", table, {"order": 2, "source": "by hand"})
+    export(with_table, tmp_path / "out", "bundle", dtype="bfloat16", verify=True)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load_bundle(tmp_path / "out").table, table)
+    assert (tmp_path / "out" / TABLE_FILE).read_bytes() == (with_table / TABLE_FILE).read_bytes()
+    before, after = (read_manifest(place)["ngrams"] for place in (with_table, tmp_path / "out"))
+    assert before == after and after["source"] == "by hand"
+    (tmp_path / "out" / TABLE_FILE).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=TABLE_FILE):
+        checkpoints.load_bundle(tmp_path / "out")
+    other = build_table([[5, 7]], table.vocab_size)
+    real = bundle.load_bundle
+    changed = lambda place: dataclasses.replace(real(place), **({} if place == with_table else {"table": other}))  # noqa: E731
+    monkeypatch.setattr(bundle, "load_bundle", changed)
+    with pytest.raises(UserError, match="n-gram table reads back with other values"):
+        export(with_table, tmp_path / "other", "bundle", verify=True)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("form", ["orbax", "t5x", "huggingface", "t5x_pair"])
+def test_a_table_is_not_left_behind_in_silence(source, tmp_path, form):
     export(source, tmp_path / "plain", "bundle", **BYTES)
     table = build_table([[5, 6, 7]], checkpoints.load_bundle(tmp_path / "plain").verifier.model.vocab_size)
     with_table = store_table(tmp_path / "plain", tmp_path / "with", table, {})
-    with pytest.raises(UserError, match="n-gram table, which export would leave behind.*speccascade tables"):
-        export(with_table, tmp_path / "out", "bundle")
+    with pytest.raises(UserError, match=f"n-gram table, for which the format '{form}' has no room: use 'bundle'"):
+        export(with_table, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
 
 
@@ -82,7 +107,7 @@ test_round_trip_through_every_format_is_exact = pytest.mark.usefixtures("small_b
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", OF_ONE)
 def test_half_precision(source, tmp_path, form, dtype):
     report = export(source, tmp_path / "out", form, dtype=dtype, verify=True, **more(form))
     assert report.drift > 0
@@ -177,7 +202,10 @@ def test_pair_becomes_a_bundle(source, tmp_path):
         ("t5x", {"max_file_mb": 0}, "max_file_mb = 0 is too small"),
         ("huggingface", {"step": 3}, "step = 3 is not usable"),
         ("t5x", {"step": -1}, "step = -1"),
-        ("t5x", BYTES, "the format 't5x' holds one model"),
+        ("t5x", BYTES, "a vocabulary goes into a bundle"),
+        ("t5x", {"drafter": "x"}, "the format 't5x' holds one model"),
+        ("t5x_pair", BYTES, "the format 't5x_pair' has no room for it"),
+        ("t5x_pair", {"optimizer_state": True}, "no room for an optimizer state: use orbax or t5x"),
     ],
 )
 def test_bad_options(source, tmp_path, form, options, message):
@@ -217,14 +245,16 @@ def test_checksums_find_every_change(source, tmp_path):
 def test_what_reads_back_otherwise_is_not_kept(source, tmp_path, monkeypatch, form):
     """A reader that returns other values stands in for a disk that does."""
     place = tensors._place
-    calls, first = itertools.count(), len(tree.flatten(make_model().params))
+    read = 2 if form == "t5x_pair" else 1  # models read before the export reads what it wrote
+    calls, first = itertools.count(), read * len(tree.flatten(make_model().params))
 
     def faulty(value, sharding):
         return place(value + (next(calls) >= first), sharding)
 
     monkeypatch.setattr(tensors, "_place", faulty)
     with pytest.raises(UserError, match="reads back with other values; it was not kept"):
-        export(source, tmp_path / "out", form, verify=True, **more(form))
+        options = {"drafter": source} if form == "t5x_pair" else more(form)
+        export(source, tmp_path / "out", form, verify=True, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,7 +268,7 @@ def test_full_disk_leaves_nothing(source, tmp_path, form):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            more = {"vocabulary": "bytes"} if sys.argv[3] == "bundle" else {}
+            more = {"bundle": {"vocabulary": "bytes"}, "t5x_pair": {"drafter": sys.argv[1]}}.get(sys.argv[3], {})
             export(sys.argv[1], sys.argv[2], sys.argv[3], **more)
         except UserError as error:
             print("refused:", error)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
+import http.server
 import json
 import shutil
+import threading
 
 import flax.serialization
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 import tensorstore
@@ -160,6 +164,70 @@ def test_other_storage_is_refused(tmp_path, kvstore):
 def test_other_array_drivers_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match="only zarr is read"):
         checkpoints.load(edited(tmp_path, **changes))
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """(index folder, folder of the arrays): a checkpoint whose arrays were left where they are."""
+    arrays = write_native(tmp_path / "arrays", make_model())
+    folder = tmp_path / "checkpoint_3"
+    folder.mkdir()
+
+    def point(**kvstore):
+        index = msgpack.unpackb((arrays / "checkpoint").read_bytes())
+        for spec in leaves(index["optimizer"]["target"]):
+            spec["kvstore"] = {"path": spec["kvstore"]["path"], **kvstore}
+            if kvstore["driver"] == "file":
+                spec["kvstore"]["path"] = f"{arrays}/{spec['kvstore']['path']}"
+        (folder / "checkpoint").write_bytes(msgpack.packb(index))
+        return folder
+
+    return point, arrays
+
+
+def leaves(node):
+    if "driver" in node:
+        return [node]
+    return [leaf for child in node.values() for leaf in leaves(child)]
+
+
+def test_arrays_elsewhere_are_read_where_the_user_names_the_driver(elsewhere):
+    point, arrays = elsewhere
+    folder = point(driver="file")
+    with pytest.raises(UserError, match=r"unsafe path .* If you trust its origin, allow drivers by name"):
+        checkpoints.load(folder)
+    assert_same(checkpoints.load(folder, allow_drivers=["file"]), make_model())
+    with pytest.raises(UserError, match="stored with driver 'file', not one of those you allow: gcs, s3"):
+        checkpoints.load(folder, allow_drivers=("s3", "gcs"))
+    (arrays / "target.decoder.logits_dense.kernel" / "0.0").unlink()
+    with pytest.raises(UserError, match="decoder/logits_dense/kernel"):
+        checkpoints.load(folder, allow_drivers=["file"])
+
+
+def test_arrays_on_a_server(elsewhere):
+    point, arrays = elsewhere
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=arrays)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        folder = point(driver="http", base_url=f"http://127.0.0.1:{server.server_port}/")
+        with pytest.raises(UserError, match="driver 'http'; only files in the folder are read"):
+            checkpoints.load(folder)
+        assert_same(checkpoints.load(folder, allow_drivers=["http"]), make_model())
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": "/nowhere/"}}},
+        {"driver": "downsample", "base": {"driver": "zarr", "kvstore": {"driver": "memory"}}},
+        {"driver": "zarr", "kvstore": "file:///nowhere/"},
+        {"driver": "n5", "kvstore": {"driver": "http", "base_url": "http://127.0.0.1:9"}},
+    ],
+)
+def test_a_named_driver_allows_no_other(tmp_path, spec):
+    with pytest.raises(UserError, match="not one of those you allow: http|names no driver"):
+        checkpoints.load(edited(tmp_path, **spec), allow_drivers=["http"])
 
 
 def test_missing_chunk_is_not_read_as_zeros(native):

@@ -9,6 +9,7 @@ import pytest
 
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import describe, t5x_native, t5x_pair, tree
+from speccascade_t5x.checkpoints.export import export
 from speccascade_t5x.interfaces import UserError
 
 from .tiny import TINY, assert_same, make_model, write_native
@@ -16,12 +17,17 @@ from .tiny import TINY, assert_same, make_model, write_native
 SMALL = dataclasses.replace(TINY, emb_dim=4, relative_position_tables="per_layer")
 
 
+def write_pair(source, target, **more):
+    export(source, target, "t5x_pair", verify=True, **more)
+    return target
+
+
 @pytest.fixture
 def written(tmp_path):
     """(folder of the pair, verifier, drafter)."""
     verifier, drafter = make_model(), make_model(SMALL, seed=1)
     sources = [write_native(tmp_path / name, m) for name, m in (("verifier", verifier), ("drafter", drafter))]
-    folder = t5x_pair.export(sources[0], tmp_path / "pair" / "checkpoint_5", drafter=sources[1], step=5)
+    folder = write_pair(sources[0], tmp_path / "pair" / "checkpoint_5", drafter=sources[1], step=5)
     return folder, verifier, drafter
 
 
@@ -57,21 +63,21 @@ def test_what_is_in_the_way_stays(written, tmp_path):
     before = sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file())
     source = tmp_path / "verifier"
     with pytest.raises(UserError, match="already exists"):
-        t5x_pair.export(source, folder, drafter=tmp_path / "drafter")
+        write_pair(source, folder, drafter=tmp_path / "drafter")
     with pytest.raises(UserError, match="name the drafter's checkpoint too"):
-        t5x_pair.export(source, tmp_path / "other")
+        write_pair(source, tmp_path / "other")
     with pytest.raises(UserError, match="cannot be written as 'int8'"):
-        t5x_pair.export(source, tmp_path / "other", drafter=source, dtype="int8")
+        write_pair(source, tmp_path / "other", drafter=source, dtype="int8")
     with pytest.raises(UserError, match="step = -1"):
-        t5x_pair.export(source, tmp_path / "other", drafter=source, step=-1)
+        write_pair(source, tmp_path / "other", drafter=source, step=-1)
     assert sorted((file, file.read_bytes()) for file in folder.rglob("*") if file.is_file()) == before
     assert not (tmp_path / "other").exists()
-    t5x_pair.export(source, folder, drafter=source, overwrite=True)
+    write_pair(source, folder, drafter=source, overwrite=True)
     assert_same(t5x_pair.load(folder)["drafter"], written[1])
 
 
 def test_bfloat16_reads_back_rounded(written, tmp_path):
-    folder = t5x_pair.export(tmp_path / "verifier", tmp_path / "half", drafter=tmp_path / "drafter", dtype="bfloat16")
+    folder = write_pair(tmp_path / "verifier", tmp_path / "half", drafter=tmp_path / "drafter", dtype="bfloat16")
     assert {tensor.dtype.name for tensor in t5x_native.read_tensors(folder).values()} == {"bfloat16"}
 
 
