@@ -1,0 +1,160 @@
+"""What a pair for `restore_de` is worth: likelihood, calibration, agreement of the two models, quality on novel text.
+
+    SPECCASCADE_L10N_DIR=corpus python benchmarks/pair.py [--pair restore_de_pair] [--output pair.json]
+
+Two parts, printed as Markdown:
+
+1. Teacher-forced on the validation split: NLL and accuracy per byte, expected calibration error of the most likely
+   byte (15 bins), and how the two models agree: E[sum min(p, q)], which is the acceptance rate of lossless
+   speculation at temperature 1, and the share of bytes at which both rank the same byte first.
+2. Greedy outputs on the test split: whole strings right, by the similarity of the nearest training item
+   (`test_nearest.tsv.gz` of the corpus), for both models and for the input given back as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+
+from speccascade_t5x.deferral import calibration
+from speccascade_t5x.interfaces import Array, Bound
+from speccascade_t5x.runtime import generate
+from speccascade_t5x.runtime.vocabulary import Vocabulary
+from speccascade_t5x.tasks import l10n
+from speccascade_t5x.tasks.folding import fold
+
+BINS = ((0.0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
+Rows = Sequence[tuple[str, float]]  # German text, similarity of the nearest training item
+
+
+def rows(split: str, longest: int, limit: int | None) -> Rows:
+    """The German texts of the task, with their similarity to training data where the corpus tells (else NaN)."""
+    folder = l10n.corpus_dir()
+    lines = l10n.read_rows(folder / f"{split}.tsv.gz")
+    near = [float("nan")] * len(lines)
+    beside = folder / f"{split}_nearest.tsv.gz"
+    if beside.is_file():
+        with gzip.open(beside, "rt", encoding="utf-8") as file:
+            near = [float(line.split("\t")[0]) for line in file]
+    found = [(row.de, s) for row, s in zip(lines, near, strict=True) if len(row.de.encode()) < longest]
+    return found[:limit]
+
+
+def padded(texts: Sequence[str], vocabulary: Vocabulary, length: int, end: bool) -> np.ndarray:
+    """Ids [N, length], cut to fit, with EOS where it fits."""
+    out = np.zeros((len(texts), length), np.int32)
+    for i, text in enumerate(texts):
+        ids = [*vocabulary.encode(text), *([vocabulary.eos_id] if end else [])][:length]
+        out[i, : len(ids)] = ids
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score(drafter: Any, verifier: Any, params: Any, encoder: Array, targets: Array) -> dict[str, Array]:
+    """Figures of each target byte, [B, T]: both models' NLL, most likely byte and its probability; sum min(p, q)."""
+    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    found, laws = {}, {}
+    for name, model in (("drafter", drafter), ("verifier", verifier)):
+        logits = model.module.apply({"params": params[name]}, encoder, shifted, targets)
+        laws[name] = jax.nn.softmax(logits)
+        found[f"{name}_nll"] = -jnp.log(jnp.take_along_axis(laws[name], targets[..., None], -1)[..., 0])
+        found[f"{name}_top"], found[f"{name}_max"] = laws[name].argmax(-1), laws[name].max(-1)
+    return found | {"overlap": jnp.minimum(laws["drafter"], laws["verifier"]).sum(-1)}
+
+
+def teacher_forced(pair: generate.LoadedPair, texts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
+    """`score` over texts: every counted byte, in one row; "target" beside it."""
+    lengths, pieces = pair.feature_lengths, pair.vocabulary
+    encoder = padded([fold(text) for text in texts], pieces, lengths["inputs"], True)
+    targets = padded(texts, pieces, lengths["targets"], True)
+    models: dict[str, Bound] = {"drafter": pair.drafter, "verifier": pair.verifier}
+    params = {name: bound.params for name, bound in models.items()}
+    parts = []
+    for at in range(0, len(texts), batch):
+        rest = slice(at, at + batch)
+        fill = ((0, batch - len(encoder[rest])), (0, 0))
+        inputs = np.pad(encoder[rest], fill), np.pad(targets[rest], fill)
+        parts.append(score(models["drafter"].model, models["verifier"].model, params, *inputs))
+    found = {name: np.concatenate([np.asarray(part[name]) for part in parts])[: len(texts)] for name in parts[0]}
+    counted = targets > 0
+    return {name: value[counted] for name, value in found.items()} | {"target": targets[counted]}
+
+
+def likelihood(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means over the bytes."""
+    about: dict[str, Any] = {"bytes": len(found["target"]), "overlap": float(found["overlap"].mean())}
+    about["same_first"] = float((found["drafter_top"] == found["verifier_top"]).mean())
+    hits = {name: found[f"{name}_top"] == found["target"] for name in ("drafter", "verifier")}
+    about["drafter_alone_right"] = float((hits["drafter"] & ~hits["verifier"]).mean())
+    about["verifier_alone_right"] = float((hits["verifier"] & ~hits["drafter"]).mean())
+    for name, right in hits.items():
+        about[name] = {
+            "nll": float(found[f"{name}_nll"].mean()),
+            "accuracy": float(right.mean()),
+            "ece": calibration.expected_error(found[f"{name}_max"], right),
+        }
+    return about
+
+
+def restored(pair: generate.LoadedPair, texts: Rows, batch: int) -> dict[str, Any]:
+    """Share of whole strings right of each model's greedy output, by similarity bin."""
+    inputs = [fold(text) for text, _ in texts]
+    outputs = {"input as it is": inputs}
+    for method in ("drafter", "verifier"):
+        records = pair.generate(inputs, method=method, temperature=0.0, batch_size=batch, truncate=True)
+        outputs[method] = [record["prediction"] for record in records]
+    near = np.asarray([similarity for _, similarity in texts])
+    right = {name: np.asarray([a == b for a, (b, _) in zip(o, texts, strict=True)]) for name, o in outputs.items()}
+    parts = {f"{low:g} to {min(high, 1):g}": (near >= low) & (near < high) for low, high in BINS}
+    parts = {name: inside for name, inside in parts.items() if inside.any()} | {"all": np.ones(len(texts), bool)}
+    return {
+        name: {"items": int(inside.sum()), **{who: float(r[inside].mean()) for who, r in right.items()}}
+        for name, inside in parts.items()
+    }
+
+
+def main() -> None:
+    """Measures, prints, and writes JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="restore_de_pair", help="a bundle's folder, or the name of a packaged one")
+    parser.add_argument("--limit", type=int, help="only the first so many texts of each split")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    options = parser.parse_args()
+    pair = generate.load(options.pair)
+    longest = pair.feature_lengths["inputs"]
+    validation = rows("validation", longest, options.limit)
+    print(f"{machine.name()}\n")
+    about = likelihood(teacher_forced(pair, [text for text, _ in validation], options.batch))
+    print(f"Validation, {len(validation):,} texts, {about['bytes']:,} bytes:\n")
+    print("| | NLL per byte (nats) | accuracy per byte | calibration error |\n|---|---|---|---|")
+    for name in ("verifier", "drafter"):
+        figures = about[name]
+        print(f"| {name} | {figures['nll']:.4f} | {figures['accuracy']:.2%} | {figures['ece']:.4f} |")
+    print(f"\nE[sum min(p, q)] {about['overlap']:.4f}; both put the same byte first {about['same_first']:.2%}")
+    alone = [f"{name} {about[f'{name}_alone_right']:.2%}" for name in ("drafter", "verifier")]
+    print(f"right where the other is wrong: {', '.join(alone)}\n")
+    tests = rows("test", longest, options.limit)
+    table = restored(pair, tests, options.batch)
+    print("Test, whole strings right, by similarity of the nearest training item:\n")
+    names = [name for name in next(iter(table.values())) if name != "items"]
+    print(f"| similarity | texts | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
+    for name, cells in table.items():
+        print(f"| {name} | {cells['items']} | {' | '.join(f'{cells[who]:.1%}' for who in names)} |")
+    if options.output:
+        figures = {"machine": machine.name(), "likelihood": about, "restored": table}
+        options.output.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
