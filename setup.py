@@ -28,6 +28,7 @@ EDGES = [
     "clu>=0.0.12,<0.1",
     "gin-config>=0.5,<0.6",
     "importlib_resources>=6.4,<8",  # tensorflow-datasets needs it to prepare a dataset and does not say so
+    "matplotlib>=3.10,<4",
     "rich>=13.7,<16",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.4,<3",

@@ -40,7 +40,8 @@ class LanguageModel(Protocol):
     """A model that scores blocks of tokens at per-row positions. Holds no parameters itself.
 
     Implementations are frozen, hashable dataclasses marked with `jax.tree_util.register_static`: they are
-    the static part of a `Bound`.
+    the static part of a `Bound`. Two attributes are optional, and compared between the models of a decode where they
+    have them: `input_name`, the input that holds the prompt, and `start_id`, the token before the output.
     """
 
     @property
@@ -95,6 +96,7 @@ class Proposal:
       q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
       calls: [B] model calls this proposal cost each row, for the counters.
       level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
+      hidden: [B, G + 1, D] the drafter model's last hidden states at the positions of q; None where no rule reads them.
     """
 
     tokens: Array
@@ -104,22 +106,25 @@ class Proposal:
     q_raw: Array | None
     calls: Array
     level_calls: Array | None = None
+    hidden: Array | None = None
 
 
 jax.tree_util.register_dataclass(
     Proposal,
-    data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls", "level_calls"],
+    data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls", "level_calls", "hidden"],
     meta_fields=[],
 )
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Who proposes. `noise_size` uniforms per row and round are handed to `propose`.
+    """Who proposes. `noise_size` uniforms per row and round are handed to `propose`. A pytree.
 
-    A drafter that does not report q, a model's law, at every drafted and bonus position says so by an attribute
-    `score_bonus` that is False; rules that read q are then refused.
+    It drafts as it likes, for the law of each token travels with the draft; only a q that a rule reads must be shaped
+    as the verifier's p is, which is what `score_bonus`, `vocab_size` and `sampling` are asked for.
     """
+
+    sampling: Any  # core.probs.Sampling that shapes its laws; traced
 
     @property
     def draft_len(self) -> int:
@@ -132,6 +137,19 @@ class Drafter(Protocol):
     @property
     def noise_size(self) -> int:
         """Uniforms in [0, 1) this drafter consumes per row and round."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids at or above it are never drafted; None leaves all `width` of them."""
+
+    @property
+    def score_bonus(self) -> bool:
+        """Whether q, a model's law, is reported at every drafted and bonus position; else rules that read it are
+        refused."""
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """The language models it runs, from the largest; none where it only copies."""
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Reads `inputs` once and returns the drafter's state (batch on axis 0 of every leaf)."""

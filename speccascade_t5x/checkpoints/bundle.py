@@ -4,6 +4,7 @@
     verifier/ drafter/   one Orbax checkpoint each, readable by plain `orbax.checkpoint`
     vocabulary.model     the SentencePiece model, unless the vocabulary is bytes
     ngrams.npz           a bigram or trigram table to draft with, where one was built (`speccascade tables`)
+    deferral.npz         heads and calibrations of learned deferral, where fitted (`speccascade train_deferral`)
 
 A bundle appears under its name only when it is whole. Packing a pair of npz folders:
 
@@ -20,19 +21,21 @@ A bundle appears under its name only when it is whole. Packing a pair of npz fol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, folders, orbax_tree, tree
-from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.checkpoints import architecture, deferral_files, folders, orbax_tree, tree
+from speccascade_t5x.checkpoints.opened import Opened, Placing
 from speccascade_t5x.checkpoints.tensors import Placement
+from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.runtime import vocabulary as vocabularies
@@ -62,6 +65,7 @@ class Bundle:
         leaves out the EOS that texts get at their end, for decoder-only models that continue their prompts.
       description: what the pair does, for people.
       table: bigram or trigram table over the same ids, None where the bundle has none.
+      deferral: heads and calibrations of this pair, None where none were fitted.
     """
 
     path: Path
@@ -72,6 +76,7 @@ class Bundle:
     decode: dict[str, Any]
     description: str
     table: NGramTable | None = None
+    deferral: Fitted | None = None
 
 
 def save_bundle(
@@ -88,6 +93,8 @@ def save_bundle(
     dtype: Any = np.float32,
     file_bytes: int = orbax_tree.FILE_BYTES,
     check: Callable[[Path], None] | None = None,
+    table: NGramTable | None = None,
+    about_table: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a bundle in one step.
 
@@ -105,6 +112,8 @@ def save_bundle(
       dtype: what parameters are written as: float32, float16 or bfloat16.
       file_bytes: about the largest data file.
       check: called with the finished folder before it gets its name; what it raises keeps it from that.
+      table: n-gram table over the ids of the vocabulary.
+      about_table: what bundle.json notes of it.
 
     Returns:
       `path`.
@@ -135,6 +144,8 @@ def save_bundle(
             orbax_tree.save(partial / name, member.params, dtype=dtype, file_bytes=file_bytes)
         if isinstance(vocabulary, SentencePieceVocabulary):
             shutil.copyfile(vocabulary.path, partial / VOCABULARY_FILE)
+        if table is not None:
+            _write_table(partial, manifest, table, about_table or {}, vocabulary)
         manifest["files"] = folders.checksums(partial)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, "utf-8")
@@ -143,13 +154,20 @@ def save_bundle(
     return path
 
 
-def load_bundle(path: str | Path, *, verify: bool = True, placement: Placement | None = None) -> Bundle:
+def load_bundle(
+    path: str | Path,
+    *,
+    verify: bool = True,
+    placement: Placement | None = None,
+    placing: Mapping[str, Placing] | None = None,
+) -> Bundle:
     """Reads a bundle.
 
     Args:
       path: its folder.
       verify: compare every file with its checksum first. It reads the files twice.
       placement: where each array shall live; see `checkpoints.load`.
+      placing: the same per member and for its architecture.
 
     Raises:
       UserError: something is missing, truncated, changed, of a newer format, or does not fit.
@@ -159,7 +177,10 @@ def load_bundle(path: str | Path, *, verify: bool = True, placement: Placement |
     if verify:
         check_files(path, manifest)
     vocabulary = load_vocabulary(path, manifest)
-    members = {name: open_member(path, name, manifest).load(placement) for name in _part(manifest, "members", path)}
+    members = {}
+    for name in _part(manifest, "members", path):
+        member = open_member(path, name, manifest)
+        members[name] = member.load(placement if placing is None else placing[name](member.model))
     if "verifier" not in members:
         raise UserError(f"{path / MANIFEST} names no verifier.")
     _check_members(members, vocabulary)
@@ -172,6 +193,7 @@ def load_bundle(path: str | Path, *, verify: bool = True, placement: Placement |
         decode=dict(_part(manifest, "decode", path)),
         description=str(manifest.get("description", "")),
         table=_load_table(path, manifest, vocabulary),
+        deferral=deferral_files.read(path, manifest, vocabulary.fingerprint()),
     )
 
 
@@ -187,22 +209,55 @@ def store_table(source: Path, target: Path, table: NGramTable, about: Mapping[st
     Raises:
       UserError: `target` exists, or the place cannot be written; nothing half-written is left.
     """
+    with _copied(source, target) as (partial, manifest):
+        _write_table(partial, manifest, table, about, load_vocabulary(source, manifest))
+    return target
+
+
+def _write_table(
+    partial: Path, manifest: dict[str, Any], table: NGramTable, about: Mapping[str, Any], vocabulary: Vocabulary
+) -> None:
+    """The table's file, and what the manifest says of it."""
+    arrays = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    with open(partial / TABLE_FILE, "wb") as file:
+        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
+    manifest["ngrams"] = {**about, "vocabulary": vocabulary.fingerprint()}
+
+
+def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
+    """Makes a bundle that holds heads and calibrations and is otherwise the one in `source`, in one step.
+
+    Args:
+      source: folder of the bundle.
+      target: the folder to make; `source` itself is replaced, any other that exists is refused.
+      fitted: for this pair; its fingerprints are checked. Older parts of other kinds are kept.
+
+    Raises:
+      UserError: it belongs to another pair, `target` exists, or the place cannot be written.
+    """
+    with _copied(source, target) as (partial, manifest):
+        vocabulary = load_vocabulary(source, manifest).fingerprint()
+        older = deferral_files.read(source, manifest, vocabulary)
+        members = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+        fitted.check(*members, vocabulary, "this fit")
+        deferral_files.write(partial, manifest, fitted.merged(older))
+    return target
+
+
+@contextlib.contextmanager
+def _copied(source: Path, target: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A copy of a bundle to add to, with its manifest; it becomes `target` when the block ends well."""
     manifest = read_manifest(source)
     check_files(source, manifest)
     if target.exists() and target.resolve() != source.resolve():
         raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there.")
-    vocabulary = load_vocabulary(source, manifest)
-    arrays = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
     with folders.published(target, "bundle") as partial:
         for name in _part(manifest, "files", source):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, partial / name)
-        with open(partial / TABLE_FILE, "wb") as file:
-            np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
-        manifest["ngrams"] = {**about, "vocabulary": vocabulary.fingerprint()}
+        yield partial, manifest
         manifest["files"] = folders.checksums(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    return target
 
 
 def _load_table(path: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> NGramTable | None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from speccascade_t5x.cli import accelerators
 from speccascade_t5x.interfaces import UserError
 
 # Verb -> what it does, in the order `speccascade --help` lists them.
@@ -19,8 +20,11 @@ VERBS = {
     "inspect": "tell what a checkpoint of any kind holds",
     "methods": "list every execution, rule and drafter, with what alpha means and its source",
     "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
+    "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
+    "sweep": "measure methods x alphas on a task: frontier, operating points, report",
     "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
     "train": "train or distil a model on tokenised shards or a seqio task",
+    "train_deferral": "fit when to defer: heads and calibrations for the rules of learned deferral",
 }
 
 
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: speccascade VERB [flags]        (speccascade VERB --help says which)\n")
         for verb, purpose in VERBS.items():
-            print(f"  {verb:<8} {purpose}")
+            print(f"  {verb:<14} {purpose}")
         return 0 if argv else 2
     verb = argv[0]
     if verb not in VERBS:
@@ -47,6 +51,7 @@ def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> in
     # Native libraries log while they load; what matters of it is said in our own words.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    accelerators.settle()
     try:
         code = verb(argv)
         sys.stdout.flush()  # here, where a reader that has left is no error

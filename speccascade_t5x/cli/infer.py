@@ -3,6 +3,7 @@
     speccascade infer --task=restore_de --output_dir=out --rule=token_v3 --alpha=0.3
     speccascade infer --gin_file=runs/infer_restore_de.gin --gin.OUTPUT_DIR="'out'"
     echo "grusse aus munchen" | speccascade infer --input=- --temperature=0
+    speccascade infer --task=restore_de --output_dir=out --operating_point=sweep/operating_points.json
 
 Short flags are bindings: the resolved config.gin beside the output says everything.
 """
@@ -14,7 +15,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.cli import gin_flags, operating_point, preemption, settings_flags, topology
 from speccascade_t5x.runtime import records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
@@ -37,6 +38,8 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
     max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
     edge_rules, stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
+  infer.infer.refill                 what --refill sets
+  partitioning.Topology.devices, data, model, submesh, rules, drafter_rules, strict    the mesh of --topology
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
 gin files:
@@ -45,6 +48,7 @@ gin files:
     --gin_file=runs/infer_restore_de.gin --gin_file=rules/token_v3.gin
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
+A run that gets SIGTERM leaves whole files only and exits with code 75; the same command continues it.
 Without --output_dir, a line break inside a prediction is printed as a space and samples are parted by tabs.
 """
 
@@ -53,11 +57,14 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    files = flags.gin_file or [gin_flags.default_file("infer", flags.task)]
+    mesh_files, mesh_bindings = topology.configured(flags.topology)
+    files = (flags.gin_file or [gin_flags.default_file("infer", flags.task)]) + mesh_files
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= settings_flags.bindings(flags)
+    shorts |= operating_point.bindings(flags, bindings)
     for name in ("truncate", "trace"):
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
+    shorts |= mesh_bindings | {"infer.infer.refill": flags.refill or None}
     shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
@@ -65,8 +72,13 @@ def main(argv: list[str]) -> int:
 
     begin = "begin with a run file, such as --gin_file=runs/infer.gin"
     job = gin_flags.job(infer.infer, {"infer.infer.pair": begin, "infer.infer.settings": begin})
-    with _progress_bar() as progress:
-        result = job(config_text=config_text, progress=progress)
+    job = operating_point.checked(job, "infer.infer.pair", flags.operating_point)
+    try:
+        with preemption.stop_on_sigterm() as stop, _progress_bar() as progress:
+            result = job(config_text=config_text, progress=progress, stop=stop)
+    except infer.Preempted as preempted:
+        print(f"speccascade infer: {preempted}", file=sys.stderr)
+        return preemption.EXIT_CODE
     if result.predictions is None:
         for record in result.records:
             predictions = record["prediction"]
@@ -89,10 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     description = "Decodes a seqio task, or lines of text, with a pair."
     parser = gin_flags.parser("infer", usage, description, _EPILOG, _MACROS)
     settings_flags.add_flags(parser)
+    parser.add_argument("--topology", help=topology.HELP)
+    parser.add_argument("--refill", action="store_true", help="put new examples in the place of finished ones")
+    operating_point.add_flags(parser)
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     parser.add_argument(
-        "--allow_code_execution", action="store_true", help="measure pass@1 by running, in a sandbox, what the pair wrote"
+        "--allow_code_execution", action="store_true", help="measure pass@1: runs, in a sandbox, what the pair wrote"
     )
     gin_flags.add_flags(parser)
     return parser

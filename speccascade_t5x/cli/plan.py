@@ -40,7 +40,7 @@ _MACROS = {
     "costs": (numbers, "with --acceptance: a step of each drafter model, in steps of the verifier"),
 }
 _LEFT_OUT = (
-    *("method", "draft_len", "plan", "draft_stop", "stop_threshold", "drafter", "k_matrix", "lenience"),
+    *("method", "draft_len", "plan", "draft_stop", "stop_threshold", "drafter", "k_matrix"),
     *("max_ngram", "min_ngram", "ngram_fill", "confidence", "quantile"),
 )
 _SHOWN = 12

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, topology
 from speccascade_t5x.runtime import paths, records, train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
@@ -53,6 +53,7 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   optimizers.Schedule.name, base, warmup_steps, total_steps, final_share
   optimizers.Adafactor and optimizers.AdamW, see there
   train.train.devices                how many devices share a batch (default: all)
+  partitioning.Topology.devices, data, model, submesh, rules, strict    the mesh of --topology
 
 gin files:
   --task=NAME reads runs/train_NAME.gin where that is packaged, else runs/train.gin
@@ -69,7 +70,9 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or [gin_flags.default_file("train", flags.task)]
     if flags.model:
         files = [*files, f"models/{flags.model}.gin"]
-    shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
+    mesh_files, mesh_bindings = topology.configured(flags.topology)
+    files = [*files, *mesh_files]
+    shorts = {name.upper(): getattr(flags, name) for name in _MACROS} | mesh_bindings
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
     from speccascade_t5x.runtime import train  # JAX loads after the flags are known to be good
@@ -97,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Trains or distils a model on tokenised shards or a seqio task."
     parser = gin_flags.parser("train", usage, description, _EPILOG, _MACROS)
     parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
+    parser.add_argument("--topology", help=topology.HELP)
     parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     gin_flags.add_flags(parser)
     return parser

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from speccascade_t5x.decoding import api
+from speccascade_t5x.decoding import api, loop, placing
 from speccascade_t5x.decoding.state import Output, Program, State
 from speccascade_t5x.interfaces import Array, PyTree
 
@@ -28,21 +31,102 @@ def _classes(structure: jax.tree_util.PyTreeDef) -> tuple[type, ...]:
     return (() if node is None else (node[0],)) + tuple(below)
 
 
-class CompiledDecoder:
-    """The three programs of a decode (read inputs, loop, cut), for one shape and one static config.
+class Layout(Protocol):
+    """Where the arrays of a decode live on a mesh; see `runtime.partitioning.Partitioning`."""
+
+    @property
+    def rows(self) -> jax.sharding.Sharding:
+        """Of inputs and example ids, rows on axis 0."""
+
+    @property
+    def whole(self) -> jax.sharding.Sharding:
+        """Of what every device needs."""
+
+    def program(self, program: Program) -> Program:
+        """The program with every leaf on the mesh."""
+
+    def state(self, state: State) -> State:
+        """The sharding of every leaf of a state, given as arrays or shapes."""
+
+
+def shapes(arrays: PyTree, where: jax.sharding.Sharding | PyTree) -> PyTree:
+    """Shapes of arrays (or of shapes) that live in a sharding, or in a tree of them."""
+    spread = jax.tree.map(lambda _: where, arrays) if isinstance(where, jax.sharding.Sharding) else where
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), arrays, spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """The two large programs of a decode, not compiled yet.
 
     Attributes:
-      seconds: what lowering and compiling took.
+      state: shapes of what travels between them, with shardings where there is a layout.
+      start: reads the inputs.
+      run: the loop; its state is donated.
     """
 
-    def __init__(self, program: Program, inputs: PyTree):
+    state: State
+    start: jax.stages.Lowered
+    run: jax.stages.Lowered
+
+
+def lower(program: Program, inputs: PyTree, key: Array, example_ids: Array, layout: Layout | None = None) -> Lowered:
+    """Lowers a decode. Nothing is read of any argument but shapes and where they live.
+
+    Args:
+      program: what will run, with arrays or with jax.ShapeDtypeStruct leaves, which may name devices that are not here.
+      inputs: as for `decoding.start`.
+      key: likewise.
+      example_ids: likewise.
+      layout: of the mesh all of them live on; None for one device.
+    """
+    state = jax.eval_shape(api.start, program, inputs, key, example_ids)
+    start, run = api.start, api.run
+    if layout is not None:
+        where = layout.state(state)
+        state = shapes(state, where)
+        start = jax.jit(loop.init, out_shardings=where)
+        run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1, out_shardings=where)
+    begun = start.lower(program, inputs, key, example_ids)
+    return Lowered(state, begun, run.lower(program, state, program.max_rounds, state.done.shape[0]))
+
+
+class CompiledDecoder:
+    """The programs of a decode (read inputs, loop, cut), for one shape, one static config and one layout.
+
+    Attributes:
+      seconds: what lowering and compiling took so far.
+    """
+
+    def __init__(self, program: Program, inputs: PyTree, layout: Layout | None = None):
+        """Compiles.
+
+        Args:
+          program: what will run; its parameters are where they shall be.
+          inputs: as for `decoding.start`; only their shapes are read.
+          layout: of the mesh the parameters live on; None for one device.
+        """
         begin = time.perf_counter()
+        self._layout = layout
         key, ids = jax.random.key(0), jnp.zeros(jax.tree.leaves(inputs)[0].shape[0], jnp.int32)
-        self._start = api.start.lower(program, inputs, key, ids).compile()
-        state = jax.eval_shape(api.start, program, inputs, key, ids)
-        self._run = api.run.lower(program, state, program.max_rounds).compile()
-        self._finish = api.finish.lower(program.config, state).compile()
+        if layout is not None:
+            program, key = layout.program(program), shapes(key, layout.whole)
+            inputs, ids = shapes(inputs, layout.rows), shapes(ids, layout.rows)
+        lowered = lower(program, inputs, key, ids, layout)
+        self._state = lowered.state
+        self._start = lowered.start.compile()
+        self._run = lowered.run.compile()
+        self._finish = api.finish.lower(program.config, self._state).compile()
+        self._move: dict[int, jax.stages.Compiled] = {}
         self.seconds = time.perf_counter() - begin
+
+    @property
+    def rows(self) -> int:
+        """B, all samples counted."""
+        return self._state.done.shape[0]
+
+    def _rows(self, arrays: PyTree) -> PyTree:
+        return arrays if self._layout is None else placing.put(arrays, self._layout.rows)
 
     def __call__(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
         """Decodes one batch. Arguments must have the shapes compiled for."""
@@ -50,15 +134,34 @@ class CompiledDecoder:
 
     def start(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> State:
         """Reads the inputs: encoders and caches."""
-        return self._start(program, inputs, key, example_ids)
+        key = key if self._layout is None else placing.put(key, self._layout.whole)
+        return self._start(program, self._rows(inputs), key, self._rows(example_ids))
 
-    def run(self, program: Program, state: State, max_rounds: int | None = None) -> State:
-        """The loop, to the end of every row or for so many rounds. Consumes `state`."""
-        return self._run(program, state, program.max_rounds if max_rounds is None else max_rounds)
+    def run(self, program: Program, state: State, max_rounds: int | None = None, until: int | None = None) -> State:
+        """The loop, to the end of every row, of `until` rows, or for so many rounds. Consumes `state`."""
+        rounds = program.max_rounds if max_rounds is None else max_rounds
+        return self._run(program, state, rounds, self.rows if until is None else until)
 
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""
         return self._finish(state)
+
+    def move(self, state: State, waiting: State, source: Array, target: Array) -> State:
+        """Rows of `waiting` in the place of rows of `state`, see `decoding.move`. Consumes `state`.
+
+        The first call with so many rows compiles.
+        """
+        if len(source) not in self._move:
+            begin = time.perf_counter()
+            where = None if self._layout is None else jax.tree.map(lambda leaf: leaf.sharding, self._state)
+            move = api.move if where is None else jax.jit(loop.move, donate_argnums=0, out_shardings=where)
+            self._move[len(source)] = move.lower(self._state, self._state, source, target).compile()
+            self.seconds += time.perf_counter() - begin
+        return self._move[len(source)](state, waiting, source, target)
+
+    def loop_text(self) -> str:
+        """The compiled loop as HLO, for what is counted in it."""
+        return self._run.as_text()
 
     def temporary_bytes(self) -> int:
         """Temporary memory of the loop beside its arguments, as the compiler plans it; 0 where it does not say."""

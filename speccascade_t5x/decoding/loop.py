@@ -5,9 +5,10 @@ Everything here is jittable and sees models only through their Protocols. Caller
     state = init(program, inputs, key, example_ids)
     state = run(program, state, max_rounds)  # may be called again
     state = refill(program, state, rows, inputs, key, example_ids)  # new inputs into finished rows
+    state = move(state, waiting, source, target)  # or rows of a second state, begun by `init` with the same shapes
     output = harvest(program.config, state)
 
-`decoding.start`, `run`, `refill` and `finish` are these four, jitted.
+`decoding.start`, `run`, `refill`, `move` and `finish` are these five, jitted.
 """
 
 from __future__ import annotations
@@ -83,32 +84,56 @@ def refill(
     return jax.tree.map(choose, fresh, state)
 
 
+def move(state: State, waiting: State, source: Array, target: Array) -> State:
+    """Replaces rows by rows of another state that have just begun. No input is read, so it costs a copy only.
+
+    Args:
+      state: the state to change.
+      waiting: from `init`, same shapes.
+      source: [R] rows of `waiting`, all samples of an example.
+      target: [R] rows of `state` they go to; B where there is nothing to move.
+    """
+    put = lambda old, new: old.at[target].set(new[source], mode="drop")  # noqa: E731
+    return jax.tree.map(put, state, waiting)
+
+
 def run(
-    program: Program, state: State, max_rounds: int | Array, loop: Literal["lax", "python"] = "lax"
+    program: Program,
+    state: State,
+    max_rounds: int | Array,
+    until: int | Array | None = None,
+    loop: Literal["lax", "python"] = "lax",
 ) -> State:
     """Runs rounds until every row is done, or `max_rounds` of them.
 
     Args:
       program: what runs.
-      state: from `init`, `refill` or an earlier `run`.
+      state: from `init`, `refill`, `move` or an earlier `run`.
       max_rounds: bound for this call; traced.
+      until: stop as soon as so many rows are done; traced. None waits for all.
       loop: "python" runs the same round eagerly, for breakpoints and tests.
     """
-    program = per_row(program, state.done.shape[0])
+    batch = state.done.shape[0]
+    program, until = per_row(program, batch), batch if until is None else until
     if loop == "python":
         for _ in range(int(max_rounds)):
-            if bool(jnp.all(state.done)):
+            if int(jnp.sum(state.done)) >= int(until):
                 break
             state = program.execution.round(program, state)
         return state
 
     def unfinished(carry: tuple[Array, State]) -> Array:
-        return (carry[0] < max_rounds) & ~jnp.all(carry[1].done)
+        return (carry[0] < max_rounds) & (jnp.sum(carry[1].done) < until)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         return carry[0] + 1, program.execution.round(program, carry[1])
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _is_shared(part: PyTree) -> bool:
+    """Whether a part of an option says that it is never given per input, such as the head of a learned rule."""
+    return not getattr(part, "per_input", True)
 
 
 def per_row(program: Program, batch: int) -> Program:
@@ -120,6 +145,8 @@ def per_row(program: Program, batch: int) -> Program:
     samples = program.config.num_samples
 
     def repeat(path: tuple, leaf: Array) -> Array:
+        if _is_shared(leaf):
+            return leaf
         leaf = jnp.asarray(leaf)
         if leaf.ndim == 0 or leaf.shape[0] == batch:
             return leaf
@@ -127,7 +154,7 @@ def per_row(program: Program, batch: int) -> Program:
             raise UserError(f"{path[-1].name} has {leaf.shape[0]} rows, but there are {batch // samples} inputs")
         return jnp.repeat(leaf, samples, axis=0)
 
-    spread = functools.partial(jax.tree_util.tree_map_with_path, repeat)
+    spread = functools.partial(jax.tree_util.tree_map_with_path, repeat, is_leaf=_is_shared)
     drafter = program.drafter
     if drafter is not None:
         drafter = dataclasses.replace(drafter, model=spread(drafter.model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from speccascade_t5x.decoding.rounds import Speculative
 from speccascade_t5x.decoding.sequential import SequenceCascade, TokenCascade
 from speccascade_t5x.decoding.state import Program
 from speccascade_t5x.drafting import Deferral, DraftStop, ModelDrafter
-from speccascade_t5x.interfaces import Array, Bound, Drafter, UserError
+from speccascade_t5x.interfaces import Array, Bound, Drafter, LanguageModel, UserError
 
 
 def autoregressive_program(
@@ -53,9 +52,23 @@ def speculative_program(
         if drafter.model.draft_len != config.draft_len:
             raise UserError(f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}")
         _check_drafter(drafter.model, rule, config, sampling, width)
+        if rule.reads_hidden:
+            raise UserError(
+                f"the head of {type(rule).__name__} reads hidden states, which {type(drafter.model).__name__} does not "
+                "report: use drafter='model', or fit a head without hidden states"
+            )
         bound = drafter
     else:
-        wrapped = ModelDrafter(sampling, drafter.model, config.draft_len, width, config.vocab_size, reads, draft_stop)
+        wrapped = ModelDrafter(
+            sampling,
+            drafter.model,
+            config.draft_len,
+            width,
+            config.vocab_size,
+            reads,
+            draft_stop,
+            report_hidden=rule.reads_hidden,
+        )
         bound = Bound(wrapped, drafter.params)
     return Program(verifier, rule, sampling, bound, Speculative(solo), config, width)
 
@@ -120,31 +133,27 @@ def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
 
 
 def _check_drafter(drafter: Drafter, rule: rules.Rule, config: DecodeConfig, sampling: Sampling, width: int) -> None:
-    """Refuses a ready-made drafter that does not report what the rule reads.
-
-    A drafter may draft as it likes, for its law d travels with the draft; only the q that a rule reads must be shaped
-    as p is.
-    """
+    """Refuses a ready-made drafter that does not report what the rule reads, shaped as the decode shapes p."""
     if drafter.width != width:
         raise UserError(
             f"the drafter's laws are {drafter.width} wide, but the verifier has {width} logits: build the drafter with "
             f"width={width}"
         )
-    if rule.reads_drafter and not getattr(drafter, "score_bonus", True):
+    if not rule.reads_drafter:
+        return
+    if not drafter.score_bonus:
         raise UserError(
             f"the rule {type(rule).__name__} reads a drafter's law q at every drafted and bonus position, which "
             f"{type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, or a "
             "cascade with reads=<the model whose law it is to read>, or a ModelDrafter with score_bonus=True"
         )
-    if not rule.reads_drafter:
-        return
-    if getattr(drafter, "vocab_size", config.vocab_size) != config.vocab_size:
+    if drafter.vocab_size != config.vocab_size:
         raise UserError(
             f"the drafter was built with vocab_size={drafter.vocab_size}, but the decode has {config.vocab_size}: "
             f"{type(rule).__name__} compares both laws, so build the drafter with the decode's"
         )
     for name in ("temperature", "top_k", "top_p", "min_p"):
-        own, wanted = (getattr(options, name) for options in (getattr(drafter, "sampling", sampling), sampling))
+        own, wanted = (getattr(options, name) for options in (drafter.sampling, sampling))
         if not _same(own, wanted):
             raise UserError(
                 f"the drafter was built with {name}={own}, but the decode has {wanted}: {type(rule).__name__} compares "
@@ -158,9 +167,14 @@ def _same(one: Array | float, other: Array | float) -> bool:
     return traced or bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
-def _check_inputs(*models: Bound) -> None:
-    """Refuses models that begin at different positions: where one reads the prompt, the other must as well."""
-    names = {getattr(model, "input_name", None) for bound in models for model in _language_models(bound.model)} - {None}
+def _check_beginnings(config: DecodeConfig, *bounds: Bound) -> None:
+    """Refuses models that begin with another token, or at different positions: all must read the prompt, or none."""
+    models = [model for bound in bounds for model in _language_models(bound.model)]
+    for model in models:
+        start_id = getattr(model, "start_id", config.start_id)
+        if start_id != config.start_id:
+            raise UserError(f"a model starts with token {start_id}, but start_id={config.start_id}")
+    names = {getattr(model, "input_name", None) for model in models} - {None}
     if len(names) > 1:
         raise UserError(
             f"one model reads {' and another '.join(sorted(map(repr, names)))}: encoder-decoders and decoder-only "
@@ -168,11 +182,9 @@ def _check_inputs(*models: Bound) -> None:
         )
 
 
-def _language_models(model: Any) -> tuple[Any, ...]:
+def _language_models(model: LanguageModel | Drafter) -> tuple[LanguageModel, ...]:
     """The language models of a drafter, or the model itself."""
-    if isinstance(model, ModelDrafter):
-        return (model.model,)
-    return getattr(model, "models", None) or (model,)
+    return model.models if isinstance(model, Drafter) else (model,)
 
 
 def _check(config: DecodeConfig, sampling: Sampling | None, width: int, *models: Bound) -> None:
@@ -181,11 +193,7 @@ def _check(config: DecodeConfig, sampling: Sampling | None, width: int, *models:
         raise UserError(f"vocab_size={config.vocab_size} must lie from 1 to the {width} logits of the models")
     if not 0 <= config.eos_id < width:
         raise UserError(f"eos_id={config.eos_id} is not among the {width} logits of the models")
-    _check_inputs(*models)
-    for bound in models:
-        start_id = getattr(bound.model, "start_id", config.start_id)
-        if start_id != config.start_id:
-            raise UserError(f"a model starts with token {start_id}, but start_id={config.start_id}")
+    _check_beginnings(config, *models)
     limits = {"temperature": (0.0, np.inf), "top_k": (0, np.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
     for name, (low, high) in limits.items():
         value = getattr(sampling or Sampling(), name)

@@ -52,8 +52,11 @@ class Speculative:
         proposal, drafter_state = propose(program, state, last_two, positions, draft_noise)
         block = jnp.concatenate([last_two[:, 1:], proposal.tokens], axis=1)
         verifier = program.verifier
-        logits, cache = verifier.model.extend(verifier.params, state.verifier_cache, block, positions)
-        judged = judge(program, proposal, logits[..., : program.width], positions, accept_noise, residual_noise)
+        capture = ("hidden",) if program.rule.reads_hidden else ()
+        found, cache = verifier.model.extend(verifier.params, state.verifier_cache, block, positions, capture)
+        logits, hidden = (found[0], found[1]["hidden"]) if capture else (found, None)
+        logits = logits[..., : program.width]
+        judged = judge(program, proposal, logits, state.committed, accept_noise, residual_noise, hidden)
         outcome, deferral = judged.outcome, judged.deferral
         accepted = jnp.arange(config.draft_len + 1) < outcome.accepted[:, None]
         emission = Emission(
@@ -144,16 +147,32 @@ jax.tree_util.register_dataclass(
 
 
 def judge(
-    program: Program, proposal: Proposal, logits: Array, positions: Array, accept_noise: Array, residual_noise: Array
+    program: Program,
+    proposal: Proposal,
+    logits: Array,
+    positions: Array,
+    accept_noise: Array,
+    residual_noise: Array,
+    hidden: Array | None = None,
 ) -> Judgement:
-    """Builds pi for a block of the verifier's logits [B, G + 1, V] from positions [B] on, and verifies the draft.
+    """Builds pi for a block of the verifier's logits [B, G + 1, V] from output positions [B] on; verifies the draft.
+
+    `hidden` [B, G + 1, D] are its last hidden states, for rules that read them.
 
     Where no row asks for a temperature or a truncation, the raw laws are the laws: the branch for that makes no
     second copy of them. Laws as wide as the vocabulary stay inside a branch, since what leaves it is copied.
     """
     p_raw = probs.raw(logits, program.config.vocab_size)
     position = positions[:, None] + jnp.arange(logits.shape[1])
-    pair_raw = Pair(q=proposal.q_raw, p=p_raw, q_raw=proposal.q_raw, p_raw=p_raw, position=position)
+    pair_raw = Pair(
+        q=proposal.q_raw,
+        p=p_raw,
+        q_raw=proposal.q_raw,
+        p_raw=p_raw,
+        position=position,
+        hidden_q=proposal.hidden,
+        hidden_p=hidden,
+    )
     column, padded = jnp.arange(logits.shape[1]), jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
 
     def judged(plain: bool) -> Judgement:

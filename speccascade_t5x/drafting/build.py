@@ -11,7 +11,7 @@ import numpy as np
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Rule
 from speccascade_t5x.drafting.cascade import CascadeDrafter
-from speccascade_t5x.drafting.k_matrix import k_matrix
+from speccascade_t5x.drafting.k_matrix import KMatrix, k_matrix
 from speccascade_t5x.drafting.max_gram import MaxGram
 from speccascade_t5x.interfaces import Array, Bound, UserError
 
@@ -49,15 +49,9 @@ def cascade(
         raise UserError("a cascade needs a language model: use drafting.max_gram alone, or add a model")
     count, sampling = len(models), sampling or Sampling()
     plan = k_matrix(k, count, copier is not None)
-    rules = _per_model(rules, count, "rules")
-    for i, rule in enumerate(rules):
-        _check_rule(i, rule, plan.models, plan.length(i + 1), plan.rows[i + 1] if i + 1 < len(plan.rows) else ())
+    rules = _checked_rules(rules, plan)
     lenience = _lenience(lenience, rules, [plan.length(i + 1) > 0 for i in range(count)])
-    if reads is not None and not 0 <= reads < count:
-        raise UserError(
-            f"reads={reads} names no model of this cascade (they are 0 to {count - 1}): a rule reads the law of a "
-            "model, never that of copied tokens"
-        )
+    _check_reads(reads, count)
     width = width or min(bound.model.vocab_size for bound in models)
     drafter = CascadeDrafter(
         sampling=sampling,
@@ -100,6 +94,23 @@ def _lenience(
         if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) >= 1.0).all():
             raise UserError(f"lenience={value} must be 1 or more: it is L = 1/l, and 1 is exact")
     return lenience
+
+
+def _check_reads(reads: int | None, count: int) -> None:
+    """Refuses a law that no model has."""
+    if reads is not None and not 0 <= reads < count:
+        raise UserError(
+            f"reads={reads} names no model of this cascade (they are 0 to {count - 1}): a rule reads the law of a "
+            "model, never that of copied tokens"
+        )
+
+
+def _checked_rules(rules: Sequence[Rule | None] | None, plan: KMatrix) -> list[Rule | None]:
+    """One entry per model, each with a draft below it to be a rule for."""
+    rules = _per_model(rules, plan.models, "rules")
+    for i, rule in enumerate(rules):
+        _check_rule(i, rule, plan.models, plan.length(i + 1), plan.rows[i + 1] if i + 1 < len(plan.rows) else ())
+    return rules
 
 
 def _check_rule(model: int, rule: Rule | None, models: int, length: int, row: Sequence[int]) -> None:

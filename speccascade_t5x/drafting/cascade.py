@@ -206,7 +206,7 @@ class CascadeDrafter:
         count = written["count"]
         active, end = count < goal, start + count
         size = self.plan.length(drafter + 1)
-        block = size + 1 if size else 2  # a model without a draft may lack a bonus token besides the current one
+        block = self.plan.block(drafter)
         lag = end - carry["valid"][drafter]
         lag = jnp.where(active, lag % block, lag)  # what is left after blocks that only catch up
         inner = jnp.where(active, jnp.minimum(limit - count, block - lag) - 1, 0)

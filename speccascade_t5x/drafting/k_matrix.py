@@ -42,6 +42,10 @@ class KMatrix:
         """The longest draft of any row."""
         return max(self.length(row) for row in range(len(self.rows)))
 
+    def block(self, drafter: int) -> int:
+        """Tokens a review by `drafter` scores. Without a draft it may lack a bonus token besides the current one."""
+        return self.length(drafter + 1) + 1 if self.length(drafter + 1) else 2
+
     def widest(self, row: int) -> int:
         """Most tokens that one step of a draft of row `row` writes."""
         if row >= len(self.rows):

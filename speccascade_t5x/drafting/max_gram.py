@@ -79,6 +79,11 @@ class MaxGram:
         """No model's law q stands behind a copied token."""
         return False
 
+    @property
+    def models(self) -> tuple[()]:
+        """No language model is run."""
+        return ()
+
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Remembers the prompt; the output is empty."""
         del params

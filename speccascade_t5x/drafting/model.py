@@ -30,6 +30,7 @@ class ModelDrafter:
       score_bonus: whether q is wanted at the bonus position.
       stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
       report_q: whether q and q_raw are reported where the bonus position is not scored: G columns of them then.
+      report_hidden: whether the model's last hidden states are reported beside q, for rules that read them.
     """
 
     sampling: probs.Sampling
@@ -40,6 +41,12 @@ class ModelDrafter:
     score_bonus: bool
     stop: DraftStop | None = None
     report_q: bool = False
+    report_hidden: bool = False
+
+    @property
+    def models(self) -> tuple[LanguageModel]:
+        """The one model."""
+        return (self.model,)
 
     @property
     def noise_size(self) -> int:
@@ -58,7 +65,7 @@ class ModelDrafter:
         self, params: PyTree, state: PyTree, tokens: Array, positions: Array, noise: Array
     ) -> tuple[Proposal, PyTree]:
         """Drafts G tokens after `tokens`; see the Protocol."""
-        logits, cache = self._catch_up(params, state, tokens, positions)
+        found, cache = self._catch_up(params, state, tokens, positions)
         batch, steps = tokens.shape[0], self.draft_len if self.score_bonus else self.draft_len - 1
 
         def draw(logits: Array, uniform: Array, going: Array) -> tuple[Array, Array, Array]:
@@ -68,34 +75,35 @@ class ModelDrafter:
             return probs.sample(law, uniform), law, going
 
         def step(carry, xs):
-            logits, cache, going = carry
+            found, cache, going = carry
             i, uniform = xs
-            token, law, going = draw(logits, uniform, going)
+            token, law, going = draw(found[0], uniform, going)
             feed = lambda cache: self._extend(params, cache, token[:, None], positions + 1 + i)  # noqa: E731
             if self.stop is None:
                 after, cache = feed(cache)
             else:  # once every row has stopped, the rest of the draft costs nothing
-                idle = lambda cache: (logits[:, None], cache)  # noqa: E731
+                idle = lambda cache: (jax.tree.map(lambda x: x[:, None], found), cache)  # noqa: E731
                 after, cache = jax.lax.cond(jnp.any(going), feed, idle, cache)
-            return (after[:, 0], cache, going), (token, law, logits, going)
+            return (jax.tree.map(lambda x: x[:, 0], after), cache, going), (token, law, found, going)
 
-        carry = (logits, cache, jnp.ones(batch, bool))
+        carry = (found, cache, jnp.ones(batch, bool))
         xs = (jnp.arange(steps), noise.T[:steps])
-        (logits, cache, going), (drafted, laws, seen, kept) = jax.lax.scan(step, carry, xs)
+        (found, cache, going), (drafted, laws, seen, kept) = jax.lax.scan(step, carry, xs)
         calls = 1 + jnp.sum(kept, axis=0, dtype=jnp.int32)
         if self.score_bonus or self.report_q:
-            seen = jnp.append(seen, logits[None], 0).swapaxes(0, 1)
+            seen = jax.tree.map(lambda past, last: jnp.append(past, last[None], 0).swapaxes(0, 1), seen, found)
         if not self.score_bonus:
-            token, law, going = draw(logits, noise[:, -1], going)
+            token, law, going = draw(found[0], noise[:, -1], going)
             drafted, laws, kept = (
                 jnp.append(done, last[None], 0) for done, last in ((drafted, token), (laws, law), (kept, going))
             )
-        q = q_raw = None
+        q = q_raw = hidden = None
         if self.score_bonus or self.report_q:
-            q_raw = probs.raw(seen, self.vocab_size)
-            q = probs.tempered(seen, self.sampling.temperature, self.vocab_size, q_raw)
+            logits, hidden = seen
+            q_raw = probs.raw(logits, self.vocab_size)
+            q = probs.tempered(logits, self.sampling.temperature, self.vocab_size, q_raw)
         lengths = jnp.sum(kept, axis=0, dtype=jnp.int32)
-        proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw, calls)
+        proposal = Proposal(drafted.T, lengths, laws.swapaxes(0, 1), q, q_raw, calls, hidden=hidden)
         return proposal, {**state, "cache": cache}
 
     def commit(self, state: PyTree, lengths: Array) -> PyTree:
@@ -103,24 +111,28 @@ class ModelDrafter:
         del lengths
         return state
 
-    def _catch_up(self, params: PyTree, state: PyTree, tokens: Array, positions: Array) -> tuple[Array, PyTree]:
-        """Feeds the last committed token(s); returns the logits [B, V] after the last one, and the cache."""
+    def _catch_up(self, params: PyTree, state: PyTree, tokens: Array, positions: Array) -> tuple[PyTree, PyTree]:
+        """Feeds the last committed token(s); returns ((logits [B, V], hidden [B, D]) after the last one, cache)."""
         if self.score_bonus:
-            logits, cache = self._extend(params, state["cache"], tokens[:, 1:], positions)
-            return logits[:, 0], cache
+            found, cache = self._extend(params, state["cache"], tokens[:, 1:], positions)
+            return jax.tree.map(lambda x: x[:, 0], found), cache
         # A row with only its first token has no token before it: it feeds that token at its own slot, and
         # the second column is a filler that the first drafted token overwrites.
         begin = jnp.maximum(positions - 1, state["first"])
-        logits, cache = self._extend(params, state["cache"], tokens, begin)
-        return jnp.where((positions == begin)[:, None], logits[:, 0], logits[:, 1]), cache
+        found, cache = self._extend(params, state["cache"], tokens, begin)
+        return jax.tree.map(lambda x: jnp.where((positions == begin)[:, None], x[:, 0], x[:, 1]), found), cache
 
-    def _extend(self, params: PyTree, cache: PyTree, tokens: Array, positions: Array) -> tuple[Array, PyTree]:
-        logits, cache = self.model.extend(params, cache, tokens, positions)
-        return logits[..., : self.width].astype(jnp.float32), cache
+    def _extend(self, params: PyTree, cache: PyTree, tokens: Array, positions: Array) -> tuple[PyTree, PyTree]:
+        """(logits [B, T, width], hidden [B, T, D] or None) of a block, and the cache."""
+        if self.report_hidden:
+            (logits, captured), cache = self.model.extend(params, cache, tokens, positions, ("hidden",))
+        else:
+            (logits, cache), captured = self.model.extend(params, cache, tokens, positions), {}
+        return (logits[..., : self.width].astype(jnp.float32), captured.get("hidden")), cache
 
 
 jax.tree_util.register_dataclass(
     ModelDrafter,
     data_fields=["sampling", "stop"],
-    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus", "report_q"],
+    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus", "report_q", "report_hidden"],
 )

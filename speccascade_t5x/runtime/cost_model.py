@@ -136,11 +136,6 @@ class CascadeModel:
         self.plan, self.acceptance = plan, acceptance
         self._rest = functools.cache(self._uncached_rest)
 
-    def block(self, drafter: int) -> int:
-        """Tokens the review by `drafter` (0 is the largest) scores."""
-        size = self.plan.length(drafter + 1)
-        return size + 1 if size else 2
-
     def expected(self) -> Expected:
         """Averages over the stationary behaviour of rounds."""
         length = self.plan.length(0)
@@ -159,7 +154,7 @@ class CascadeModel:
         if not self.plan.rows[0][0] or self.plan.models == 0:
             pmf, calls, lags = self._rest(0, 0, 0, length)
             return pmf, calls, lags
-        block = self.block(0)
+        block = self.plan.block(0)
         inner = min(length, block - lag % block) - 1
         pmf, calls, lags = self._review(0, 0, 0, length, inner)
         calls = calls.copy()
@@ -231,8 +226,10 @@ class Costs:
       verifier: {block: time of scoring so many tokens}.
       drafters: the same of each drafter model, from the largest.
       drafter_step: a token of the largest drafter drafting by itself, its sampling included.
-      round: what a round takes beside the models: laws, verification, copying.
-      review: the same of each token of a block that is reviewed inside a cascade.
+      round: what a round takes beside models and copying: laws, verification, the loop.
+      copies: {tokens: time of copying and filling so many}; empty where that is free.
+      review: what a review inside a cascade takes beside its block and its draft.
+      review_token: the same of each token of its block.
     """
 
     step: float
@@ -240,13 +237,99 @@ class Costs:
     drafters: tuple[Mapping[int, float], ...]
     drafter_step: float
     round: float = 0.0
+    copies: Mapping[int, float] = dataclasses.field(default_factory=dict)
     review: float = 0.0
+    review_token: float = 0.0
 
     @classmethod
     def relative(cls, coefficients: Sequence[float]) -> Costs:
         """In steps of the verifier, blocks of any width costing as much as one token: Leviathan et al.'s accounting."""
         drafters = tuple({1: c} for c in coefficients)
         return cls(1.0, {1: 1.0}, drafters, coefficients[0] if coefficients else 0.0)
+
+    def copy(self, size: int) -> float:
+        """Time of copying `size` tokens."""
+        return block_time(self.copies, size) if self.copies and size else 0.0
+
+    def cascade(self, plan: KMatrix, calls: Sequence[float]) -> dict[str, float]:
+        """Where the time of a cascade's round goes, but for what reading rules add.
+
+        Args:
+          plan: the K matrix.
+          calls: per round, of each model, from the largest.
+
+        Returns:
+          {"verifier", "round", "models", "copies", "reviews": time}.
+        """
+        blocks = [plan.block(drafter) for drafter in range(plan.models)]
+        models = sum(n * block_time(times, size) for n, times, size in zip(calls, self.drafters, blocks, strict=True))
+        # Every review of a model has a draft below it, be it empty: what copies in its row runs each time.
+        drafts = [1.0, *calls][: len(plan.rows)]
+        copied = [row[-1] if plan.copies else 0 for row in plan.rows]
+        return {
+            "verifier": block_time(self.verifier, plan.length(0) + 1),
+            "round": self.round,
+            "models": models,
+            "copies": sum(n * self.copy(size) for n, size in zip(drafts, copied, strict=True)),
+            "reviews": sum(n * (self.review + self.review_token * size) for n, size in zip(calls, blocks, strict=True)),
+        }
+
+
+def fit_reviews(rows: Sequence[tuple[float, float]], left: Sequence[float]) -> tuple[float, float]:
+    """(time per review, time per reviewed token), neither negative, that explain best what is left of some rounds.
+
+    Args:
+      rows: (reviews, reviewed tokens) per round of each probe.
+      left: the time of its round that nothing else explains.
+    """
+    rows, left = np.asarray(rows, float), np.asarray(left, float)
+    best, found = float(left @ left), np.zeros(2)
+    for columns in ([0, 1], [0], [1]):
+        solution = np.zeros(2)
+        solution[columns] = np.linalg.lstsq(rows[:, columns], left, rcond=None)[0]
+        error = rows @ solution - left
+        if (solution >= 0.0).all() and error @ error < best:
+            best, found = float(error @ error), solution
+    return float(found[0]), float(found[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What is expected of a cascade.
+
+    Attributes:
+      tokens: per round.
+      calls: per round, of each model, from the largest; what the rule reads included.
+      seconds: of a round, in the unit of the costs.
+      gain: tokens per unit of time over the verifier alone.
+    """
+
+    tokens: float
+    calls: tuple[float, ...]
+    seconds: float
+    gain: float
+
+
+def predict_cascade(
+    plan: KMatrix, acceptance: Acceptance, costs: Costs, lengths: Sequence[int] = (), reads: bool = False
+) -> Prediction:
+    """Tokens, calls and time of a cascade's round.
+
+    Args:
+      plan: the K matrix.
+      acceptance: between levels.
+      costs: of blocks, copies and reviews.
+      lengths: tokens of typical outputs; see `tokens_per_round`.
+      reads: whether the rule reads the largest drafter's law, which costs one more block of it.
+    """
+    expected = CascadeModel(plan, acceptance).expected()
+    tokens = tokens_per_round(expected.law, lengths)
+    seconds = sum(costs.cascade(plan, expected.calls).values())
+    calls = expected.calls
+    if reads:
+        seconds += block_time(costs.drafters[0], plan.length(0) + 1)
+        calls = (calls[0] + 1.0, *calls[1:])
+    return Prediction(tokens, calls, seconds, tokens * costs.step / seconds)
 
 
 def block_time(times: Mapping[int, float], block: int) -> float:

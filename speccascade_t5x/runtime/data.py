@@ -87,6 +87,7 @@ def examples(
     feature_lengths: Mapping[str, int],
     limit: int | None = None,
     truncate: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> list[Example]:
     """Reads a split whole, unshuffled, so that every bad example is met before work starts.
 
@@ -101,12 +102,14 @@ def examples(
       limit: read only the first so many examples; None reads all.
       truncate: cut inputs that are too long instead of refusing them. A cut feature keeps its EOS
         as last id where the task appends one.
+      shard: (i, n) reads the i-th of n parts that together are the split, as seqio divides it: by files where there
+        are enough, else every n-th example. Indices are then those of the part.
 
     Raises:
       UserError: unknown task or split, a mixture, an empty dataset, a task without inputs, or an
         input longer than feature_lengths["inputs"] while `truncate` is False.
     """
-    dataset = _dataset(task_name, split)
+    dataset = _dataset(task_name, split, shard=shard)
     if "inputs" not in dataset.element_spec:
         raise UserError(f"Task '{task_name}' has no feature 'inputs', so there is nothing to read.")
     if limit is not None:
@@ -118,7 +121,9 @@ def examples(
     ]
     if not found:
         raise UserError(
-            f"Task '{task_name}' has no example in split '{split}'; check its data, its row filters and the limit."
+            f"Task '{task_name}' has no example in split '{split}'"
+            + (f", part {shard[0]} of {shard[1]}" if shard else "")
+            + "; check its data, its row filters and the limit."
         )
     return found
 
@@ -153,14 +158,19 @@ def stream(
 
 
 def _dataset(
-    task_name: str, split: str, lengths: Mapping[str, int] | None = None, seed: int | None = None
+    task_name: str,
+    split: str,
+    lengths: Mapping[str, int] | None = None,
+    seed: int | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
-    """Opens a split of a task, unshuffled."""
+    """Opens a split of a task, or a shard of it, unshuffled."""
+    part = None if shard is None else seqio.ShardInfo(index=shard[0], num_shards=shard[1])
     task = _task(task_name)
     if split not in task.splits:
         raise UserError(f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}.")
     try:
-        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed)
+        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
     except (TypeError, KeyError) as error:
         if lengths is not None:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.core import accounting
 from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
+from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import batching, methods, packaged, plans
+from speccascade_t5x.runtime import batching, hosts, methods, packaged, plans
+from speccascade_t5x.runtime.partitioning import Partitioning, Topology
 from speccascade_t5x.runtime.settings import Settings, make_settings
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
@@ -66,13 +69,20 @@ class LoadedPair:
     Args:
       bundle: what was loaded.
       smaller: further drafters for cascades, from the largest; each smaller than the bundle's own.
+      partitioning: the mesh that decodes; None for one device. Parameters that lie elsewhere are moved there.
     """
 
-    def __init__(self, bundle: Bundle, smaller: Sequence[Bound] = ()):
+    def __init__(self, bundle: Bundle, smaller: Sequence[Bound] = (), partitioning: Partitioning | None = None):
+        drafters = [*([] if bundle.drafter is None else [bundle.drafter]), *smaller]
         self.verifier: Bound = bundle.verifier
-        self.drafter: Bound | None = bundle.drafter
-        self.smaller = tuple(smaller)
+        if partitioning is not None:
+            self.verifier = partitioning.put(self.verifier)
+            drafters = [partitioning.put(bound, drafter=True) for bound in drafters]
+        self.drafter: Bound | None = drafters[0] if drafters else None
+        self.smaller = tuple(drafters[1:])
+        self.partitioning = partitioning
         self.table: NGramTable | None = bundle.table
+        self.deferral: Fitted | None = bundle.deferral
         self.vocabulary = bundle.vocabulary
         self.feature_lengths = dict(bundle.feature_lengths)
         self.decode_defaults = dict(bundle.decode)
@@ -108,7 +118,7 @@ class LoadedPair:
         key = shape_key(program, inputs)
         if key in self._compiled:
             return self._compiled[key], 0.0
-        self._compiled[key] = CompiledDecoder(program, inputs)
+        self._compiled[key] = CompiledDecoder(program, inputs, self.partitioning)
         return self._compiled[key], self._compiled[key].seconds
 
 
@@ -127,7 +137,9 @@ class Runner:
         self.timing = Timing()
         self.totals: dict[str, Any] = {}
         self.program = _program(pair, settings)
-        self._key = jax.random.key(settings.seed)
+        self.key = jax.random.key(settings.seed)
+        if pair.partitioning is not None:
+            pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
 
     @property
     def max_input_len(self) -> int:
@@ -175,21 +187,42 @@ class Runner:
         Raises:
           UserError: a model produced NaN.
         """
-        inputs = self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
-        compiled, seconds = self.pair.compiled(self.program, inputs)
+        compiled = self.compiled(batch)
+        begin = time.perf_counter()
+        output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(batch))))
+        self.timing.decode_s += time.perf_counter() - begin
+        places = np.flatnonzero(batch.valid).tolist()
+        return {int(batch.example_ids[place]): self.record(output, place, batch.example_ids[place]) for place in places}
+
+    def compiled(self, batch: batching.Batch) -> CompiledDecoder:
+        """The decoder for batches of this shape; compiling it is counted in `timing`."""
+        compiled, seconds = self.pair.compiled(self.program, self._inputs(batch))
         self.timing.compile_s += seconds
         self.timing.compiled_shapes += seconds > 0
-        begin = time.perf_counter()
-        output = compiled(self.program, inputs, self._key, jnp.asarray(batch.example_ids))
-        output = jax.device_get(output)
-        self.timing.decode_s += time.perf_counter() - begin
+        return compiled
+
+    def start(self, batch: batching.Batch) -> decoding.State:
+        """The state of a batch before its first round."""
+        compiled, inputs = self.compiled(batch), self._inputs(batch)
+        return compiled.start(self.program, inputs, self.key, jnp.asarray(batch.example_ids))
+
+    def record(self, output: decoding.Output, place: int, index: int) -> dict[str, Any]:
+        """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.
+
+        Args:
+          output: fetched to the host.
+          place: of the input in its batch.
+          index: of the example.
+
+        Raises:
+          UserError: a model produced NaN.
+        """
         samples = self.settings.num_samples
-        found = {}
-        for row, index in enumerate(batch.example_ids):
-            if batch.valid[row]:
-                each = [self._record(output, row * samples + s, int(index)) for s in range(samples)]
-                found[int(index)] = each[0] if samples == 1 else _transpose(each)
-        return found
+        each = [self._record(output, place * samples + s, int(index)) for s in range(samples)]
+        return each[0] if samples == 1 else _transpose(each)
+
+    def _inputs(self, batch: batching.Batch) -> Any:
+        return self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
 
     def _record(self, output: decoding.Output, row: int, index: int) -> dict[str, Any]:
         log_prob = float(output.log_probs[row])
@@ -217,16 +250,22 @@ class Runner:
         return record
 
 
-def load(path: str | Path) -> LoadedPair:
+def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
 
     Args:
       path: a bundle's folder, or the name of a packaged bundle.
+      topology: the mesh that decodes; every parameter is read straight to where it belongs. None takes one device.
 
     Raises:
-      UserError: no bundle is there, or it is damaged; the message names the file.
+      UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
     """
-    return LoadedPair(load_bundle(packaged.bundle_dir(path)))
+    folder = packaged.bundle_dir(path)
+    if topology is None:
+        return LoadedPair(load_bundle(folder))
+    mesh = hosts.partitioning(topology)
+    placing = {"verifier": mesh.placement, "drafter": functools.partial(mesh.placement, drafter=True)}
+    return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
 
 
 def from_checkpoints(
@@ -240,6 +279,8 @@ def from_checkpoints(
     max_len: int,
     draft_len: int = 5,
     prompt_eos: bool = True,
+    allow_drivers: Sequence[str] = (),
+    topology: Topology | None = None,
 ) -> LoadedPair:
     """A pair from two checkpoint folders of any kind `checkpoints.load` reads.
 
@@ -253,9 +294,11 @@ def from_checkpoints(
       max_len: longest output in tokens, EOS included.
       draft_len: tokens drafted per round unless Settings say otherwise.
       prompt_eos: end every text with EOS; False for decoder-only models that continue their prompts.
+      allow_drivers: see `checkpoints.load`.
+      topology: the mesh that decodes, see `load`.
 
     Raises:
-      UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary.
+      UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary; no such mesh.
     """
     if vocabulary == "bytes":
         pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
@@ -264,7 +307,12 @@ def from_checkpoints(
     if smaller and drafter is None:
         raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
     named = {"verifier": verifier, "drafter": drafter} | {f"smaller drafter {i}": at for i, at in enumerate(smaller)}
-    models = {name: None if path is None else checkpoints.load(path) for name, path in named.items()}
+    mesh = topology and hosts.partitioning(topology)
+    placing = {name: mesh and functools.partial(mesh.placement, drafter=name != "verifier") for name in named}
+    models = {
+        name: None if path is None else checkpoints.load(path, placing=placing[name], allow_drivers=allow_drivers)
+        for name, path in named.items()
+    }
     for name, bound in models.items():
         if bound is not None and bound.model.vocab_size < pieces.vocab_size:
             raise UserError(
@@ -276,6 +324,7 @@ def from_checkpoints(
     return LoadedPair(
         checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, ""),
         smaller=[models[f"smaller drafter {i}"] for i in range(len(smaller))],
+        partitioning=mesh,
     )
 
 
@@ -299,7 +348,8 @@ def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
     """The Program of these settings."""
     drafters = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
     default = pair.decode_defaults["draft_len"]
-    return methods.program(settings, pair.verifier, drafters, program_config(pair, settings), default, pair.table)
+    config = program_config(pair, settings)
+    return methods.program(settings, pair.verifier, drafters, config, default, pair.table, pair.deferral)
 
 
 def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Times and acceptances of a pair, measured on prompts: what `plan` predicts from."""
+"""How long decodes and their parts take, measured so that drift of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x import decoding, drafting
-from speccascade_t5x.core import accounting, rules
+from speccascade_t5x import decoding
+from speccascade_t5x.core import accounting
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound
-from speccascade_t5x.runtime import batching, drafters
-from speccascade_t5x.runtime.cost_model import Acceptance, Costs, block_time
-from speccascade_t5x.runtime.generate import LoadedPair, program_config
-from speccascade_t5x.runtime.settings import Settings
+from speccascade_t5x.runtime import batching
+from speccascade_t5x.runtime.generate import LoadedPair
 
-PROBE_LEN = 8
-_BLOCKS = (1, 2, 4, 8, 13)
+BLOCKS = (1, 2, 4, 8, 13)
 _STEPS = 24
+_CALLS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,45 +32,65 @@ class Run:
       rounds: iterations of the loop; the rows of a batch share them.
       totals: counters.
       curve: acceptance at each draft position given that all before it stood.
-      lengths: tokens of each output.
+      outputs: tokens of each output.
     """
 
     seconds: float
     rounds: int
     totals: dict[str, Any]
     curve: tuple[float, ...]
-    lengths: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
 
     @property
     def tokens_per_s(self) -> float:
         return self.totals["committed"] / self.seconds
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each output."""
+        return tuple(map(len, self.outputs))
+
 
 def timed(
-    pair: LoadedPair, program: decoding.Program, batches: Sequence[batching.Batch], seed: int, repeats: int = 3
-) -> Run:
-    """Decodes the batches `repeats` times and once before, to compile and to warm up."""
-    key, seconds, outputs = jax.random.key(seed), [], []
+    pair: LoadedPair,
+    programs: Sequence[decoding.Program],
+    batches: Sequence[batching.Batch],
+    seed: int,
+    repeats: int = 3,
+) -> list[Run]:
+    """Decodes the batches with every program, once to compile and warm up, then `repeats` times.
+
+    The programs take turns on every batch, so that a machine that gets slower meanwhile does so for all of them.
+    """
+    key = jax.random.key(seed)
+    seconds = np.zeros((repeats + 1, len(programs)))
+    outputs: list[list[decoding.Output]] = []
     for repeat in range(repeats + 1):
-        spent, outputs = 0.0, []
+        outputs = [[] for _ in programs]
         for batch in batches:
-            inputs = program.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
-            decoder, _ = pair.compiled(program, inputs)
-            state = jax.block_until_ready(decoder.start(program, inputs, key, jnp.asarray(batch.example_ids)))
-            begin = time.perf_counter()
-            state = jax.block_until_ready(decoder.run(program, state))
-            spent += time.perf_counter() - begin
-            outputs.append(jax.device_get(decoder.finish(state)))
-        if repeat:
-            seconds.append(spent)
+            for i, program in enumerate(programs):
+                inputs = program.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
+                decoder, _ = pair.compiled(program, inputs)
+                state = jax.block_until_ready(decoder.start(program, inputs, key, jnp.asarray(batch.example_ids)))
+                begin = time.perf_counter()
+                state = jax.block_until_ready(decoder.run(program, state))
+                seconds[repeat, i] += time.perf_counter() - begin
+                outputs[i].append(jax.device_get(decoder.finish(state)))
+    best = seconds[1:].min(axis=0)
+    return [_run(float(best[i]), program, batches, outputs[i]) for i, program in enumerate(programs)]
+
+
+def _run(
+    seconds: float, program: decoding.Program, batches: Sequence[batching.Batch], outputs: Sequence[decoding.Output]
+) -> Run:
     kept = [(out, row) for out, b in zip(outputs, batches, strict=True) for row in _rows(b, program)]
     sources = [out.source[row, : out.lengths[row]].tolist() for out, row in kept]
     return Run(
-        seconds=min(seconds),
+        seconds=seconds,
         rounds=sum(int(output.counts.rounds.max()) for output in outputs),
         totals=accounting.total(out.counts.row(row) for out, row in kept),
         curve=continuation(sources, program.config.draft_len),
-        lengths=tuple(map(len, sources)),
+        outputs=tuple(tuple(out.tokens[row, : out.lengths[row]].tolist()) for out, row in kept),
     )
 
 
@@ -103,8 +121,8 @@ def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[floa
     return tuple(curve)
 
 
-def block_times(bound: Bound, batch: batching.Batch, samples: int, room: int, blocks: Sequence[int] = _BLOCKS) -> dict:
-    """{block: seconds of `extend`}, each the fastest of three chains of blocks that depend on one another."""
+def block_times(bound: Bound, batch: batching.Batch, samples: int, room: int, blocks: Sequence[int] = BLOCKS) -> dict:
+    """{block: seconds of `extend`}, each of the fastest of some chains of blocks that depend on one another."""
     inputs = bound.model.inputs(jnp.asarray(batch.encoder_input_tokens))
     rows = len(batch.valid) * samples
     _, first = bound.model.first(inputs)
@@ -122,133 +140,82 @@ def block_times(bound: Bound, batch: batching.Batch, samples: int, room: int, bl
 
             return jax.lax.fori_loop(0, _STEPS, step, (jnp.ones((rows, block), jnp.int32), cache))[0]
 
-        run, cache = jax.jit(chain), start(bound.params)
-        jax.block_until_ready(run(bound.params, cache))
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            jax.block_until_ready(run(bound.params, cache))
-            seconds.append(time.perf_counter() - begin)
-        found[block] = min(seconds) / _STEPS
+        found[block] = _fastest(jax.jit(chain), bound.params, start(bound.params)) / _STEPS
     return found
+
+
+def copy_times(
+    copier: Bound,
+    batch: batching.Batch,
+    outputs: Sequence[Sequence[int]],
+    samples: int,
+    room: int,
+    sizes: Sequence[int] = BLOCKS,
+) -> dict[int, float]:
+    """{tokens: seconds of copying and filling so many}: Max-Gram after each place of real outputs in turn.
+
+    Args:
+      copier: a bound MaxGram.
+      batch: the prompts.
+      outputs: a text for each row of the batch to continue; the first one for the rows beyond them.
+      samples: rows per prompt.
+      room: longest output.
+      sizes: how many tokens to draft.
+    """
+    rows = len(batch.valid) * samples
+    history = np.zeros((rows, room + max(sizes) + 1), np.int32)
+    ends = np.ones(rows, np.int32)
+    for row in range(rows):
+        text = outputs[row if row < len(outputs) else 0][: room - 1]
+        history[row, 1 : len(text) + 1] = text
+        ends[row] = max(len(text), 1)
+    prompt = copier.model.prompt_of({copier.model.prompt: jnp.asarray(batch.encoder_input_tokens)}, rows)
+    found = {}
+    for size in sizes:
+
+        def chain(params, history, size=size):
+            def step(i, carry):
+                # The text depends on the copy before, or the compiler would be free to run them side by side.
+                history, last = carry
+                history = history.at[:, 0].set(jnp.minimum(last, 0))
+                noise = jnp.full((rows, size), 0.5)
+                tokens, _, law = copier.model.draft(params, prompt, history, 1 + i % ends, size, noise)
+                return history, tokens[:, 0] + law[:, 0, 0].astype(jnp.int32)
+
+            return jax.lax.fori_loop(0, _STEPS, step, (history, jnp.zeros(rows, jnp.int32)))
+
+        found[size] = _fastest(jax.jit(chain), copier.params, jnp.asarray(history)) / _STEPS
+    return found
+
+
+def _fastest(run: Any, *arguments: Any) -> float:
+    """Seconds of the fastest of some calls after the one that compiles: others on the machine only ever add time."""
+    jax.block_until_ready(run(*arguments))
+    seconds = []
+    for _ in range(_CALLS):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def parameter_count(bound: Bound) -> int:
+    """How many numbers a model has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(bound.params))
+
+
+def published_costs(verifier: Bound, models: Sequence[Bound]) -> dict[str, list[float]]:
+    """A call of each drafter model in calls of the verifier, in both conventions of `standardised_improvement`.
+
+    "by_parameters" charges a call the model's number of parameters, "by_step" a measured time of one step. The paper
+    takes the latter from earlier work on T5; here it is measured on the models themselves.
+    """
+    levels = [verifier, *models]
+    sizes, steps = ([measure(bound) for bound in levels] for measure in (parameter_count, step_seconds))
+    return {"by_parameters": [n / sizes[0] for n in sizes[1:]], "by_step": [s / steps[0] for s in steps[1:]]}
 
 
 def step_seconds(bound: Bound) -> float:
     """Seconds of one token of one row, after a prompt of one padded block: a coefficient, not a time of a run."""
     rows = batching.Batch(np.ones((1, 32), np.int32), np.zeros(1, np.int32), np.ones(1, bool), 32)
     return block_times(bound, rows, 1, 32, blocks=(1,))[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """All that was measured.
-
-    Attributes:
-      alone: the verifier by itself.
-      acceptance: between levels.
-      costs: in seconds.
-      probes: what each probe did, for people.
-    """
-
-    alone: Run
-    acceptance: Acceptance
-    costs: Costs
-    probes: dict[str, Any]
-
-
-def measure(pair: LoadedPair, settings: Settings, batches: Sequence[batching.Batch]) -> Measured:
-    """Runs the verifier alone, one probe per pair of levels, and chains of blocks.
-
-    What a level's tokens are worth to a reviewer is measured by letting it draft for that reviewer; between two
-    drafters under the lossless rule, as cascades are ranked exact. Whatever a probe's round takes beyond its blocks
-    is what sampling and verification cost.
-
-    Args:
-      pair: to be measured.
-      settings: rule, sampling and batch size; their drafter and draft length are not read.
-      batches: of the prompts.
-    """
-    plain = dataclasses.replace(settings, drafter="model", k_matrix=None, draft_len=PROBE_LEN)
-    models = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
-    lossless = dataclasses.replace(plain, rule="lossless", alpha=None, rule_options={})
-    rule = rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
-    config = dataclasses.replace(program_config(pair, settings), draft_len=PROBE_LEN)
-    alone_program = decoding.autoregressive_program(pair.verifier, config, settings.sampling())
-    alone = timed(pair, alone_program, batches, settings.seed)
-    step = alone.seconds / alone.rounds
-    widest = max(batches, key=lambda batch: batch.bucket)
-    levels = [pair.verifier, *models]
-    chains = [block_times(bound, widest, settings.num_samples, config.room) for bound in levels]
-    verifier, curves, probes = chains[0], {}, {}
-
-    def probe(reviewer: int, writer: int) -> Run:
-        """`writer` drafts for `reviewer`."""
-        by_rule = rule if reviewer == 0 and (writer <= len(models) or not rule.reads_drafter) else rules.Lossless()
-        options = plain if by_rule is rule else lossless
-        upper = levels[reviewer]
-        if writer > len(models):
-            options = dataclasses.replace(options, drafter="max_gram")
-            lower, used = drafters.build(options, upper, [], pair.table, by_rule, config)
-        else:
-            lower, used = levels[writer], config
-        program = decoding.speculative_program(lower, upper, by_rule, used, settings.sampling())
-        run = timed(pair, program, batches, settings.seed)
-        curves[reviewer, writer] = run.curve
-        probes[f"{_name(writer, models)} for {_name(reviewer, models)}"] = {
-            "acceptance_by_position": list(run.curve),
-            "round_s": run.seconds / run.rounds,
-            "tokens_per_round": run.totals["committed"] / run.totals["rounds"],
-        }
-        return run
-
-    last = len(models) + 1
-    copied = probe(0, last)
-    whole = block_time(verifier, PROBE_LEN + 1)
-    round_s = max(copied.seconds / copied.rounds - whole, 0.0)
-    drafter_step = review = 0.0
-    if models:
-        drafted = probe(0, 1)
-        steps = PROBE_LEN + rule.reads_drafter
-        drafter_step = max((drafted.seconds / drafted.rounds - whole - round_s) / steps, chains[1][1])
-        for reviewer in range(len(models) + 1):
-            for writer in range(reviewer + 1, last + 1):
-                if (reviewer, writer) not in curves:
-                    probe(reviewer, writer)
-        review = _review_cost(pair, settings, models, rule, config, batches, verifier, chains[1:], round_s, probes)
-    costs = Costs(step, verifier, tuple(chains[1:]), drafter_step, round_s, review)
-    return Measured(alone, Acceptance(curves), costs, probes)
-
-
-def _review_cost(
-    pair: LoadedPair,
-    settings: Settings,
-    models: Sequence[Bound],
-    rule: rules.Rule,
-    config: decoding.DecodeConfig,
-    batches: Sequence[batching.Batch],
-    verifier: dict[int, float],
-    chains: Sequence[dict[int, float]],
-    round_s: float,
-    probes: dict[str, Any],
-) -> float:
-    """Seconds per token of an inner review beyond its block: what nothing else in a cascade's round explains."""
-    k = drafters.default_k_matrix(5, len(models))
-    options = dataclasses.replace(settings, drafter="cascade", k_matrix=k, draft_len=5)
-    lower, used = drafters.build(options, pair.verifier, models, pair.table, rule, config)
-    program = decoding.speculative_program(lower, pair.verifier, rule, used, settings.sampling())
-    run = timed(pair, program, batches, settings.seed)
-    plan = drafting.k_matrix(k, len(models), True)
-    each = [count / run.totals["rounds"] for count in run.totals["level_calls"]]
-    spent = run.seconds / run.rounds - round_s - block_time(verifier, used.draft_len + 1)
-    for drafter, calls in enumerate(each):
-        spent -= calls * block_time(chains[drafter], plan.length(drafter + 1) + 1)
-    probes["cascade"] = {"k_matrix": k, "round_s": run.seconds / run.rounds, "level_calls_per_round": each}
-    scored = sum(calls * (plan.length(i + 1) + 1) for i, calls in enumerate(each))
-    return max(spent, 0.0) / scored
-
-
-def _name(level: int, models: Sequence[Bound]) -> str:
-    """A level for people."""
-    if level > len(models):
-        return "max_gram"
-    return "verifier" if level == 0 else "drafter" if level == 1 else f"smaller drafter {level - 2}"

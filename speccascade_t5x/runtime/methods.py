@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from speccascade_t5x import decoding, drafting
+from speccascade_t5x import decoding, deferral, drafting
 from speccascade_t5x.core import rules
+from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.runtime import drafters
 from speccascade_t5x.runtime.settings import Settings
@@ -77,6 +78,7 @@ def program(
     config: decoding.DecodeConfig,
     default_draft_len: int,
     table: drafting.NGramTable | None = None,
+    fitted: Fitted | None = None,
 ) -> decoding.Program:
     """The Program these settings ask for.
 
@@ -87,6 +89,7 @@ def program(
       config: everything but the draft length.
       default_draft_len: used where the settings name none.
       table: the pair's n-gram table, or None.
+      fitted: the pair's heads and calibrations, or None.
 
     Raises:
       UserError: an option the method does not read, a part that does not go with another, or a missing drafter; the
@@ -116,11 +119,23 @@ def program(
         return decoding.sequence_cascade_program(
             drafter, verifier, config, sampling, settings.alpha, settings.confidence, settings.quantile
         )
-    rule = rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
+    rule = _rule(settings, fitted)
     if method == "speculative":
         chosen, config = drafters.build(settings, verifier, models, table, rule, config)
         return decoding.speculative_program(chosen, verifier, rule, config, sampling, _draft_stop(settings))
     return decoding.token_cascade_program(drafter, verifier, rule, config, sampling, oracle=method == "oracle")
+
+
+def _rule(settings: Settings, fitted: Fitted | None) -> rules.Rule:
+    """The rule these settings name; a learned one with the bundle's head or calibration."""
+    if settings.rule not in deferral.RULES:
+        return rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
+    if fitted is None:
+        raise UserError(
+            f"the rule {settings.rule!r} needs a fitted head or calibration, which this bundle does not hold: fit one "
+            "with `speccascade train_deferral`"
+        )
+    return fitted.rule(settings.rule, settings.alpha, **settings.rule_options)
 
 
 def _check_options(settings: Settings) -> None:

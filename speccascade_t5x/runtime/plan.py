@@ -12,13 +12,12 @@ import jax
 from speccascade_t5x import drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import infer, measuring, options, plans
+from speccascade_t5x.runtime import batching, infer, measuring, options, plans, probing
 from speccascade_t5x.runtime.cost_model import (
     Acceptance,
-    CascadeModel,
     Costs,
     block_time,
-    ewif,
+    predict_cascade,
     round_law,
     tokens_per_round,
 )
@@ -39,6 +38,7 @@ class Candidate:
       drafter: "model", "max_gram" or "cascade".
       draft_len: tokens drafted per round; 0 does not speculate.
       k_matrix: of a cascade.
+      lenience: between the drafters of a cascade; None is exact.
       tokens_per_round: expected.
       calls_per_token: of the verifier and of each model below it.
       gain: tokens per unit of time over the verifier alone; above 1 it pays.
@@ -51,6 +51,7 @@ class Candidate:
     tokens_per_round: float
     calls_per_token: tuple[float, ...]
     gain: float
+    lenience: float | None = None
     measured: float | None = None
 
     @property
@@ -60,7 +61,8 @@ class Candidate:
             return "no speculation"
         if self.k_matrix is None:
             return f"{self.drafter}, draft_len {self.draft_len}"
-        return "cascade, K " + ";".join(",".join(map(str, row)) for row in self.k_matrix)
+        exact = "cascade, K " + ";".join(",".join(map(str, row)) for row in self.k_matrix)
+        return exact if self.lenience is None else f"{exact}, lenience {self.lenience:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Plan:
 
     candidates: tuple[Candidate, ...]
     speculate: bool
-    measured: measuring.Measured | None
+    measured: probing.Measured | None
     path: Path | None
 
 
@@ -97,7 +99,8 @@ def plan(
 
     Args:
       pair: what shall decode; not read where acceptance and costs are given.
-      settings: rule, sampling, batch size and lengths; what is planned is not read from them.
+      settings: rule, sampling, batch size and lengths; what is planned is not read from them. With a lenience,
+        cascades are ranked with it as well as exact, and the plan says which to use.
       output_dir: where plan.json goes, which draft_len="auto" follows; None writes none.
       task: a registered seqio task to measure on.
       split: of the task.
@@ -113,55 +116,95 @@ def plan(
     Raises:
       UserError: nothing to measure on, figures of the wrong shape, or settings the pair cannot be run with.
     """
+    _check(settings, limit, measure, acceptance, costs, task, input)
+    lenience = settings.lenience
+    settings = dataclasses.replace(
+        settings, draft_len=None, drafter="model", k_matrix=None, lenience=None, trace=False, plan=None
+    )
+    reads = rules.by_name(settings.rule, settings.alpha, **settings.rule_options).reads_drafter
+    if acceptance is not None:
+        known, spent = _given(acceptance, costs)
+        return _finish(tuple(rank(known, spent, len(costs), reads)), None, None, settings, output_dir)
+    models = 0 if pair.drafter is None else 1 + len(pair.smaller)
+    if not models and reads:
+        raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
+    runner = Runner(pair, settings if models else dataclasses.replace(settings, drafter="max_gram"))
+    batches = runner.batches(infer.read_dataset(runner, task, split, input, limit).prompts)
+    progress("measuring acceptance and step costs")
+    found = probing.measure(pair, settings, batches, lenience)
+    ranked = rank_measured(found, models, reads, lenience)
+    chosen = _worth_measuring(ranked, measure)
+    if chosen:
+        progress("decoding with " + "; ".join(ranked[i].label for i in chosen))
+        for i, gain in zip(chosen, _measured_gains(pair, settings, [ranked[i] for i in chosen], batches), strict=True):
+            ranked[i] = dataclasses.replace(ranked[i], measured=gain)
+    return _finish(tuple(ranked), found, pair, settings, output_dir)
+
+
+def _check(
+    settings: Settings,
+    limit: int,
+    measure: int,
+    acceptance: Sequence[Sequence[float]] | None,
+    costs: Sequence[float] | None,
+    task: str | None,
+    input: str | None,
+) -> None:
+    """Refuses what cannot be planned."""
     options.whole("measure", measure, 0)
     options.whole("limit", limit, 1)
     if (acceptance is None) != (costs is None):
         raise UserError("acceptance and costs belong together: give both, or neither to have them measured")
     if settings.method != "speculative":
         raise UserError(f"method={settings.method!r} is not planned: only speculative drafts")
-    if settings.lenience is not None:
-        raise UserError("lenience is not planned: cascades are ranked exact, so leave it out")
-    settings = dataclasses.replace(settings, draft_len=None, drafter="model", k_matrix=None, trace=False, plan=None)
-    rule = rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
-    if acceptance is not None:
-        if measure:
-            raise UserError("measure decodes with a pair, but acceptance and costs were given: leave one out")
-        known, spent = _given(acceptance, costs)
-        ranked = tuple(rank(known, spent, len(costs), rule.reads_drafter))
-        return _finish(ranked, None, None, settings, output_dir)
-    if (task is None) == (input is None):
+    if acceptance is not None and measure:
+        raise UserError("measure decodes with a pair, but acceptance and costs were given: leave one out")
+    if acceptance is not None and settings.lenience is not None:
+        raise UserError("lenience changes the acceptance, which was given: leave it out, and give the figures with it")
+    if acceptance is None and (task is None) == (input is None):
         raise UserError(
             "name either a task or an input file to measure on (TASK or INPUT), or give acceptance and costs"
         )
-    models = 0 if pair.drafter is None else 1 + len(pair.smaller)
-    if not models and rule.reads_drafter:
-        raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
-    settled = settings if models else dataclasses.replace(settings, drafter="max_gram")
-    runner = Runner(pair, settled)
-    batches = runner.batches(infer.read_dataset(runner, task, split, input, limit).prompts)
-    progress("measuring acceptance and step costs")
-    found = measuring.measure(pair, settings, batches)
-    ranked = rank(found.acceptance, found.costs, models, rule.reads_drafter, found.alone.lengths)
-    for i in _worth_measuring(ranked, measure):
-        candidate = ranked[i]
-        progress(f"decoding with {candidate.label}")
-        chosen = dataclasses.replace(settings, **{name: getattr(candidate, name) for name in plans.CHOICE})
-        run = measuring.timed(pair, Runner(pair, chosen).program, batches, settings.seed)
-        ranked[i] = dataclasses.replace(candidate, measured=run.tokens_per_s / found.alone.tokens_per_s)
-    return _finish(tuple(ranked), found, pair, settings, output_dir)
+
+
+def _measured_gains(
+    pair: LoadedPair, settings: Settings, candidates: Sequence[Candidate], batches: Sequence[batching.Batch]
+) -> list[float]:
+    """Tokens per second of each over the verifier's alone, all taking turns."""
+    alone = Runner(pair, dataclasses.replace(settings, method="verifier", rule="lossless", alpha=None, rule_options={}))
+    chosen = [{name: getattr(candidate, name) for name in plans.CHOICE} for candidate in candidates]
+    programs = [Runner(pair, dataclasses.replace(settings, **choice)).program for choice in chosen]
+    base, *runs = measuring.timed(pair, [alone.program, *programs], batches, settings.seed)
+    return [run.tokens_per_s / base.tokens_per_s for run in runs]
 
 
 def _worth_measuring(ranked: Sequence[Candidate], most: int) -> list[int]:
     """The best of each drafter, then the best of all: a prediction that flatters one drafter shows at once."""
     drafting_ones = [i for i, candidate in enumerate(ranked) if candidate.draft_len]
-    first = {ranked[i].drafter: i for i in reversed(drafting_ones)}
+    first = {(ranked[i].drafter, ranked[i].lenience): i for i in reversed(drafting_ones)}
     return sorted([*sorted(first.values()), *(i for i in drafting_ones if i not in first.values())][:most])
+
+
+def rank_measured(
+    found: probing.Measured, models: int, reads: bool, lenience: float | None = None
+) -> list[Candidate]:
+    """Every candidate with the gain predicted from measurements, corrected by what the probe of its kind gained."""
+    lengths = found.alone.lengths
+    ranked = rank(found.acceptance, found.costs, models, reads, lengths)
+    if found.lenient is not None:
+        lenient = (_cascade(k, found.lenient, found.costs, models, lengths, reads) for k in k_matrices(models))
+        ranked += [dataclasses.replace(candidate, lenience=lenience) for candidate in lenient]
+    for i, c in enumerate(ranked):
+        if c.draft_len:
+            factor = found.corrections[probing.kind_of(c.drafter, c.k_matrix, c.lenience)]
+            ranked[i] = dataclasses.replace(c, gain=c.gain * factor)
+    return sorted(ranked, key=lambda candidate: -candidate.gain)
 
 
 def rank(
     acceptance: Acceptance, costs: Costs, models: int, reads: bool, lengths: Sequence[int] = ()
 ) -> list[Candidate]:
-    """Every candidate with its predicted gain, best first.
+    """Every exact candidate with its predicted gain, best first.
 
     Args:
       acceptance: between levels.
@@ -170,21 +213,44 @@ def rank(
       reads: whether the rule reads a drafter's law, which then is wanted at the bonus position too.
       lengths: tokens of typical outputs; see `cost_model.tokens_per_round`.
     """
-    found = [_candidate("model", 0, None, 1.0, [0.0] * models, costs, models, reads)]
+    copier = models + 1
+    found = [_nothing(costs, models, reads)]
+
+    def plain(drafter: str, writer: int, length: int, steps: int, drafting_time: float) -> Candidate:
+        tokens = tokens_per_round(round_law(acceptance.curves[0, writer], length), lengths)
+        calls = [1.0, *(float(steps) if i == 0 else 0.0 for i in range(models))]
+        spent = costs.round + block_time(costs.verifier, length + 1) + drafting_time
+        return Candidate(drafter, length, None, tokens, tuple(n / tokens for n in calls), tokens * costs.step / spent)
+
     for length in LENGTHS:
         if models:
-            calls = [float(length + reads), *[0.0] * (models - 1)]
-            tokens = tokens_per_round(round_law(acceptance.curves[0, 1], length), lengths)
-            found.append(_candidate("model", length, None, tokens, calls, costs, models, reads))
-        if not reads and (0, models + 1) in acceptance.curves:
-            tokens = tokens_per_round(round_law(acceptance.curves[0, models + 1], length), lengths)
-            found.append(_candidate("max_gram", length, None, tokens, [0.0] * models, costs, models, reads))
-    if (0, models + 1) in acceptance.curves:
-        for k in k_matrices(models):
-            expected = CascadeModel(drafting.k_matrix(k, models, True), acceptance).expected()
-            tokens = tokens_per_round(expected.law, lengths)
-            found.append(_candidate("cascade", sum(k[0]), k, tokens, expected.calls, costs, models, reads))
+            steps = length + reads
+            found.append(plain("model", 1, length, steps, steps * costs.drafter_step))
+        if not reads and (0, copier) in acceptance.curves:
+            found.append(plain("max_gram", copier, length, 0, costs.copy(length)))
+    if (0, copier) in acceptance.curves:
+        found += [_cascade(k, acceptance, costs, models, lengths, reads) for k in k_matrices(models)]
     return sorted(found, key=lambda candidate: -candidate.gain)
+
+
+def _nothing(costs: Costs, models: int, reads: bool) -> Candidate:
+    """The verifier alone; a rule that reads the drafter runs that beside it."""
+    calls = [float(reads and i == 0) for i in range(models)]
+    gain = costs.step / (costs.step + (costs.drafter_step if reads else 0.0))
+    return Candidate("model", 0, None, 1.0, (1.0, *calls), gain)
+
+
+def _cascade(
+    k: tuple[tuple[int, ...], ...],
+    acceptance: Acceptance,
+    costs: Costs,
+    models: int,
+    lengths: Sequence[int],
+    reads: bool,
+) -> Candidate:
+    found = predict_cascade(drafting.k_matrix(k, models, True), acceptance, costs, lengths, reads)
+    calls = tuple(n / found.tokens for n in (1.0, *found.calls))
+    return Candidate("cascade", sum(k[0]), k, found.tokens, calls, found.gain)
 
 
 def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -202,37 +268,6 @@ def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
             rows[models][models] = last
             if sum(rows[0]) <= _LONGEST:
                 yield tuple(map(tuple, rows))
-
-
-def _candidate(
-    drafter: str,
-    length: int,
-    k: tuple[tuple[int, ...], ...] | None,
-    tokens: float,
-    calls: Sequence[float],
-    costs: Costs,
-    models: int,
-    reads: bool,
-) -> Candidate:
-    """gain = tokens per round x step / (drafting + block of G + 1 + what else a round takes)."""
-    calls = list(calls)
-    if length == 0 and not reads:  # nothing is drafted: the verifier alone
-        return Candidate(drafter, 0, None, 1.0, (1.0, *calls), 1.0)
-    spent = costs.round + (costs.step if length == 0 else block_time(costs.verifier, length + 1))
-    if k is None:
-        if length == 0:
-            calls[0] = 1.0
-        spent += (calls[0] if models else 0.0) * costs.drafter_step
-    else:
-        plan = drafting.k_matrix(k, models, True)
-        for i, count in enumerate(calls):
-            block = plan.length(i + 1) + 1
-            spent += count * (costs.review * block + block_time(costs.drafters[i], block))
-        if reads:
-            spent += block_time(costs.drafters[0], length + 1)
-            calls[0] += 1.0
-    each = tuple(count / tokens for count in (1.0, *calls))
-    return Candidate(drafter, length, k, tokens, each, tokens * costs.step / spent)
 
 
 def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tuple[Acceptance, Costs]:
@@ -258,7 +293,7 @@ def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tup
 
 def _finish(
     ranked: tuple[Candidate, ...],
-    found: measuring.Measured | None,
+    found: probing.Measured | None,
     pair: LoadedPair | None,
     settings: Settings,
     output_dir: str | Path | None,
@@ -279,16 +314,9 @@ def _finish(
             "speculate": speculate,
             "candidates": [dataclasses.asdict(candidate) for candidate in ranked],
             "costs": found and dataclasses.asdict(found.costs),
+            "corrections": found and found.corrections,
             "probes": found and found.probes,
             "device": jax.devices()[0].device_kind,
         }
         path = plans.write(Path(output_dir) / plans.FILE, content)
     return Plan(ranked, speculate, found, path)
-
-
-def leviathan(found: measuring.Measured, candidate: Candidate) -> float | None:
-    """The i.i.d. form of a plain candidate: `cost_model.ewif` of the mean acceptance; None of others."""
-    if candidate.drafter != "model" or not candidate.draft_len:
-        return None
-    curve = found.acceptance.curves[0, 1]
-    return ewif(sum(curve) / len(curve), candidate.draft_len, found.costs.drafter_step / found.costs.step)

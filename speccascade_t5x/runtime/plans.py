@@ -19,10 +19,10 @@ FILE = "plan.json"
 # Fields of Settings that acceptance or cost depends on: a plan made with others says nothing about this run.
 CONDITIONS = (
     *("rule", "alpha", "rule_options", "temperature", "top_k", "top_p", "min_p", "verification"),
-    *("batch_size", "num_samples", "lenience"),
+    *("batch_size", "num_samples"),
 )
 # Fields of Settings a plan chooses.
-CHOICE = ("drafter", "draft_len", "k_matrix")
+CHOICE = ("drafter", "draft_len", "k_matrix", "lenience")
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def read(path: str | Path) -> dict[str, Any]:
 def follow(settings: Settings, pair_identity: str) -> Settings:
     """The settings with what the plan recommends in place of draft_len="auto".
 
-    With drafter="model" that is the plan's best candidate of any drafter, else its best with that drafter. "Do not
-    speculate" becomes draft_len=0, which leaves the law as it is.
+    With drafter="model" that is the plan's best candidate of any drafter, else its best with that drafter; with a
+    lenience, its best cascade of that lenience. "Do not speculate" becomes draft_len=0, which leaves the law as it is.
 
     Raises:
       UserError: no plan is named; or it is damaged, of another pair, or made under other conditions.
@@ -94,8 +94,8 @@ def follow(settings: Settings, pair_identity: str) -> Settings:
             )
     for candidate in plan["candidates"]:
         choice = {name: candidate.get(name) for name in CHOICE}
-        if settings.drafter in ("model", choice["drafter"]):
+        lenient = settings.lenience in (None, choice["lenience"])
+        if settings.drafter in ("model", choice["drafter"]) and lenient:
             return dataclasses.replace(settings, **choice)
-    raise UserError(
-        f"the plan {settings.plan} ranks nothing with drafter={settings.drafter!r}: leave the drafter to the plan"
-    )
+    asked = f"drafter={settings.drafter!r}" + ("" if settings.lenience is None else f", lenience={settings.lenience}")
+    raise UserError(f"the plan {settings.plan} ranks nothing with {asked}: leave that to the plan")

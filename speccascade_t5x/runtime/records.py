@@ -34,6 +34,11 @@ def file_stem(task: str) -> str:
     return task.replace(":", "_").replace("/", "_")
 
 
+def claim(output_dir: Path, task: str) -> Path:
+    """The file that says with which settings the records of a task were made."""
+    return output_dir / f"{file_stem(task)}-predict.config.txt"
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON that is the same on every run: keys in the order given, floats as `repr`.
 
@@ -140,7 +145,7 @@ class RecordWriter:
 
     def _claim(self, settings: str) -> None:
         """Binds the output to these settings, or refuses."""
-        path = self.output_dir / f"{self._stem}-predict.config.txt"
+        path = claim(self.output_dir, self._stem)
         try:
             found = path.read_text("utf-8")
         except FileNotFoundError:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import tree
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
-from speccascade_t5x.runtime import mixing, options, packing, records, shards, train_loop, vocabulary
+from speccascade_t5x.runtime import hosts, mixing, options, packing, records, shards, train_loop, vocabulary
+from speccascade_t5x.runtime.partitioning import Topology
 
 METRICS_FILE = "train-metrics.jsonl"
 BATCHINGS = ("packed", "bucketed")
@@ -73,14 +75,17 @@ class Data:
             if getattr(self, name) is not None:
                 options.whole(name, getattr(self, name), 1)
 
-    def source(self) -> mixing.Source:
+    def source(self, exchange: Path) -> mixing.Source:
         """The training examples.
+
+        Args:
+          exchange: a folder all hosts share, where each puts its part of a task for the others to read.
 
         Raises:
           UserError: see `shards.read` and `data.examples`.
         """
         if self.task is not None:
-            return _task_corpus(self.task, self.split, None)
+            return _shared_corpus(self.task, self.split, exchange)
         if isinstance(self.cached, str):
             return shards.read(self.cached)
         return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
@@ -114,6 +119,8 @@ def train(
     devices: int | None = None,
     config_text: str = "",
     observer: train_loop.Observer | None = None,
+    topology: Topology | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Trains a model. Started again after a kill, it continues at its newest checkpoint.
 
@@ -124,34 +131,45 @@ def train(
       output_dir: where everything goes; an old run of the same settings there is continued.
       start_from: a checkpoint or bundle whose parameters to begin with; fresh ones if None.
       teacher: a checkpoint or bundle (its verifier) to learn from, and to compare with in evaluations.
-      devices: how many share each batch; all there are if None.
+      devices: how many share each batch; all there are if None. Each holds all parameters.
       config_text: the resolved configuration, kept beside the checkpoints.
       observer: told what happens.
+      topology: a mesh instead of `devices`, whose rules say how parameters and moments are split as well.
+      stop: asked after each step; once it says True, a checkpoint is written and the run ends.
 
     Returns:
-      The summary, as train-summary.json holds it.
+      The summary, as train-summary.json holds it. On several hosts the first one writes it, curves and TensorBoard.
 
     Raises:
       UserError: data, models and options that do not fit; see also `train_loop.train_loop`.
+      Preempted: `stop` said so before the last step.
     """
-    output_dir, mesh = Path(output_dir), train_loop.data_mesh(devices)
-    source, held_out = data.source(), data.evaluation()
+    if devices is not None and topology is not None:
+        raise UserError("devices and topology are both given: name one")
+    output_dir, here = Path(output_dir), hosts.current()
+    layout = train_loop.data_mesh(devices) if topology is None else topology.partitioning()
+    mesh = layout if topology is None else layout.mesh
+    share = mesh.shape["data"]
+    source, held_out = data.source(output_dir / "tokenised"), data.evaluation()
     _check_vocabularies(model, source, held_out)
-    batches = data.batches(source, mesh.size * config.microbatches)
+    batches = data.batches(source, share * config.microbatches)
     instructor = None if teacher is None else load_model(teacher, source.vocabulary)
     begin = None if start_from is None else _parameters(start_from, model, source.vocabulary)
     eval_batches = None
     if held_out is not None:
-        rows = -(-data.batch_size // mesh.size) * mesh.size
+        rows = -(-data.batch_size // share) * share
         eval_batches = packing.InOrder(held_out, rows, data.inputs_len, data.targets_len)
-    curves = Curves(output_dir, config_text, observer or train_loop.Observer())
+    told = observer if observer and here.first else train_loop.Observer()
+    curves = Curves(output_dir, config_text, told) if here.first else told
     result = train_loop.train_loop(
         model, batches, config, output_dir=output_dir, start_from=begin, eval_batches=eval_batches,
-        teacher=instructor, observer=curves, mesh=mesh,
+        teacher=instructor, observer=curves, mesh=layout, stop=stop,
     )  # fmt: skip
-    summary = _summary(result, batches, curves.read(), mesh.size)
-    records.write_json(output_dir / "train-summary.json", summary)
-    records.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
+    summary = _summary(result, batches, curves.read() if here.first else [], mesh.size)
+    if here.first:
+        records.write_json(output_dir / "train-summary.json", summary)
+        records.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
+    here.wait("the summary is written")
     return summary
 
 
@@ -229,12 +247,34 @@ def _parameters(path: str | Path, model: T5Config, spoken: vocabulary.Vocabulary
     return bound.params
 
 
-def _task_corpus(task: str, split: str, limit: int | None) -> shards.Corpus:
+def _shared_corpus(task: str, split: str, exchange: Path) -> mixing.Source:
+    """A task's examples: of several hosts each tokenises its shard of the input, and all read all of them.
+
+    So batches are the same arrays on every host, and every example is in them once.
+    """
+    here = hosts.current()
+    if here.count == 1:
+        return _task_corpus(task, split, None)
+    mine = _task_corpus(task, split, None, (here.index, here.count))
+    folders = [exchange / f"{i:05d}-of-{here.count:05d}" for i in range(here.count)]
+    shutil.rmtree(folders[here.index], ignore_errors=True)  # of a killed run
+    examples = ((mine.inputs(i), mine.targets(i)) for i in range(len(mine)))
+    shards.write(folders[here.index], examples, name=task, split=split, spoken=mine.vocabulary)
+    here.wait("the task is tokenised")
+    here.check_shared(folders[0] / shards.MANIFEST)
+    parts = [shards.read(folder) for folder in folders]
+    here.wait("the task is read")
+    if here.first:
+        shutil.rmtree(exchange, ignore_errors=True)
+    return mixing.Mixed([(part, len(part)) for part in parts])  # at these rates an epoch holds each example once
+
+
+def _task_corpus(task: str, split: str, limit: int | None, shard: tuple[int, int] | None = None) -> shards.Corpus:
     from speccascade_t5x.runtime import data  # loads TensorFlow and seqio
 
     spoken = [data.as_vocabulary(found) for found in data.task_vocabularies(task).values()]
     vocabulary.check_same(spoken[0], spoken[-1], (f"inputs of task {task!r}", "targets"))
-    found = data.examples(task, split, {}, limit=limit)
+    found = data.examples(task, split, {}, limit=limit, shard=shard)
     return shards.from_examples(((example.inputs, example.targets) for example in found), spoken[0])
 
 

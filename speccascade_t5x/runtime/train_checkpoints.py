@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -79,7 +80,8 @@ class Checkpoints:
 
     def describe(self, architecture: Mapping[str, Any]) -> None:
         """Writes config.json, from which `checkpoints.load` learns the architecture."""
-        records.write_json(self.folder / CONFIG_FILE, dict(architecture))
+        if jax.process_index() == 0:
+            records.write_json(self.folder / CONFIG_FILE, dict(architecture))
 
     def save(self, step: int, state: TrainState) -> Path:
         """Writes the checkpoint of a step.
@@ -101,19 +103,21 @@ class Checkpoints:
             raise UserError(self._not_saved(step, error)) from error
         return self.folder / f"{_PREFIX}_{step}"
 
-    def restore(self, like: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
+    def restore(self, like: TrainState, sharding: jax.sharding.Sharding | TrainState) -> TrainState:
         """Reads the newest checkpoint.
 
         Args:
           like: a state (or its shapes) of the same structure.
-          sharding: where the arrays go.
+          sharding: where the arrays go, one for all or a state of them.
 
         Raises:
           UserError: the checkpoint is damaged.
         """
         step = self.latest()
-        abstract = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        item = jax.tree.map(abstract, _stored(like))
+        item = _stored(like)
+        places = _stored(sharding) if isinstance(sharding, TrainState) else jax.tree.map(lambda _: sharding, item)
+        abstract = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
+        item = jax.tree.map(abstract, item, places)
         arguments = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(state=arguments))[_STATE]
@@ -189,5 +193,13 @@ def _reason(error: Exception) -> str:
 
 
 def all_finite(params: PyTree) -> bool:
-    """Whether no parameter is NaN or infinite."""
-    return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(params))
+    """Whether no parameter is NaN or infinite. Where other hosts hold a part, all of them must ask."""
+    leaves = jax.tree.leaves(params)
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in leaves)
+    return bool(_all_finite(leaves))
+
+
+@jax.jit
+def _all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))

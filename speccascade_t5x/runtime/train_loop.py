@@ -23,10 +23,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from speccascade_t5x.decoding import placing
+from speccascade_t5x.decoding.compiled import shapes
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 from speccascade_t5x.models.t5 import T5, T5Config, init_params
-from speccascade_t5x.runtime import losses, optimizers, options, teacher_forcing
-from speccascade_t5x.runtime.partitioning import data_mesh
+from speccascade_t5x.runtime import hosts, losses, optimizers, options, teacher_forcing
+from speccascade_t5x.runtime.partitioning import Partitioning, data_mesh
 from speccascade_t5x.runtime.train_checkpoints import Checkpoints, TrainState, all_finite
 
 _NEVER = np.int32(2**31 - 1)
@@ -134,7 +136,8 @@ def train_loop(
     eval_batches: Iterable[Mapping[str, np.ndarray]] | None = None,
     teacher: Bound | None = None,
     observer: Observer | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Partitioning | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Trains a model. Started again with the same arguments, it continues at its newest checkpoint.
 
@@ -147,23 +150,42 @@ def train_loop(
       eval_batches: batches of the evaluation, read again each time.
       teacher: with `config.distill`, whom to learn from; in any case, whom evaluations compare with.
       observer: told what happens.
-      mesh: devices that share each batch, see `data_mesh`; None takes one device.
+      mesh: devices that share each batch, see `data_mesh`, or with a Partitioning the parameters and moments as well,
+        as its rules say; None takes one device. On several hosts it takes all devices of all of them, and every
+        host makes the same call with the same batches, of which it reads its rows.
+      stop: asked after each step; once it says True (on any of the hosts), a checkpoint is written.
 
     Raises:
       UserError: a loss or parameter that is not finite, a batch that does not divide, a checkpoint of another run, a
         full disk. Checkpoints written before stay.
+      Preempted: `stop` said so before the last step.
     """
     if config.distill is not None and teacher is None:
         raise UserError("a distillation loss needs a teacher: name its checkpoint or bundle")
-    run = _Run(model, batches, config, teacher, mesh or data_mesh(1), observer or Observer())
+    mesh = mesh or data_mesh(1)
+    hosts.check_whole((mesh.mesh if isinstance(mesh, Partitioning) else mesh).size)
+    run = _Run(model, batches, config, teacher, mesh, observer or Observer())
     store = None
     if output_dir is not None:
         store = Checkpoints(output_dir, run.identity(start_from), config.keep)
     try:
-        return run.train(store, start_from, None if eval_batches is None else list(eval_batches))
+        stops = hosts.StopInTraining(hosts.current(), stop, ahead=2 * _AHEAD + 1)
+        return run.train(store, start_from, None if eval_batches is None else list(eval_batches), stops)
     finally:
         if store is not None:
             store.close()
+
+
+def lower_step(model: T5Config, batch: losses.Batch, config: TrainConfig, mesh: Partitioning) -> jax.stages.Lowered:
+    """Lowers the update that `train_loop` makes, from shapes alone: nothing is drawn, read or moved.
+
+    Args:
+      model: as for `train_loop`.
+      batch: T5X features, as arrays or shapes; its rows must divide by the data groups x the microbatches.
+      config: as for `train_loop`, without distillation.
+      mesh: whose devices need not be here.
+    """
+    return _Run(model, lambda step: batch, config, None, mesh, Observer()).lower(batch)
 
 
 class _Run:
@@ -175,14 +197,18 @@ class _Run:
         batches: Batches,
         config: TrainConfig,
         teacher: Bound | None,
-        mesh: Mesh,
+        mesh: Mesh | Partitioning,
         observer: Observer,
     ):
         self.model, self.batches, self.config, self.teacher = model, batches, config, teacher
-        self.mesh, self.observer = mesh, observer
+        self.rules = mesh if isinstance(mesh, Partitioning) else None
+        mesh = mesh if self.rules is None else mesh.mesh
+        self.share, self.observer = mesh.shape["data"], observer
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.split = NamedSharding(mesh, PartitionSpec("data"))
-        self.teacher_params = None if teacher is None else jax.device_put(teacher.params, self.whole)
+        self.teacher_params = None
+        if teacher is not None:
+            self.teacher_params = placing.put(teacher.params, self._where(teacher.params, teacher.model))
         self.compiled: dict[tuple, Any] = {}
 
     def identity(self, start_from: PyTree | TrainState | None) -> dict[str, Any]:
@@ -203,15 +229,18 @@ class _Run:
         }
 
     def train(
-        self, store: Checkpoints | None, start_from: PyTree | TrainState | None, eval_batches: list | None
+        self,
+        store: Checkpoints | None,
+        start_from: PyTree | TrainState | None,
+        eval_batches: list | None,
+        stops: Callable[[int], bool],
     ) -> TrainResult:
         config, state = self.config, self._begin(store, start_from)
         resumed_from = store.latest() if store else None
         step = int(state.step)
         result = TrainResult(Bound(T5(self.model), None), step, resumed_from)
         self.observer.started(step, config.steps, store.folder if store else None)
-        advance = jax.jit(self._step, donate_argnums=0)
-        sums = self._zeros()
+        advance, sums = self._advance(state), self._zeros()
         if eval_batches and resumed_from is None:
             self._evaluate(state.params, eval_batches, result)
         waiting: collections.deque = collections.deque()
@@ -226,7 +255,8 @@ class _Run:
             if len(waiting) > _AHEAD:
                 waiting.popleft().block_until_ready()
             last = step == config.steps
-            saves = store is not None and (last or step % config.checkpoint_every == 0)
+            told = not last and stops(step)
+            saves = store is not None and (last or told or step % config.checkpoint_every == 0)
             evaluates = bool(eval_batches) and (last or (config.eval_every and step % config.eval_every == 0))
             if last or saves or evaluates or step % config.log_every == 0:
                 seconds = time.perf_counter() - clock - pause
@@ -236,38 +266,60 @@ class _Run:
                 if saves:
                     self._save(store, state, step)
                 sums, clock, pause = self._zeros(), time.perf_counter(), 0.0
+            if told:
+                kept = "its checkpoint is kept: the same command continues" if store else "nothing is kept"
+                raise hosts.Preempted(f"told to stop after step {step} of {config.steps}; {kept}")
         if step == resumed_from and eval_batches:  # nothing was left to do
             self._evaluate(state.params, eval_batches, result)
         result.bound, result.step = Bound(T5(self.model), state.params), step
         return result
 
+    def lower(self, batch: losses.Batch) -> jax.stages.Lowered:
+        """See `lower_step`."""
+        state = jax.eval_shape(self._draw)
+        state = shapes(state, self._where(state))
+        return self._advance(state).lower(state, shapes(self._sums(), self.whole), shapes(batch, self.split), None)
+
+    def _advance(self, state: TrainState) -> Any:
+        """The jitted step."""
+        places = {} if self.rules is None else {"out_shardings": (self._where(state), self.whole)}
+        return jax.jit(self._step, donate_argnums=0, **places)
+
+    def _fresh(self, params: PyTree) -> TrainState:
+        return TrainState(jnp.int32(0), params, self._optimizer(params).init(params))
+
+    def _draw(self) -> TrainState:
+        return self._fresh(init_params(self.model, jax.random.key(self.config.seed)))
+
     def _begin(self, store: Checkpoints | None, start_from: PyTree | TrainState | None) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
-        key = jax.random.key(self.config.seed)
-
-        def fresh(params: PyTree) -> TrainState:
-            return TrainState(jnp.int32(0), params, self._optimizer(params).init(params))
-
-        draw = lambda: fresh(init_params(self.model, key))  # noqa: E731
         if store is not None and store.latest() is not None:
-            return store.restore(jax.eval_shape(draw), self.whole)
+            shape = jax.eval_shape(self._draw)
+            return store.restore(shape, self._where(shape))
         if store is not None:
             store.describe(dataclasses.asdict(self.model))
         if start_from is None:
-            return jax.jit(draw, out_shardings=self.whole)()
-        state = start_from if isinstance(start_from, TrainState) else fresh(start_from)
+            return jax.jit(self._draw, out_shardings=self._where(jax.eval_shape(self._draw)))()
+        state = start_from if isinstance(start_from, TrainState) else self._fresh(start_from)
         # Copied, because the state is donated and the caller's arrays must stay.
-        return jax.device_put(state, self.whole, may_alias=False)
+        return placing.put(state, self._where(state), may_alias=False)
+
+    def _where(self, state: PyTree, model: T5 | None = None) -> Any:
+        """Where a training state lives, or the parameters of another model: one sharding, or as the rules say."""
+        return self.whole if self.rules is None else self.rules.like_params(model or T5(self.model), state)
 
     def _optimizer(self, params: PyTree) -> optax.GradientTransformation:
         return self.config.optimizer.transformation(self.config.steps, params)
 
     def _zeros(self) -> dict[str, Array]:
+        return placing.put(self._sums(), self.whole)
+
+    def _sums(self) -> dict[str, np.generic]:
+        """Sums over no step, on the host."""
         names = ["loss", "cross_entropy", "z_loss", "correct", "weight", "tokens", "grad_norm", "steps"]
         if self.config.distill is not None:
             names.append("divergence")
-        zeros = {name: np.float32(0) for name in names} | {"bad_step": _NEVER, "learning_rate": np.float32(0)}
-        return jax.device_put(zeros, self.whole)
+        return {name: np.float32(0) for name in names} | {"bad_step": _NEVER, "learning_rate": np.float32(0)}
 
     def _step(
         self, state: TrainState, sums: dict[str, Array], batch: losses.Batch, teacher_params: PyTree
@@ -323,15 +375,15 @@ class _Run:
         Raises:
           UserError: its rows cannot be shared out evenly.
         """
-        pieces = self.mesh.size * (self.config.microbatches if step is not None else 1)
+        pieces = self.share * (self.config.microbatches if step is not None else 1)
         rows = len(batch["decoder_target_tokens"])
         if rows % pieces:
-            cut = pieces // self.mesh.size
-            shares = f"{self.mesh.size} device{'s' * (self.mesh.size > 1)}" + f" x {cut} microbatches" * (cut > 1)
+            cut = pieces // self.share
+            shares = f"{self.share} device{'s' * (self.share > 1)}" + f" x {cut} microbatches" * (cut > 1)
             raise UserError(
                 f"a batch of {rows} rows cannot be shared by {shares}: choose a batch size that {pieces} divides"
             )
-        return jax.device_put(teacher_forcing.features(batch), self.split)
+        return placing.put(teacher_forcing.features(batch), self.split)
 
     def _program(self, advance: Any, state: TrainState, sums: PyTree, batch: losses.Batch) -> tuple[Callable, float]:
         """The compiled step for the batch's shape, and the seconds it took to compile if it is new."""

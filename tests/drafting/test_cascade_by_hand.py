@@ -10,7 +10,7 @@ from decoding.tables import random_tables
 from speccascade_t5x import decoding, drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.core.probs import Sampling
-from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.interfaces import Drafter, UserError
 from speccascade_t5x.models import bigram
 
 GREEDY = Sampling(np.float32(0), np.int32(0), np.float32(1), np.float32(0))
@@ -143,3 +143,19 @@ def test_lenience_beside_a_rule_on_another_edge_is_no_clash():
         models(2), [[2, 1, 0], [0, 2, 1], [0, 0, 2]], copier=COPY, lenience=[None, 2.0], rules=ONE_RULE
     )
     assert bound.model.lenience == (None, 2.0)
+
+
+def test_every_drafter_says_what_it_runs():
+    """The fields of the Protocol that decides what may be combined; every model must begin where the decode does."""
+    config = decoding.DecodeConfig(max_len=10, draft_len=2)
+    verifier, (larger, smaller) = bigram(random_tables(0, V, 1)[1]), models(2)
+    plain = decoding.speculative_program(larger, verifier, rules.Lossless(), config).drafter.model
+    cascade = drafting.cascade([larger, smaller], [[2, 0], [0, 2]], reads=0).model
+    copies = COPY.model
+    assert all(isinstance(drafter, Drafter) for drafter in (plain, cascade, copies))
+    assert (plain.models, cascade.models, copies.models) == ((larger.model,), (larger.model, smaller.model), ())
+    assert (plain.score_bonus, cascade.score_bonus, copies.score_bonus) == (False, True, False)
+    elsewhere = bigram(random_tables(1, V, 1)[0], start_id=3)
+    bound = drafting.cascade([larger, elsewhere], [[2, 0], [0, 2]])
+    with pytest.raises(UserError, match="a model starts with token 3, but start_id=0"):
+        decoding.speculative_program(bound, verifier, rules.Lossless(), config)

@@ -82,6 +82,9 @@ def test_copies_are_those_of_a_slow_search(options, low, high):
             output.extend([*wanted[:kept], int(rng.integers(1, VOCAB))])
         state = drafter.commit(state, np.array([len(o) - 1 for o in outputs], np.int32))
     assert lengths >= {0, 1, SIZE}
+    assert propose._cache_size() == 1  # one program, whatever was matched
+    text = str(jax.make_jaxpr(drafter.propose)(bound.params, state, last_two, positions, np.zeros((ROWS, 0))))
+    assert "callback" not in text  # and it never leaves the device
 
 
 def corpus(seed: int = 0) -> list[np.ndarray]:

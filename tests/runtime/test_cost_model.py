@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from speccascade_t5x.core import accounting
 from speccascade_t5x.drafting import k_matrix
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import cost_model
@@ -137,3 +138,53 @@ def test_times_between_and_beyond_the_measured_blocks():
     assert cost_model.block_time(times, 2) == pytest.approx(1.2)
     assert cost_model.block_time(times, 12) == pytest.approx(2.4)
     assert cost_model.block_time({1: 3.0}, 9) == 3.0
+
+
+def test_the_vertical_form_by_hand():
+    """a = b = 1/2, one round of one copied token: phi = 1 - (1 - 1/16) / (2 (1 - 1/4)) = 3/8 at c1 = 0.2, c2 = 0.1."""
+    # Tokens: the draft is 1 or 2 long, each with 1/2: 1 + 1/2 + (1/2) (1/4) = 13/8.
+    assert cost_model.vertical_ewif(0.5, 0.5, 1, 1, 0.2, 0.1) == pytest.approx((13 / 8) / 1.3)
+
+
+def test_both_published_conventions_by_hand():
+    """FLAN-T5-XXL above base, small and Max-Gram; 11,300, 220 and 60 million, or 1, 0.04 and 0.02 a call.
+
+    Per 1000 tokens 200 calls of the verifier, 600 of base and 1500 of small. By size these are 600 x 220 / 11300 =
+    11.681 and 1500 x 60 / 11300 = 7.965 of the verifier's, by earlier work's times 24 and 30. Copying is free.
+    """
+    total = {"committed": 1000, "verifier_calls": 200, "level_calls": [600, 1500]}
+    by_size = accounting.standardised_improvement(total, [220 / 11300, 60 / 11300])
+    by_time = accounting.standardised_improvement(total, [0.04, 0.02])
+    assert by_size == pytest.approx(1000 / 219.646, rel=1e-5)
+    assert by_time == pytest.approx(1000 / 254)
+
+
+def test_where_the_time_of_a_round_goes_by_hand():
+    """K = [[3, 2], [0, 4]]: a block of 6, 1.5 reviews of blocks of 5, as many copies of 4 and one of 2."""
+    plan = k_matrix([[3, 2], [0, 4]], 1, True)
+    costs = cost_model.Costs(
+        step=10.0,
+        verifier={1: 9.0, 11: 19.0},
+        drafters=({1: 1.0, 5: 3.0},),
+        drafter_step=2.0,
+        round=0.5,
+        copies={1: 0.1, 5: 0.5},
+        review=0.7,
+        review_token=0.2,
+    )
+    assert costs.cascade(plan, [1.5]) == pytest.approx(
+        {"verifier": 14.0, "round": 0.5, "models": 4.5, "copies": 1.5 * 0.4 + 0.2, "reviews": 1.5 * (0.7 + 1.0)}
+    )
+    found = cost_model.predict_cascade(plan, Acceptance(CURVES), costs, reads=True)
+    expected = CascadeModel(plan, Acceptance(CURVES)).expected()
+    spent = sum(costs.cascade(plan, expected.calls).values()) + 3.0 + 0.25 * 2.0  # a block of 6, beyond the last slope
+    assert found.seconds == pytest.approx(spent)
+    assert found.calls == (pytest.approx(expected.calls[0] + 1.0),)
+    assert found.gain == pytest.approx(found.tokens * 10.0 / spent)
+
+
+def test_reviews_are_charged_what_explains_the_rounds_best():
+    assert cost_model.fit_reviews([(2, 6), (1, 9)], [2 * 0.5 + 6 * 0.1, 0.5 + 0.9]) == pytest.approx((0.5, 0.1))
+    # The best fit would give time back per token: then reviews alone are charged.
+    assert cost_model.fit_reviews([(2, 2), (1, 9)], [2.0, 0.1]) == pytest.approx((4.1 / 5, 0.0))
+    assert cost_model.fit_reviews([(2, 2), (1, 9)], [-1.0, -1.0]) == (0.0, 0.0)

@@ -8,10 +8,11 @@ import pytest
 
 from runtime import small_pair
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_BONUS, SOURCE_RESIDUAL, UserError
-from speccascade_t5x.runtime import generate, measuring, plan, plans
+from speccascade_t5x.runtime import cost_model, generate, measuring, plan, plans, probing
 from speccascade_t5x.runtime.cost_model import ewif
 from speccascade_t5x.runtime.settings import Settings, make_settings
 
+KINDS = ("model", "max_gram", *(f"{k} cascade{more}" for k in ("vertical", "mixed") for more in ("", ", lenient")))
 A, R, B = SOURCE_ACCEPTED, SOURCE_RESIDUAL, SOURCE_BONUS
 SHAPE = {"max_input_len": 32, "max_len": 12, "batch_size": 3, "buckets": (32,), "temperature": 0.0}
 
@@ -62,12 +63,13 @@ def test_a_rule_that_reads_the_drafter_pays_for_the_bonus_position():
         ({"acceptance": [[1.5]], "costs": [0.2]}, "acceptance=1.5 is outside its range"),
         ({"acceptance": [[0.5]], "costs": [-0.2]}, "costs=-0.2 is outside its range"),
         ({"acceptance": [[0.5]], "costs": [0.2], "measure": 1}, "measure decodes with a pair"),
+        ({"acceptance": [[0.5]], "costs": [0.2], "settings": Settings(lenience=2.0)}, "lenience changes the accept"),
         ({}, "name either a task or an input file to measure on"),
     ],
 )
 def test_what_cannot_be_planned(options, message):
     with pytest.raises(UserError, match=message):
-        plan.plan(None, Settings(), **options)
+        plan.plan(None, **{"settings": Settings()} | options)
 
 
 def test_continuation_by_hand():
@@ -84,7 +86,7 @@ def measured(tmp_path_factory):
     pair = generate.load(small_pair.write(folder / "bundle"))
     lines = folder / "lines.txt"
     lines.write_text("\n".join(small_pair.TEXTS), "utf-8")
-    found = plan.plan(pair, make_settings(**SHAPE), folder, input=str(lines), measure=2)
+    found = plan.plan(pair, make_settings(**SHAPE, lenience=2.0), folder, input=str(lines), measure=3)
     return pair, found, folder
 
 
@@ -92,11 +94,15 @@ def measured(tmp_path_factory):
 def test_a_measured_plan(measured):
     pair, found, folder = measured
     tested = [candidate for candidate in found.candidates if candidate.measured is not None]
-    assert len(tested) == 2 and all(candidate.measured > 0 for candidate in tested)
-    assert set(found.measured.acceptance.curves) == {(0, 1), (0, 2), (1, 2)}
+    assert len(tested) == 3 and all(candidate.measured > 0 for candidate in tested)
+    curves = {(0, 1), (0, 2), (1, 2)}
+    assert set(found.measured.acceptance.curves) == set(found.measured.lenient.curves) == curves
+    assert {candidate.lenience for candidate in found.candidates if candidate.k_matrix} == {None, 2.0}
+    assert set(found.measured.corrections) == set(KINDS)
+    assert all(time > 0 for time in found.measured.costs.copies.values())
     assert found.measured.costs.step > 0 and len(found.measured.costs.drafters) == 1
     # The same probe, counted independently of how the plan reads it.
-    run = generate.Runner(pair, make_settings(**SHAPE, draft_len=measuring.PROBE_LEN))
+    run = generate.Runner(pair, make_settings(**SHAPE, draft_len=probing.PROBE_LEN))
     totals = pair.run(small_pair.TEXTS, run.settings).totals
     tokens = found.measured.probes["drafter for verifier"]["tokens_per_round"]
     assert tokens == pytest.approx(totals["committed"] / totals["rounds"])
@@ -133,6 +139,42 @@ def test_auto_takes_the_best_or_the_best_of_a_drafter(written):
     assert (alone.drafter, alone.k_matrix) == ("max_gram", None) and alone.draft_len > 0
 
 
+def test_a_plan_chooses_the_lenience(written):
+    """The candidate's own goes into the run; a run that asks for another takes none of the plan's."""
+    plan_json = json.loads(written.read_text("utf-8"))
+    cascade = next(c for c in plan_json["candidates"] if c["k_matrix"])
+    plan_json["candidates"].insert(0, cascade | {"lenience": 2.0})
+    written.write_text(json.dumps(plan_json), "utf-8")
+    auto = {"draft_len": "auto", "plan": str(written), "temperature": 0.5}
+    assert plans.follow(make_settings(**auto), "ours").lenience == 2.0
+    assert plans.follow(make_settings(**auto, lenience=2.0), "ours").drafter == "cascade"
+    with pytest.raises(UserError, match=r"ranks nothing with drafter='model', lenience=3\.0"):
+        plans.follow(make_settings(**auto, lenience=3.0), "ours")
+
+
+def measured_by_hand(corrections, lenient=None) -> probing.Measured:
+    """Measurements of one drafter and Max-Gram that nobody made."""
+    alone = measuring.Run(1.0, 10, {}, (), ((5, 6, 7) * 10,))
+    curves = cost_model.Acceptance({(0, 1): (0.8,), (0, 2): (0.5,), (1, 2): (0.6,)})
+    costs = cost_model.Costs(1.0, {1: 1.0}, ({1: 0.1},), 0.2, round=0.1, copies={1: 0.05}, review=0.1)
+    return probing.Measured(alone, curves, lenient, costs, corrections, {})
+
+
+def test_predictions_are_corrected_by_what_the_probe_of_their_kind_gained():
+    ones = dict.fromkeys(KINDS, 1.0)
+    plain = {c.label: c for c in plan.rank_measured(measured_by_hand(ones), 1, False)}
+    factors = ones | {"model": 0.9, "vertical cascade": 0.5, "mixed cascade": 0.6, "mixed cascade, lenient": 2.0}
+    changed = measured_by_hand(factors, measured_by_hand(ones).acceptance)
+    found = {c.label: c for c in plan.rank_measured(changed, 1, False, 2.0)}
+    for label, candidate in plain.items():
+        kind = candidate.drafter
+        if candidate.k_matrix:
+            copies = candidate.k_matrix[0][1] > 0
+            kind = "mixed cascade" if copies else "vertical cascade"
+            assert found[f"{label}, lenience 2"].gain == pytest.approx((2.0 if copies else 1.0) * candidate.gain)
+        assert found[label].gain == pytest.approx((factors[kind] if candidate.draft_len else 1.0) * candidate.gain)
+
+
 def test_auto_refuses_what_says_nothing_about_this_run(written, tmp_path):
     auto = {"draft_len": "auto", "plan": str(written), "temperature": 0.5}
     for change, pair, message in [
@@ -156,3 +198,14 @@ def test_do_not_speculate_becomes_draft_len_0(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"pair": "ours"}), "utf-8")
     followed = plans.follow(Settings(draft_len="auto", plan=str(path)), "ours")
     assert (followed.method, followed.drafter, followed.draft_len) == ("speculative", "model", 0)
+
+
+def test_a_decode_that_follows_it_does_not_speculate(tmp_path):
+    """The verifier writes alone, one call a token, and the drafter is never asked."""
+    pair = generate.load(small_pair.write(tmp_path / "bundle"))
+    path = given([[0.1]], [0.9], tmp_path, **SHAPE).path
+    content = json.loads(path.read_text("utf-8")) | {"pair": plans.identity(pair)}
+    path.write_text(json.dumps(content), "utf-8")
+    totals = pair.run(small_pair.TEXTS, make_settings(**SHAPE, draft_len="auto", plan=str(path))).totals
+    assert totals["drafted"] == totals["drafter_calls"] == 0
+    assert totals["verifier_calls"] == totals["committed"] > 0

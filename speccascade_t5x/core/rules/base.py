@@ -66,6 +66,7 @@ class Rule:
 
     Class attributes, static per program:
       reads_drafter: whether pi depends on q. If so the drafter must also be scored at the bonus position.
+      reads_hidden: whether it reads the models' last hidden states; a learned rule says so by its head.
       truncates_inputs: whether top-k and friends shape p and q before the rule instead of pi after it.
       alpha_range: (lowest, highest) valid alpha; None where the rule takes no alpha.
       ends: what the lossless end and the drafter-only end of alpha are, for people.
@@ -73,6 +74,7 @@ class Rule:
     """
 
     reads_drafter: ClassVar[bool] = True
+    reads_hidden: ClassVar[bool] = False
     truncates_inputs: ClassVar[bool] = False
     alpha_range: ClassVar[tuple[float, float] | None] = None
     ends: ClassVar[str] = ""

@@ -1,0 +1,226 @@
+"""`speccascade sweep`: measures methods x alphas on a task and shows what each setting buys.
+
+    speccascade sweep --task=restore_de --output_dir=sweep --methods=token_v3,opt,lossy_sd
+    speccascade sweep --task=restore_de --output_dir=found --methods=token_v3,chow --calibrate=deferral_rate=0.3
+    speccascade infer --task=restore_de --output_dir=out --operating_point=sweep/operating_points.json
+
+Short flags are bindings: see runs/sweep.gin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.runtime import records
+
+
+def words(text: str) -> tuple[str, ...]:
+    """ "token_v3,opt" as texts."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "1,0.5" as numbers."""
+    return tuple(float(word) for word in words(text))
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """ "3,5,7" as whole numbers."""
+    return tuple(int(word) for word in words(text))
+
+
+def alphas(text: str) -> dict[str, tuple[float, ...]]:
+    """ "token_v3=0.1,0.3;opt=0" as alphas by method."""
+    parts = [part.partition("=") for part in text.split(";") if part.strip()]
+    if any(not sign for _, sign, _ in parts):
+        raise ValueError(text)
+    return {name.strip(): numbers(values) for name, _, values in parts}
+
+
+def rate(text: str) -> dict[str, float]:
+    """ "deferral_rate=0.3" as a rate and its value."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ValueError(text)
+    return {name.strip(): float(value)}
+
+
+# Short flag -> (type, help). These are macros of runs/sweep.gin.
+_MACROS = {
+    "task": (str, "a registered seqio task with targets"),
+    "input": (str, 'a .jsonl file with "inputs" and "targets" instead of a task; quality is then the NLL'),
+    "output_dir": (str, "where cells, report, plots and operating points go"),
+    "split": (str, "split of the task (default: validation)"),
+    "limit": (int, "only the first so many examples (default: 200)"),
+    "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
+    "metric": (str, 'what quality is: a metric of the task (default: its first), or "nll"'),
+    "methods": (words, "token_v3,opt+block,lossless@max_gram,...: [execution:]rule[+block][@drafter]"),
+    "alphas": (alphas, '"token_v3=0.1,0.3;opt=0": alphas of your own'),
+    "alpha_points": (int, "alphas per rule, spread over its range (default: 6)"),
+    "refine": (int, "further alphas per rule, where its curve bends (default: 2)"),
+    "draft_lens": (wholes, "the first is the main condition's, the others change one at a time (default: 5)"),
+    "temperatures": (numbers, "likewise (default: 1)"),
+    "top_ps": (numbers, "likewise (default: 1)"),
+    "seeds": (wholes, "random keys; one is used at temperature 0 (default: 0,1,2)"),
+    "calibrate": (rate, "deferral_rate=0.3: instead of sweeping, find the alphas that reach a rate"),
+}
+_SHARED = ("top_k", "min_p", "max_input_len", "max_len", "batch_size")
+_EPILOG = """\
+required:
+  --output_dir, and --task or --input
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR, METRIC, METHODS, ALPHAS, ALPHA_POINTS, REFINE, DRAFT_LENS, TEMPERATURES,
+    TOP_PS, SEEDS, CALIBRATE
+  sweep.sweep.timing_items, timing_repeats, timed_points, traces, quality_tolerance, varied
+  generate.Settings.batch_size, max_input_len, max_len, top_k, min_p, buckets, truncate: shared by all methods
+
+gin files:
+  --task=NAME reads runs/sweep_NAME.gin where that is packaged, else runs/sweep.gin.
+
+Always measured in the same run: the verifier and the drafter alone, lossless speculation, lossy speculative decoding
+with both residuals, BiLD fixed and as published, a token and a sequence cascade; and MinP at every alpha of TokenV3.
+A killed sweep started again with the same command continues at the first missing cell.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    print("\n".join(lines(run(argv))))
+    return 0
+
+
+def run(argv: list[str]) -> Any:
+    """Parses flags and runs the job. Returns its `SweepResult`."""
+    settings_flags.refuse_unsupported(argv)
+    flags, bindings = gin_flags.split(_parser(), argv)
+    shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
+    shorts |= {name: value for name, value in settings_flags.bindings(flags).items() if value is not None}
+    files = flags.gin_file or [gin_flags.default_file("sweep", flags.task)]
+    config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+
+    from speccascade_t5x.evaluation import sweep  # JAX loads after the flags are known to be good
+
+    begin = "begin with a run file, such as --gin_file=runs/sweep.gin"
+    job = gin_flags.job(sweep.sweep, {"sweep.sweep.pair": begin, "sweep.sweep.settings": begin})
+    with _live() as progress:
+        result = job(progress=progress, report_only=flags.report_only)
+    records.write_text(result.folder / "config.gin", config_text)
+    return result
+
+
+def lines(result: Any) -> list[str]:
+    """What is printed of a result."""
+    if result.calibrated:
+        return [*_calibrated(result.calibrated), f"wrote {result.files['calibration']}"]
+    from speccascade_t5x.evaluation import frontier
+    from speccascade_t5x.evaluation.notes import interval
+
+    main = result.groups[0]
+    rows = [("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")]
+    for answer in frontier.answers(main):
+        row = [answer.arm]
+        for choice, figure in ((answer.at_quality, "speed_up"), (answer.at_latency, "quality")):
+            alpha = "-" if choice is None or choice.point.alpha is None else f"{choice.point.alpha:g}"
+            row += [alpha, "none" if choice is None else interval(getattr(choice, figure))]
+        rows.append(tuple(row))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [f"{main.condition}:", ""] if len(rows) > 1 else []
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text += table if len(rows) > 1 else []
+    return [*text, "", *(f"wrote {path}" for path in result.files.values())]
+
+
+def _calibrated(found: list[dict[str, Any]]) -> list[str]:
+    text = []
+    for entry in found:
+        held = entry["held_out"]
+        shown = "-" if held["value"] is None else f"{held['value']:.3f} [{held['low']:.3f}, {held['high']:.3f}]"
+        text.append(
+            f"{entry['arm']}: alpha {entry['alpha']:g} gives {entry['rate']} {shown} on held-out items, "
+            f"{entry['wanted']:g} was wanted" + ("" if entry["reached"] else "; no measured alpha reaches it")
+        )
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    usage = (
+        "--task=NAME --output_dir=FOLDER [flags]",
+        "--input=FILE.jsonl --output_dir=FOLDER [flags]",
+    )
+    description = "Measures methods x alphas on a task and shows what each setting buys."
+    parser = gin_flags.parser("sweep", usage, description, _EPILOG, _MACROS)
+    parser.add_argument("--report_only", action="store_true", help="measure nothing: report the cells that are there")
+    settings_flags.add_flags(parser, leave_out=[name for name in settings_flags.SETTINGS if name not in _SHARED])
+    gin_flags.add_flags(parser)
+    return parser
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Callable[[Any], None]]:
+    """A table of the latest cells with an ETA on stderr; single lines, one in a while, where that is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=sys.stderr, highlight=False)
+    latest: list[Any] = []
+    if not console.is_terminal:
+        yield lambda news: _plain(news, console)
+        return
+    # Seldom refreshed: the table is drawn beside what is being measured.
+    with Live(console=console, refresh_per_second=1, transient=True) as live:
+
+        def advance(news: Any) -> None:
+            if news.row is not None:
+                latest.append(news.row)
+            live.update(_table(latest[-12:], news))
+
+        yield advance
+
+
+def _plain(news: Any, console: Any) -> None:
+    """One line in each tenth of the way."""
+    step = max(news.total // 10, 1)
+    if news.done % step == 0 or news.done == news.total:
+        console.print(f"{_head(news)}", soft_wrap=True)
+
+
+def _head(news: Any) -> str:
+    unit = "cells" if news.phase == "quality" else "blocks of wall times"
+    eta = "" if news.eta_s is None or news.done == news.total else f", about {_span(news.eta_s)} left"
+    return f"{news.done} of {news.total} {unit}{eta}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _table(rows: list[dict[str, Any]], news: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(title=_head(news), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("cell", "metrics", "verifier calls/token", "acceptance", "seconds"):
+        table.add_column(name)
+    for row in rows:
+        if row["status"] == "failed":
+            table.add_row(row["cell"], row["error"], "", "", "")
+            continue
+        metrics = row["metrics"]["all"]
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("reference"))
+        rates = row["rates"]["all"]
+        calls, acceptance = f"{rates['verifier_calls_per_token']:.3f}", f"{rates['acceptance']:.3f}"
+        table.add_row(row["cell"], shown, calls, acceptance, f"{row['decode_s']:.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade sweep"))

@@ -1,0 +1,1 @@
+"""Evaluation: sweeps over methods and alphas, their statistics, operating points and reports."""

@@ -1,0 +1,161 @@
+"""What a sweep leaves on disk while it runs: every finished cell, whole.
+
+    <output_dir>/sweep.json              what the sweep measures; a folder of another sweep is refused
+    <output_dir>/cells.jsonl             one row per finished cell: every figure of the report comes from these rows
+    <output_dir>/cells/<cell>.json.gz    the row and its records: predictions, tokens, who wrote them, counters
+    <output_dir>/timing/block-00000.json wall times of all timed points on a few examples, see `timing`
+
+cells.jsonl is made anew, in one step, of the files in cells/ whenever a cell is finished, so a killed sweep leaves it
+whole and a restart continues at the first missing cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import records
+
+FORMAT, VERSION = "speccascade_t5x.sweep", 1
+ROWS = "cells.jsonl"
+_DONE, _FAILED = "done", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCell:
+    """A finished cell.
+
+    Attributes:
+      row: its line of cells.jsonl.
+      records: one per example, in input order.
+      references: figures per example on the references, see `teacher_forced`; None where there are none.
+    """
+
+    row: dict[str, Any]
+    records: list[dict[str, Any]]
+    references: dict[str, list[float]] | None
+
+
+class CellStore:
+    """The folder of a sweep.
+
+    Args:
+      output_dir: made if missing.
+      config: what the sweep measures, as JSON values by name. Two sweeps with equal ones are the same sweep.
+
+    Raises:
+      UserError: the folder holds another sweep; the message says what differs.
+    """
+
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any]):
+        self.folder = Path(output_dir)
+        self.config = json.loads(records.to_json(dict(config)))
+        self._claim()
+        self._rows: dict[str, dict[str, Any]] = {}
+        for path in sorted((self.folder / "cells").glob("*.json.gz")):
+            row = self._load(path)["row"]
+            self._rows[row["cell"]] = row
+        for leftover in self.folder.glob("**/.*.partial"):
+            leftover.unlink(missing_ok=True)  # of a killed write
+        if self._rows:
+            self._write_rows()
+
+    def _claim(self) -> None:
+        path = self.folder / "sweep.json"
+        ours = {"format": FORMAT, "version": VERSION, **self.config}
+        if not path.exists():
+            if (self.folder / ROWS).exists():
+                raise UserError(f"{self.folder} holds {ROWS} but no sweep.json that says of what: use another folder")
+            records.write_json(path, ours)
+            return
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            known = found["format"] == FORMAT
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as a sweep's description: use another output folder") from error
+        changes = [
+            f"{name}: then {records.to_json(found.get(name))}, now {records.to_json(ours.get(name))}"
+            for name in dict.fromkeys([*ours, *found])
+            if found.get(name) != ours.get(name)
+        ]
+        if changes or not known:
+            raise UserError(
+                f"{self.folder} holds another sweep; use another output folder, or the settings it was made with. What "
+                f"differs: {'; '.join(changes)}"
+            )
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the finished cells, in the order they were finished."""
+        return sorted(self._rows.values(), key=lambda row: row["order"])
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        """Rows of the cells that succeeded."""
+        return [row for row in self.rows if row["status"] == _DONE]
+
+    def row(self, cell: str) -> dict[str, Any] | None:
+        """The row of a cell that succeeded, or None."""
+        row = self._rows.get(cell)
+        return row if row and row["status"] == _DONE else None
+
+    def read(self, cell: str) -> StoredCell:
+        """A finished cell with its records."""
+        stored = self._load(self._path(cell))
+        return StoredCell(stored["row"], stored["records"], stored["references"])
+
+    def write(
+        self,
+        row: Mapping[str, Any],
+        found: Sequence[Mapping[str, Any]],
+        references: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Stores a cell that succeeded; once it returns, a restart skips the cell. Returns its row."""
+        return self._write({**row, "status": _DONE}, found, references)
+
+    def write_failure(self, row: Mapping[str, Any], reason: str) -> dict[str, Any]:
+        """Notes why a cell failed; a restart tries it again."""
+        return self._write({**row, "status": _FAILED, "error": reason}, [], None)
+
+    def _write(
+        self, row: dict[str, Any], found: Sequence[Mapping[str, Any]], references: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        before = self._rows.get(row["cell"])
+        row["order"] = before["order"] if before else len(self._rows)
+        text = records.to_json({"row": row, "records": list(found), "references": references})
+        records.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
+        self._rows[row["cell"]] = json.loads(text)["row"]
+        self._write_rows()
+        return self._rows[row["cell"]]
+
+    def _write_rows(self) -> None:
+        lines = [(records.to_json(row) + "\n").encode("utf-8") for row in self.rows]
+        records.write_bytes(self.folder / ROWS, lines)
+
+    def _path(self, cell: str) -> Path:
+        return self.folder / "cells" / f"{cell}.json.gz"
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(gzip.decompress(path.read_bytes()))
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged: remove it, and the sweep measures this cell again") from error
+
+    def block(self, index: int) -> dict[str, Any] | None:
+        """A finished block of wall times, or None."""
+        path = self.folder / "timing" / f"block-{index:05d}.json"
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged: remove it, and the sweep measures this block again") from error
+
+    def write_block(self, index: int, block: Mapping[str, Any]) -> None:
+        """Stores a block of wall times."""
+        records.write_json(self.folder / "timing" / f"block-{index:05d}.json", block)

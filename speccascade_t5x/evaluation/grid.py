@@ -1,0 +1,327 @@
+"""What a sweep measures: arms (rule x drafter x execution), their alphas, and the conditions they run under.
+
+An arm is one method at every alpha; a point is an arm at one alpha under one condition (draft length, temperature,
+top-p); a cell is a point with one seed: what is decoded, and stored, at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from speccascade_t5x.core import rules
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import drafters, methods, options
+from speccascade_t5x.runtime.settings import Settings, make_settings
+
+# Always measured in the same run: without them no figure of a rule means anything.
+BASELINES = (
+    *("verifier", "drafter", "lossless", "lossy_sd", "lossy_sd_optimal", "bild_fixed", "bild"),
+    *("token_cascade:chow", "sequence_cascade"),
+)
+# The fair baseline of the first at every alpha: the same kept tokens, with no drafter in the law.
+TRUNCATED, TRUNCATION = "token_v3", "min_p"
+# Where a rule's range is open, or its law stops changing before its end: the span its alphas are taken from.
+_SPANS = {
+    "chow_log": (0.0, 2.0),  # nats; beyond, hardly any position is left to defer
+    "diff_log": (-1.5, 1.5),
+    "opt": (-1.0, 1.0),  # |max p - max q| <= D_TV(p, q), so at temperature 1 the law changes nowhere else
+    "opt_log": (-3.0, 3.0),
+    "bild_fixed": (0.0, 6.0),
+    "bild": (0.0, 6.0),
+    "token_v3": (0.0, 1.0),
+    "learned_gap": (-1.0, 2.0),
+    "learned_token": (0.0, 1.0),
+    "calibrated_opt": (-1.0, 1.0),
+}
+# Fields of Settings an arm may set, and those that a sweep sets by itself.
+_ARM = (
+    *("method", "rule", "rule_options", "draft_len", "verification", "draft_stop", "stop_threshold", "drafter"),
+    *("k_matrix", "lenience", "edge_rules", "max_ngram", "min_ngram", "ngram_fill", "confidence", "quantile"),
+)
+_OWN = ("alpha", "plan", "num_samples", "trace", "temperature", "top_p", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A method at every alpha.
+
+    Attributes:
+      name: what tables and files call it.
+      options: fields of `runtime.settings.Settings` that make the method; not alpha, nor sampling options.
+      alphas: to measure at; None takes `default_alphas`.
+    """
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    alphas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        options.text("name", self.name)
+        wrong = sorted(set(self.options) - set(_ARM))
+        if wrong:
+            raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
+        make_settings(**self.options)
+        if self.alphas is not None:
+            object.__setattr__(self, "alphas", tuple(map(float, options.sequence("alphas", self.alphas))))
+            for alpha in self.alphas:
+                check_alpha(self, alpha)
+
+    @property
+    def method(self) -> str:
+        """Its execution."""
+        return self.options.get("method", "speculative")
+
+    @property
+    def rule(self) -> str | None:
+        """Registry name of its rule; None where the execution has none."""
+        if self.method == "bild":
+            return "bild"
+        return self.options.get("rule", "lossless") if "rule" in methods.METHODS[self.method].reads else None
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Lowest and highest valid alpha; None where it takes no alpha."""
+        if self.method == "sequence_cascade":
+            return -math.inf, math.inf
+        return None if self.rule is None else rules.get(self.rule).alpha_range
+
+    @property
+    def reads_draft_len(self) -> bool:
+        """Whether a condition's draft length has a meaning for it: BiLD ends its drafts by itself."""
+        return self.method in ("speculative", "token_cascade") and self.options.get("drafter") != "cascade"
+
+
+def arm(text: str | Arm) -> Arm:
+    """An arm from its short form `[execution:]rule[+block][@drafter]`, or the name of an execution.
+
+    "token_v3", "opt+block", "lossless@max_gram", "token_cascade:chow", "oracle:diff", "bild", "lossy_sd_optimal".
+
+    Raises:
+      UserError: no such method; the message names the nearest.
+    """
+    if isinstance(text, Arm):
+        return text
+    options.text("method", text)
+    rest, _, drafter = text.partition("@")
+    rest, _, verification = rest.partition("+")
+    execution, _, rule = rest.rpartition(":")
+    chosen: dict[str, Any] = {}
+    if not execution and rule in methods.METHODS and rule != "speculative":
+        if rule in ("token_cascade", "oracle"):
+            raise UserError(f"the method {rule!r} needs a rule: write {rule}:chow")
+        chosen["method"] = rule
+    else:
+        if execution:
+            _known(execution, methods.METHODS, "execution")
+            chosen["method"] = execution
+        if rule == "lossy_sd_optimal":
+            chosen |= {"rule": "lossy_sd", "rule_options": {"residual": "optimal"}}
+        else:
+            names = [*rules.names(), "lossy_sd_optimal", *(m for m in methods.METHODS if m != "speculative")]
+            _known(rule, names, "method")
+            chosen["rule"] = rule
+    if verification:
+        chosen["verification"] = _known(verification, ("token", "block"), "verification")
+    if drafter:
+        chosen["drafter"] = _known(drafter, drafters.DRAFTERS, "drafter")
+    return Arm(text, chosen)
+
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no {what} {name!r}: {hint}known are {', '.join(sorted(names))}")
+    return name
+
+
+def check_alpha(chosen: Arm, alpha: float) -> None:
+    """Refuses an alpha outside the arm's range.
+
+    Raises:
+      UserError: the message names the range.
+    """
+    if chosen.range is None:
+        raise UserError(f"the method {chosen.name!r} takes no alpha, but alpha={alpha:g} was given: leave it out")
+    if not math.isfinite(alpha):
+        raise UserError(f"alpha={alpha} of the method {chosen.name!r} is not finite")
+    low, high = chosen.range
+    if not low <= alpha <= high:
+        cls = rules.get(chosen.rule)
+        span = f"{rules.describe_range(cls)} ({cls.ends})"
+        raise UserError(f"alpha={alpha:g} is outside the range of the method {chosen.name!r}: {span}")
+
+
+def default_alphas(chosen: Arm, count: int) -> tuple[float, ...]:
+    """So many alphas spread over the arm's range, its ends left out: these are the lossless law and the drafter's.
+
+    Where the range is open, or most of it changes nothing, they spread over a stated part of it (`_SPANS`). The
+    alphas of a sequence cascade depend on the drafter's outputs: `sequence_alphas`.
+    """
+    if chosen.range is None:
+        return ()
+    low, high = _SPANS.get(chosen.rule or "", chosen.range)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"the method {chosen.name!r} has an open range of alphas: give it alphas")
+    inset = (high - low) / (2 * count)
+    return tuple(_short(x) for x in np.linspace(low + inset, high - inset, count))
+
+
+def sequence_alphas(log_probs_per_token: Sequence[float], count: int) -> tuple[float, ...]:
+    """Thresholds of a sequence cascade that rewrite evenly spaced shares of the drafter's outputs."""
+    shares = (np.arange(count) + 0.5) / count
+    return tuple(sorted({_short(x) for x in np.quantile(np.asarray(log_probs_per_token), shares)}))
+
+
+def refined(alphas: Sequence[float], costs: Sequence[float], qualities: Sequence[float]) -> float | None:
+    """The alpha to measure next: in the middle of the interval next to which the curve bends most.
+
+    A bend is the area of the triangle of three neighbours in the plane of cost and quality, each scaled to its range.
+
+    Args:
+      alphas: measured so far, in any order.
+      costs: of each, such as verifier calls per token.
+      qualities: of each.
+
+    Returns:
+      None where fewer than three points, or no bend, or no room between neighbours is left.
+    """
+    order = np.argsort(alphas)
+    places = np.asarray(alphas, np.float64)[order]
+    points = np.stack([np.asarray(costs, np.float64)[order], np.asarray(qualities, np.float64)[order]], axis=1)
+    if len(places) < 3:
+        return None
+    spread = np.ptp(points, axis=0)
+    points = points / np.where(spread > 0, spread, 1.0)
+    bends = np.zeros(len(places))
+    one, two = points[1:-1] - points[:-2], points[2:] - points[1:-1]
+    bends[1:-1] = np.abs(one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0])
+    score = (bends[:-1] + bends[1:]) * np.linalg.norm(np.diff(points, axis=0), axis=1)
+    for i in np.argsort(-score, kind="stable"):
+        middle = _short((places[i] + places[i + 1]) / 2)
+        if score[i] > 1e-9 and places[i] < middle < places[i + 1]:
+            return middle
+    return None
+
+
+def _short(alpha: float) -> float:
+    """Four significant digits: an alpha is read by people, and files are named after it."""
+    return float(f"{alpha:.4g}")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Condition:
+    """What a point runs under, the method apart."""
+
+    draft_len: int
+    temperature: float
+    top_p: float
+
+    def __str__(self) -> str:
+        return f"draft_len {self.draft_len}, temperature {self.temperature:g}, top-p {self.top_p:g}"
+
+
+def conditions(
+    draft_lens: Sequence[int], temperatures: Sequence[float], top_ps: Sequence[float]
+) -> tuple[Condition, ...]:
+    """The main condition (the first of each), then one change at a time.
+
+    Raises:
+      UserError: an empty list, or a value outside its range.
+    """
+    for name, values in (("draft_lens", draft_lens), ("temperatures", temperatures), ("top_ps", top_ps)):
+        if not options.sequence(name, values):
+            raise UserError(f"{name} is empty: give it at least one value")
+    for length in draft_lens:
+        options.whole("draft_lens", length, 1)
+    for value in itertools.chain(temperatures, top_ps):
+        options.real("temperatures and top_ps", value, 0.0, 2.0)
+    main = Condition(draft_lens[0], float(temperatures[0]), float(top_ps[0]))
+    found = [main]
+    found += [dataclasses.replace(main, draft_len=length) for length in draft_lens[1:]]
+    found += [dataclasses.replace(main, temperature=float(value)) for value in temperatures[1:]]
+    found += [dataclasses.replace(main, top_p=float(value)) for value in top_ps[1:]]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is decoded and stored at once."""
+
+    arm: Arm
+    alpha: float | None
+    condition: Condition
+    seed: int
+
+    @property
+    def point(self) -> str:
+        """Its name without the seed; equal for cells of one point. A file name on every system."""
+        parts = [self.arm.name.replace(":", "-").replace("@", "-at-").replace("+", "-")]
+        parts += [] if self.alpha is None else [f"a{self.alpha:g}"]
+        parts += [f"g{self.condition.draft_len}"] if self.arm.reads_draft_len else []
+        return "_".join([*parts, f"t{self.condition.temperature:g}", f"p{self.condition.top_p:g}"])
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return f"{self.point}_s{self.seed}"
+
+    def settings(self, base: Settings) -> Settings:
+        """The Settings it decodes with.
+
+        Raises:
+          UserError: an option outside its range.
+        """
+        chosen = {"temperature": self.condition.temperature, "top_p": self.condition.top_p, "seed": self.seed}
+        chosen |= {"alpha": self.alpha} | dict(self.arm.options)
+        if self.arm.reads_draft_len and "draft_len" not in self.arm.options:
+            chosen["draft_len"] = self.condition.draft_len
+        return dataclasses.replace(base, **chosen)
+
+
+def check_base(base: Settings) -> None:
+    """Refuses base settings that choose what the arms choose.
+
+    Raises:
+      UserError: the message names the option and where it belongs.
+    """
+    for field in dataclasses.fields(Settings):
+        if field.name not in (*_ARM, *_OWN):
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if getattr(base, field.name) != default:
+            raise UserError(
+                f"generate.Settings.{field.name} is chosen by the sweep itself: use its methods, alphas, draft_lens, "
+                "temperatures, top_ps and seeds instead"
+            )
+
+
+def arms(
+    named: Sequence[str | Arm], alphas: Mapping[str, Sequence[float]], baselines: Sequence[str] = BASELINES
+) -> tuple[Arm, ...]:
+    """Baselines first, then what was named; MinP joins wherever TokenV3 is measured.
+
+    Args:
+      named: short forms, or arms.
+      alphas: by arm name; for arms that are measured at alphas of their own.
+      baselines: short forms of what is measured in any case.
+
+    Raises:
+      UserError: an unknown method, alphas of a method that is not measured, or an alpha outside its range.
+    """
+    wanted = [arm(text) for text in options.sequence("methods", named)]
+    found = {each.name: each for each in [*map(arm, baselines), *wanted]}
+    if any(each.rule == TRUNCATED for each in wanted):
+        found.setdefault(TRUNCATION, arm(TRUNCATION))
+    for name, values in alphas.items():
+        _known(name, found, "method with alphas")
+        found[name] = dataclasses.replace(found[name], alphas=tuple(options.sequence(f"alphas of {name}", values)))
+    return tuple(found.values())

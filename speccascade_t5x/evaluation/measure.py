@@ -1,0 +1,318 @@
+"""Decodes the cells of a sweep, in an order in which methods take turns, and keeps what is needed of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from speccascade_t5x.evaluation import grid, teacher_forced, timing
+from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
+from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime.generate import LoadedPair, Runner
+from speccascade_t5x.runtime.infer import Dataset
+from speccascade_t5x.runtime.settings import Settings
+
+NLL = "nll"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a sweep tells while it runs.
+
+    Attributes:
+      phase: "quality" or "time".
+      done: cells, or blocks, that are on disk.
+      total: how many there will be; refinement may end with fewer.
+      eta_s: seconds until the phase ends, None while nothing is known.
+      row: the cell just finished, None for blocks and resumed work.
+    """
+
+    phase: str
+    done: int
+    total: int
+    eta_s: float | None
+    row: Mapping[str, Any] | None = None
+
+
+Tell = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a sweep measures, checked.
+
+    Attributes:
+      arms: baselines included.
+      conditions: the main one first.
+      varied: names of the arms that also run under the other conditions.
+      seeds: of the random key; one is enough at temperature 0.
+      alpha_points: how many default alphas an arm gets.
+      refine: how many more where its curve bends.
+      metric: what quality means.
+    """
+
+    arms: tuple[Arm, ...]
+    conditions: tuple[Condition, ...]
+    varied: tuple[str, ...]
+    seeds: tuple[int, ...]
+    alpha_points: int
+    refine: int
+    metric: str
+
+
+class Measurement:
+    """Runs cells of one pair on one dataset.
+
+    Args:
+      pair: what decodes.
+      base: Settings common to all cells.
+      dataset: with targets.
+      scorer: of the task's metrics; None where it has none.
+      store: where finished cells go.
+      tell: called after each cell.
+    """
+
+    def __init__(
+        self,
+        pair: LoadedPair,
+        base: Settings,
+        dataset: Dataset,
+        scorer: Scorer | None,
+        store: CellStore,
+        halves: Mapping[str, Sequence[int]],
+        tell: Tell,
+    ):
+        self.pair, self.base, self.dataset, self.scorer, self.store = pair, base, dataset, scorer, store
+        self.halves, self.tell = halves, tell
+        self.max_len = base.max_len or pair.feature_lengths["targets"]
+        batches = Runner(pair, dataclasses.replace(base, method="verifier")).batches(dataset.prompts)
+        self.references = teacher_forced.references(pair, batches, dataset.targets_text, self.max_len)
+        self.forced = teacher_forced.TeacherForced(pair, self.max_len)
+        self._known: dict[str, Any] = {}
+        self._began, self._measured, self._done, self._total = time.monotonic(), 0, 0, 0
+
+    def expect(self, total: int) -> None:
+        """Sets how many cells there will be, for the ETA."""
+        self._total = total
+
+    def run(self, cell: Cell) -> dict[str, Any] | None:
+        """The row of a cell, measured now unless it is on disk; None where it failed, whose reason is then stored.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        row = self.store.row(cell.id)
+        if row is None:
+            settings = cell.settings(self.base)
+            try:
+                found, timed = self._decode(settings)
+                references = self._on_references(cell, settings)
+                self._score_singles(found)
+            except (UserError, jax.errors.JaxRuntimeError) as error:
+                row = self.store.write_failure(self._name(cell, settings), str(error).splitlines()[0])
+            else:
+                figures = self._figures(found, references) | timed
+                row = self.store.write(self._name(cell, settings) | figures, found, references)
+            self._measured += 1
+        self._done += 1
+        self._total = max(self._total, self._done)
+        spent = time.monotonic() - self._began
+        eta = spent / self._measured * (self._total - self._done) if self._measured else None
+        self.tell(Progress("quality", self._done, self._total, eta, row))
+        return row if row["status"] == "done" else None
+
+    def _decode(self, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(records in input order, times) of all items, decoded in batches by the runner `infer` uses."""
+        runner, found = Runner(self.pair, settings), {}
+        for batch in runner.batches(self.dataset.prompts):
+            found.update(runner.decode(batch))
+        times = {
+            "compile_s": round(runner.timing.compile_s, 3),
+            "decode_s": round(runner.timing.decode_s, 3),
+            "compiled_shapes": runner.timing.compiled_shapes,
+            "batch_size": settings.batch_size,
+            "tokens": runner.totals["committed"],
+        }
+        return [found[prompt.index] for prompt in self.dataset.prompts], times
+
+    def _on_references(self, cell: Cell, settings: Settings) -> dict[str, list[float]] | None:
+        """Sums per reference of the cell's law, which its seed does not change."""
+        if teacher_forced.why_not(self.pair, settings):
+            return None
+        if cell.point not in self._known:
+            (figures,) = self.forced.score(self.references, [settings])
+            self._known[cell.point] = teacher_forced.per_example(figures)
+        return self._known[cell.point]
+
+    def _score_singles(self, found: list[dict[str, Any]]) -> None:
+        """Adds what each prediction is worth by itself, so that a report need not score it again."""
+        for place, record in enumerate(found if self.scorer else ()):
+            record["scores"] = self.scorer.single(place, record["prediction"])
+
+    def _name(self, cell: Cell, settings: Settings) -> dict[str, Any]:
+        """What identifies a row."""
+        default = Settings()
+        changed = {
+            field.name: getattr(settings, field.name)
+            for field in dataclasses.fields(settings)
+            if getattr(settings, field.name) != getattr(default, field.name)
+        }
+        return {
+            "cell": cell.id,
+            "point": cell.point,
+            "arm": cell.arm.name,
+            "rule": cell.arm.rule,
+            "alpha": cell.alpha,
+            "draft_len": cell.condition.draft_len if cell.arm.reads_draft_len else None,
+            "temperature": cell.condition.temperature,
+            "top_p": cell.condition.top_p,
+            "seed": cell.seed,
+            "settings": changed,
+            "machine": f"{platform.platform()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        }
+
+    def _figures(self, found: list[dict[str, Any]], references: Mapping[str, Any] | None) -> dict[str, Any]:
+        predictions = [record["prediction"] for record in found]
+        parts = {"all": None, **self.halves}
+        metrics = self.scorer.all_scores(predictions) if self.scorer else {name: {} for name in parts}
+        if references is not None:
+            for name, places in parts.items():
+                chosen = slice(None) if places is None else list(places)
+                sums = {key: float(np.asarray(values)[chosen].sum()) for key, values in references.items()}
+                metrics[name] |= {
+                    NLL: sums["nll"] / sums["tokens"],
+                    "unreachable": sums["unreachable"] / sums["tokens"],
+                    "reference_deferral": sums["deferral"] / sums["tokens"],
+                    "reference_overlap": sums["overlap"] / sums["tokens"],
+                }
+        rates = {name: timing.rates_of(found, places) for name, places in parts.items()}
+        return {"examples": len(found), "metrics": metrics, "rates": rates}
+
+
+def planned(choices: Choices) -> int:
+    """How many cells there will be; refinement may end with fewer."""
+    main, others = choices.conditions[0], choices.conditions[1:]
+    free = [each for each in choices.arms if each.range is None]
+    tunable = [each for each in choices.arms if each.range is not None]
+    count = sum(len(each.alphas or ()) or choices.alpha_points + choices.refine for each in tunable) + len(free)
+    total = count * len(_seeds(choices, main))
+    for condition in others:
+        points = sum(len(each.alphas or ()) or choices.alpha_points for each in tunable if each.name in choices.varied)
+        alone = sum(each.name in (*choices.varied, "verifier", "drafter") for each in free)
+        total += (points + alone) * len(_seeds(choices, condition))
+    return total
+
+
+def measure_all(measurement: Measurement, choices: Choices) -> None:
+    """Runs every cell of a sweep: the main condition with its refinement, then the others on the unrefined grids.
+
+    The order is the same on every run, so a restart does what is missing. Methods take turns alpha by alpha.
+
+    Raises:
+      UserError: neither the verifier nor the drafter alone could be measured: nothing could be compared with them.
+    """
+    measurement.expect(planned(choices))
+    main = choices.conditions[0]
+    seeds = _seeds(choices, main)
+    free = [each for each in choices.arms if each.range is None]
+    for each in free:
+        row = measurement.run(Cell(each, None, main, seeds[0]))
+        if row is None and each.name in ("verifier", "drafter"):
+            reason = measurement.store.read(Cell(each, None, main, seeds[0]).id).row["error"]
+            raise UserError(f"the {each.name} alone cannot be measured, so nothing can be compared with it: {reason}")
+    grids = _grids(measurement, choices, main)
+    for each, alpha in _turns(choices.arms, grids):
+        measurement.run(Cell(each, alpha, main, seeds[0]))
+    start = {name: list(alphas) for name, alphas in grids.items()}
+    _refine(measurement, choices, grids)
+    for seed in seeds[1:]:
+        for each in free:
+            measurement.run(Cell(each, None, main, seed))
+        for each, alpha in _turns(choices.arms, grids):
+            measurement.run(Cell(each, alpha, main, seed))
+    for condition in choices.conditions[1:]:
+        varied = [each for each in choices.arms if each.name in choices.varied]
+        for seed in _seeds(choices, condition):
+            for each in free:
+                if each.name in (*choices.varied, "verifier", "drafter"):
+                    measurement.run(Cell(each, None, condition, seed))
+            for each, alpha in _turns(varied, start):
+                measurement.run(Cell(each, alpha, condition, seed))
+
+
+def _seeds(choices: Choices, condition: Condition) -> tuple[int, ...]:
+    """At temperature 0 all seeds give the same."""
+    return choices.seeds if condition.temperature > 0 else choices.seeds[:1]
+
+
+def _grids(measurement: Measurement, choices: Choices, main: Condition) -> dict[str, list[float]]:
+    """Alphas of each arm that takes some."""
+    found = {}
+    for each in choices.arms:
+        if each.range is None:
+            continue
+        if each.alphas is not None:
+            found[each.name] = list(each.alphas)
+        elif each.method == "sequence_cascade":
+            alone = next(one for one in choices.arms if one.name == "drafter")
+            stored = measurement.store.read(Cell(alone, None, main, choices.seeds[0]).id)
+            chosen = [stored.records[i] for i in measurement.halves[CHOOSE]]
+            means = [record["log_prob"] / len(record["tokens"]) for record in chosen]
+            found[each.name] = list(grid.sequence_alphas(means, choices.alpha_points))
+        else:
+            found[each.name] = list(grid.default_alphas(each, choices.alpha_points))
+    _join_truncation(choices, found)
+    return found
+
+
+def _join_truncation(choices: Choices, grids: dict[str, list[float]]) -> None:
+    """MinP is measured at every alpha at which a TokenV3 is, whatever else it is measured at."""
+    if grid.TRUNCATION not in grids:
+        return
+    for each in choices.arms:
+        if each.rule == grid.TRUNCATED:
+            low = grid.arm(grid.TRUNCATION).range[0]
+            grids[grid.TRUNCATION] += [a for a in grids[each.name] if a not in grids[grid.TRUNCATION] and a >= low]
+
+
+def _turns(arms: Sequence[Arm], grids: Mapping[str, Sequence[float]]) -> Iterator[tuple[Arm, float]]:
+    """First alpha of every arm, then the second of every arm, and so on."""
+    for place in range(max((len(alphas) for alphas in grids.values()), default=0)):
+        for each in arms:
+            if place < len(grids.get(each.name, ())):
+                yield each, grids[each.name][place]
+
+
+def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[float]]) -> None:
+    """Adds alphas where curves bend, one to each arm in turn, judged on the half alphas are chosen on."""
+    main, seed = choices.conditions[0], choices.seeds[0]
+    given = {each.name for each in choices.arms if each.alphas is not None}
+    led = any(each.rule == grid.TRUNCATED for each in choices.arms)
+    following = {grid.TRUNCATION} if led else set()  # it takes its alphas from TokenV3
+    for _ in range(choices.refine):
+        for each in choices.arms:
+            if each.name not in grids or each.name in given or each.name in following:
+                continue
+            rows = [measurement.store.row(Cell(each, alpha, main, seed).id) for alpha in grids[each.name]]
+            rows = [row for row in rows if row]
+            # The NLL of the law has no sampling noise, which a bend of a metric's curve may be made of.
+            quality = [-row["metrics"][CHOOSE].get(NLL, np.nan) for row in rows]
+            if np.isnan(quality).any():
+                quality = [row["metrics"][CHOOSE][choices.metric] for row in rows]
+            calls = [row["rates"][CHOOSE]["verifier_calls_per_token"] for row in rows]
+            alpha = grid.refined([row["alpha"] for row in rows], calls, quality)
+            if alpha is not None:
+                grids[each.name].append(alpha)
+                measurement.run(Cell(each, alpha, main, seed))
+    before = list(grids.get(grid.TRUNCATION, ()))
+    _join_truncation(choices, grids)
+    for alpha in grids.get(grid.TRUNCATION, ())[len(before) :]:
+        measurement.run(Cell(grid.arm(grid.TRUNCATION), alpha, main, seed))

@@ -1,0 +1,227 @@
+"""The report of a sweep: report.html and report.md, which say the same, and the plots.
+
+Every figure comes from rows of cells.jsonl, named in the last column of the tables, and from the blocks in timing/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speccascade_t5x.evaluation import frontier, notes, page, plots
+from speccascade_t5x.evaluation.analysis import Group, Point
+from speccascade_t5x.evaluation.measure import NLL
+from speccascade_t5x.evaluation.notes import interval
+from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
+from speccascade_t5x.runtime import records
+
+_CAPTIONS = {
+    "frontier": "Quality against time per item, on the half that alphas were not chosen on; bars are 95 % intervals. "
+    "The grey band is the frontier chosen on the other half.",
+    "quality-by-calls": "Quality against verifier calls per token: the same on every machine.",
+    "acceptance-by-position": "Acceptance by draft position, each method at its middle alpha.",
+    "calls-per-token": "Calls of either model per output token.",
+    "gain-against-theory": "Measured speed-up against the cost model at the measured tokens per round.",
+    "reliability": "Reliability of both models on the references: plug-in rules rest on it.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a report says beside the points.
+
+    Attributes:
+      name: of the task or input.
+      metric: what quality means.
+      unit_kind: what intervals resample.
+      halves: how many items each half has.
+      timed: items wall times were measured on.
+      repeats: rounds of the wall times.
+      batch_size: B.
+      seeds: how many.
+      compile_s: compiling, in no other figure.
+      warm_up_s: first runs, likewise.
+      failures: rows of cells that failed.
+      machine: where it ran.
+      reliability: per model.
+      missing: baselines without a cell.
+      tolerance: see `frontier.answers`.
+    """
+
+    name: str
+    metric: str
+    unit_kind: str
+    halves: Mapping[str, int]
+    timed: int
+    repeats: int
+    batch_size: int
+    seeds: int
+    compile_s: float
+    warm_up_s: float
+    failures: Sequence[Mapping[str, Any]]
+    machine: str
+    reliability: Mapping[str, Any]
+    missing: Sequence[str]
+    tolerance: float
+
+    @property
+    def quality(self) -> str:
+        """Name of quality, higher is better."""
+        return "NLL (negated)" if self.metric == NLL else self.metric
+
+
+def write(folder: Path, groups: Sequence[Group], facts: Facts) -> dict[str, Path]:
+    """Writes plots, report.md and report.html. Returns their paths by what they are for."""
+    drawn = plots.draw_all(folder / "plots", groups, facts.quality, facts.reliability)
+    sections = [_section(group, facts, i == 0) for i, group in enumerate(groups)]
+    markdown = _markdown(sections, facts, drawn)
+    records.write_text(folder / "report.md", markdown)
+    records.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
+    return {"report": folder / "report.html", "report in Markdown": folder / "report.md", "plots": folder / "plots"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """What is said of one condition."""
+
+    title: str
+    table: tuple[list[str], list[list[str]]]
+    truncation: list[str]
+    remarks: list[str]
+    points: tuple[list[str], list[list[str]]]
+
+
+def _section(group: Group, facts: Facts, main: bool) -> _Section:
+    found = frontier.answers(group, facts.tolerance)
+    law = facts.metric == NLL
+    remarks = ([] if law else notes.chance(group, facts.quality)) + notes.speed(group, found, facts.unit_kind)
+    return _Section(
+        title=("Main condition: " if main else "") + str(group.condition),
+        table=_answers(group, found, facts),
+        truncation=[notes.NLL_CHARGES] if law else notes.truncation(group, facts.quality),
+        remarks=remarks,
+        points=_points(group, facts),
+    )
+
+
+def _answers(group: Group, found: Sequence[frontier.Answer], facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """The table of [SC]: speed-up at the verifier's quality, best quality within its latency."""
+    header = [
+        *("method", "alpha", "speed-up at the verifier's quality", f"its {facts.quality} less the verifier's"),
+        *("alpha ", f"best {facts.quality} within the verifier's latency", "less the verifier's"),
+        "area under frontier",
+    ]
+    rows = []
+    for answer in found:
+        row = [answer.arm]
+        for choice, figures in ((answer.at_quality, ("speed_up", "gain")), (answer.at_latency, ("quality", "gain"))):
+            if choice is None:
+                row += ["none", "-", "-"]
+                continue
+            row.append("-" if choice.point.alpha is None else f"{choice.point.alpha:g}")
+            for name in figures:
+                suffix = "x" if name == "speed_up" else ""
+                row.append(interval(getattr(choice, name), sign=name == "gain") + suffix)
+        rows.append([*row, interval(answer.area)])
+    return header, rows
+
+
+def _points(group: Group, facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Every point with everything that was measured of it."""
+    verifier = group.alone("verifier")
+    columns: list[tuple[str, Callable[[Point], str]]] = [
+        ("point", lambda p: p.label),
+        (facts.quality, lambda p: interval(p.quality[REPORT])),
+        ("less the verifier's", lambda p: interval(p.quality[REPORT] - verifier.quality[REPORT], sign=True)),
+        ("NLL", lambda p: interval(p.nll.get(REPORT), 3)),
+        ("unreachable", lambda p: _share(p.row["metrics"][REPORT].get("unreachable"))),
+        ("speed-up, batch 1", lambda p: interval(p.speed_up.get(REPORT))),
+        (f"batch {facts.batch_size}", lambda p: interval(p.batch_speed_up)),
+        ("tokens/s", lambda p: "-" if p.tokens_per_s is None else f"{p.tokens_per_s[0]:.0f}"),
+        ("in batches", lambda p: "-" if p.tokens_per_s is None else f"{p.tokens_per_s[1]:.0f}"),
+        ("by theory", lambda p: "-" if p.predicted is None else f"{p.predicted:.2f}"),
+        ("verifier calls/token", lambda p: f"{p.rates['verifier_calls_per_token']:.3f}"),
+        ("drafter calls/token", lambda p: f"{p.rates['drafter_calls_per_token']:.3f}"),
+        ("acceptance", lambda p: f"{p.rates['acceptance']:.3f}"),
+        ("overlap on references", lambda p: _share(p.row["metrics"][REPORT].get("reference_overlap"))),
+        ("deferred", lambda p: f"{p.rates['deferral_rate']:.3f}"),
+        ("cells", lambda p: " ".join(p.cells)),
+    ]
+    ordered = [point for points in group.arms().values() for point in points]
+    return [name for name, _ in columns], [[show(point) for _, show in columns] for point in ordered]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _protocol(facts: Facts) -> list[str]:
+    items, batch = sum(facts.halves.values()), facts.batch_size
+    return [
+        f"{facts.name}: {items} items; alphas chosen on {facts.halves[CHOOSE]} of them, every figure below from the "
+        f"other {facts.halves[REPORT]} (calls, acceptance and tokens/s from all).",
+        f"Quality is {facts.quality}, decoded in batches of {batch} over all items with {facts.seeds} "
+        f"seed{'s' * (facts.seeds != 1)} (one at temperature 0).",
+        f"Intervals: 95 %, paired bootstrap over {facts.unit_kind}.",
+        f"Wall time: {facts.timed} of the items, half of them from each half, {facts.repeats} rounds, at batch 1 and "
+        f"in batches of {batch}; all timed points take turns on each item. What has no speed-up was not timed.",
+        f"Compiling took {facts.compile_s:.1f} s and warm-up {facts.warm_up_s:.1f} s; neither is in any figure.",
+        "NLL: -log of the reference token under the law that is emitted, both models teacher-forced, in nats per "
+        "token; a token without a chance (unreachable) is charged -log 1e-6.",
+        f"Machine: {facts.machine}.",
+    ]
+
+
+def _warnings(facts: Facts) -> list[str]:
+    found = [f"Baselines that were not measured: {', '.join(facts.missing)}."] if facts.missing else []
+    found += [f"The cell {row['cell']} failed: {row['error']}" for row in facts.failures]
+    if not facts.timed:
+        found.append("No wall time was measured yet, so there are no speed-ups and no table of answers.")
+    return found
+
+
+def _markdown(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path]) -> str:
+    lines = [f"# Sweep on {facts.name}", ""]
+    lines += [f"- {text}" for text in _protocol(facts)]
+    if warnings := _warnings(facts):
+        lines += ["", *(f"> {text}" for text in warnings)]
+    for i, section in enumerate(sections):
+        lines += ["", f"## {section.title}", ""]
+        if section.table[1]:
+            lines += [*page.markdown_table(*section.table), ""]
+        if section.truncation:
+            lines += ["Where a gain is an artefact of truncation:", ""]
+            lines += [*(f"- {text}" for text in section.truncation), ""]
+        lines += [f"- {text}" for text in section.remarks]
+        lines += ["", *(f"![{name}](plots/{name}.png)" for name in _pictures(i, drawn)), ""]
+        lines += page.markdown_table(*section.points)
+    return "\n".join(lines) + "\n"
+
+
+def _html(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path], groups: Sequence[Group]) -> str:
+    parts = [f"<h1>Sweep on {page.escape(facts.name)}</h1>"]
+    if warnings := _warnings(facts):
+        parts.append(f'<div class="warn">{page.bullets(warnings)}</div>')
+    parts.append('<p>Who wrote which token: <a href="trace.html">trace page</a>.</p>')
+    for i, section in enumerate(sections):
+        parts.append(f"<h2>{page.escape(section.title)}</h2>")
+        if section.table[1]:
+            parts.append(page.table(*section.table))
+        if section.truncation:
+            parts += ["<h3>Where a gain is an artefact of truncation</h3>", page.bullets(section.truncation)]
+        parts.append(page.bullets(section.remarks))
+        for name in _pictures(i, drawn):
+            parts.append(page.picture(drawn[name], _CAPTIONS[name.rstrip("-0123456789")]))
+        points = f"<summary>All {len(section.points[1])} points</summary>{page.table(*section.points)}"
+        parts.append(f"<details{' open' if i == 0 else ''}>{points}</details>")
+    parts += ["<h2>How it was measured</h2>", page.bullets(_protocol(facts))]
+    return page.page(f"Sweep on {facts.name}", "\n".join(parts))
+
+
+def _pictures(section: int, drawn: Mapping[str, Path]) -> list[str]:
+    """Plots of a condition; those that are drawn once stand with the main one."""
+    own = [f"frontier-{section}"]
+    once = [name for name in drawn if not name.startswith("frontier-")] if section == 0 else []
+    return [name for name in own + once if name in drawn]

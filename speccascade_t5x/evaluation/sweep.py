@@ -1,0 +1,331 @@
+"""The `sweep` job: measures methods x alphas on a task, and shows what each setting buys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from speccascade_t5x.evaluation import calibrate as calibration
+from speccascade_t5x.evaluation import grid, operating_points, report, scoring, teacher_forced, timing, trace_page
+from speccascade_t5x.evaluation.analysis import Analyst, Group
+from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
+from speccascade_t5x.evaluation.measure import NLL, Choices, Measurement, Progress, Tell, measure_all
+from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import infer, options, plans, records
+from speccascade_t5x.runtime.generate import LoadedPair, Runner
+from speccascade_t5x.runtime.settings import Settings
+
+_ALWAYS_TIMED = ("verifier", "drafter", "lossless")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has left behind.
+
+    Attributes:
+      folder: with everything in it.
+      groups: points per condition, the main one first; empty after a calibration.
+      calibrated: what a calibration found, see `calibrate`.
+      files: what was written last, by what it is for.
+    """
+
+    folder: Path
+    groups: list[Group]
+    calibrated: list[dict[str, Any]]
+    files: dict[str, Path]
+
+
+def sweep(
+    pair: LoadedPair,
+    settings: Settings,
+    output_dir: str | Path | None,
+    task: str | None = None,
+    split: str = "validation",
+    input: str | None = None,
+    limit: int | None = None,
+    methods: Sequence[str | Arm] = ("token_v3", "opt"),
+    alphas: Mapping[str, Sequence[float]] | None = None,
+    alpha_points: int = 6,
+    refine: int = 2,
+    draft_lens: Sequence[int] = (5,),
+    temperatures: Sequence[float] = (1.0,),
+    top_ps: Sequence[float] = (1.0,),
+    varied: Sequence[str] = ("token_v3", "opt", "lossy_sd", "lossless", "min_p"),
+    seeds: Sequence[int] = (0, 1, 2),
+    metric: str | None = None,
+    quality_tolerance: float = 0.0,
+    timing_items: int = 32,
+    timing_repeats: int = 3,
+    timed_points: int = 6,
+    traces: int = 8,
+    calibrate: Mapping[str, float] | None = None,
+    report_only: bool = False,
+    baselines: Sequence[str] = grid.BASELINES,
+    progress: Tell | None = None,
+) -> SweepResult:
+    """Measures, and reports. Started again after a kill, it continues at the first missing cell.
+
+    Args:
+      pair: what decodes; it needs a drafter.
+      settings: common to all cells: lengths, batch size B, top_k. What the arms choose must be left alone.
+      output_dir: everything goes there; see `cells`, `report` and docs/sweep.md.
+      task: a registered seqio task with targets; its vocabulary must be the pair's.
+      split: of the task.
+      input: a .jsonl file with "inputs" and "targets" instead; quality is then the NLL.
+      limit: only the first so many examples.
+      methods: arms in short form (`grid.arm`), or `grid.Arm` objects.
+      alphas: {arm: alphas} for arms measured at alphas of their own.
+      alpha_points: default alphas per arm.
+      refine: further alphas per arm, where its curve bends; none for arms with alphas of their own.
+      draft_lens: the first one is the main condition's; the others are measured for `varied`, one change at a time.
+      temperatures: likewise.
+      top_ps: likewise.
+      varied: arms that also run under the other conditions, where they are measured at all.
+      seeds: one random key each; at temperature 0 the first alone.
+      metric: what quality is: a metric of the task (its first by default), or "nll".
+      quality_tolerance: how far below the verifier's a quality still counts as its, in units of the metric.
+      timing_items: how many items wall times are measured on, half of them from each half.
+      timing_repeats: rounds of the wall times.
+      timed_points: most points per arm and condition that are timed: those that matter.
+      traces: items on the trace page.
+      calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
+      report_only: measure nothing; report the cells that are there.
+      baselines: measured in any case. Leave them alone, but for a test: a gain without them means nothing.
+      progress: called after every cell and block.
+
+    Raises:
+      UserError: bad data, methods, alphas or options; a folder of another sweep; no cell succeeded.
+    """
+    if (task is None) == (input is None):
+        raise UserError("name either a task or an input file to sweep on (TASK or INPUT), and not both")
+    if output_dir is None:
+        raise UserError("a sweep needs an output folder: set OUTPUT_DIR, or give --output_dir")
+    for name, value, least in (
+        *(("alpha_points", alpha_points, 1), ("refine", refine, 0), ("timing_items", timing_items, 2)),
+        *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
+    ):
+        options.whole(name, value, least)
+    options.real("quality_tolerance", quality_tolerance, 0.0)
+    if not options.sequence("seeds", seeds) or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
+    grid.check_base(settings)
+    chosen = grid.arms(methods, alphas or {}, () if calibrate else baselines)
+    conditions = grid.conditions(draft_lens, temperatures, top_ps)
+    target = None if calibrate is None else calibration.wanted(calibrate)
+    _check_cells(pair, settings, chosen, conditions)
+    dataset, scorer, halves = _dataset(pair, settings, task, split, input, limit)
+    metric = _metric(metric, dataset, scorer)
+    choices = Choices(chosen, conditions, tuple(varied), tuple(seeds), alpha_points, refine, metric)
+    config = _config(pair, settings, dataset, choices) | {
+        "timing": {"items": timing_items, "repeats": timing_repeats, "points": timed_points},
+        "calibrate": calibrate,
+    }
+    store = CellStore(output_dir, config)
+    tell = progress or (lambda _: None)
+    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell)
+    if target is not None:
+        named = [each for each in chosen if each.name in {grid.arm(text).name for text in methods}]
+        found = calibration.calibrate(measurement, named, conditions[0], seeds[0], target, alpha_points)
+        path = records.write_json(store.folder / "calibration.json", {"calibrated": found})
+        return SweepResult(store.folder, [], found, {"calibration": path})
+    if not report_only:
+        measure_all(measurement, choices)
+        _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
+    return _report(measurement, choices, quality_tolerance, traces)
+
+
+def _check_cells(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
+    """Builds every arm's program under every condition, so that what cannot run is refused before anything does."""
+    for arm in arms:
+        alpha = None
+        if arm.range is not None:
+            alpha = -1.0 if arm.method == "sequence_cascade" else (arm.alphas or grid.default_alphas(arm, 1))[0]
+        for condition in conditions:
+            Runner(pair, Cell(arm, alpha, condition, 0).settings(base))
+
+
+def _dataset(
+    pair: LoadedPair, base: Settings, task: str | None, split: str, source: str | None, limit: int | None
+) -> tuple[infer.Dataset, Scorer | None, dict[str, list[int]]]:
+    runner = Runner(pair, dataclasses.replace(base, method="verifier"))
+    dataset = infer.read_dataset(runner, task, split, source, limit)
+    if any(text is None for text in dataset.targets_text):
+        raise UserError(f"{dataset.name} has examples without targets: a sweep needs a reference for each")
+    halves = scoring.halves(len(dataset.prompts))
+    scorer = Scorer(dataset.score, dataset.targets_text) if dataset.score else None
+    return dataset, scorer, halves
+
+
+def _metric(metric: str | None, dataset: infer.Dataset, scorer: Scorer | None) -> str:
+    """What quality means.
+
+    Raises:
+      UserError: the task has no such metric; the message names those it has.
+    """
+    offered = [] if scorer is None else list(scorer.scores(dataset.targets_text))
+    if metric is None:
+        return offered[0] if offered else NLL
+    if metric != NLL and metric not in offered:
+        raise UserError(f"{dataset.name} has no metric {metric!r}: use one of {', '.join([*offered, NLL])}")
+    return metric
+
+
+def _config(pair: LoadedPair, base: Settings, dataset: infer.Dataset, choices: Choices) -> dict[str, Any]:
+    """What makes two sweeps the same sweep."""
+    return {
+        "data": infer.data_identity(dataset),
+        "pair": infer.pair_identity(pair),
+        "settings": {
+            field.name: getattr(base, field.name)
+            for field in dataclasses.fields(base)
+            if getattr(base, field.name) != getattr(Settings(), field.name)
+        },
+        "methods": {each.name: {**each.options, "alphas": each.alphas} for each in choices.arms},
+        "conditions": [str(condition) for condition in choices.conditions],
+        "varied": choices.varied,
+        "seeds": choices.seeds,
+        "alpha_points": choices.alpha_points,
+        "refine": choices.refine,
+        "metric": choices.metric,
+    }
+
+
+def _measure_times(
+    measurement: Measurement, choices: Choices, items: int, repeats: int, most: int, tell: Tell
+) -> None:
+    """Wall times of the points that matter, and the step costs the cost model needs."""
+    store, pair, base = measurement.store, measurement.pair, measurement.base
+    costs = store.folder / "costs.json"
+    if not costs.exists():
+        widest = max(measurement.references.batches, key=lambda batch: batch.bucket)
+        widths = sorted({condition.draft_len + 1 for condition in choices.conditions})
+        records.write_json(costs, timing.step_costs(pair, base, widest, widths))
+    points = {}
+    for row in matter(store.done, choices, most, _size_ratio(pair)):
+        chosen = {name: value for name, value in row["settings"].items() if value is not None}
+        points[row["point"]] = dataclasses.replace(base, **chosen)
+    prompts = {prompt.index: prompt for prompt in measurement.dataset.prompts}
+    watch = timing.Stopwatch(pair, points, prompts, timing.timed_items(measurement.halves, items), repeats)
+    stamps: list[tuple[int, float]] = []
+
+    def advance(done: int, total: int) -> None:
+        import time
+
+        stamps.append((done, time.monotonic()))
+        (first, began), (last, now) = stamps[0], stamps[-1]
+        eta = (now - began) / (last - first) * (total - done) if last > first else None
+        tell(Progress("time", done, total, eta))
+
+    watch.measure(store, advance)
+
+
+def _size_ratio(pair: LoadedPair) -> float:
+    """Parameters of the drafter over the verifier's: a cost that is the same on every machine and every restart."""
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(bound.params)) for bound in (pair.drafter, pair.verifier)]
+    return sizes[0] / sizes[1]
+
+
+def matter(
+    rows: Sequence[Mapping[str, Any]], choices: Choices, most: int, drafter_cost: float
+) -> list[Mapping[str, Any]]:
+    """Rows of the points that are timed: per arm and condition first those no other point of the arm beats.
+
+    A point is beaten by one of its arm that is better on the half alphas are chosen on and costs fewer calls (a call
+    of the drafter counted by its share of parameters). The rest follows evenly spaced until there are `most`.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["seed"] == choices.seeds[0]:
+            key = (row["arm"], row["draft_len"], row["temperature"], row["top_p"])
+            groups.setdefault(key, []).append(row)
+    found = []
+    for (arm, *_), mine in groups.items():
+        if arm in _ALWAYS_TIMED or len(mine) <= most:
+            found += mine
+            continue
+
+        def cost(row: Mapping[str, Any]) -> float:
+            rates = row["rates"][CHOOSE]
+            return rates["verifier_calls_per_token"] + drafter_cost * rates["drafter_calls_per_token"]
+
+        def quality(row: Mapping[str, Any]) -> float:
+            metrics = row["metrics"][CHOOSE]
+            return -metrics.get(NLL, math.inf) if choices.metric == NLL else metrics[choices.metric]
+
+        best, front = -math.inf, []
+        for row in sorted(mine, key=lambda row: (cost(row), -quality(row))):
+            if quality(row) > best:
+                front.append(row)
+                best = quality(row)
+        front = front[:: max(1, math.ceil(len(front) / most))]
+        rest = [row for row in sorted(mine, key=lambda row: row["alpha"] or 0.0) if row not in front]
+        room = most - len(front)
+        found += front + (rest[:: math.ceil(len(rest) / room)] if room and rest else [])
+    return found
+
+
+def _report(measurement: Measurement, choices: Choices, tolerance: float, traces: int) -> SweepResult:
+    """Points, answers, plots, pages."""
+    store = measurement.store
+    analyst = Analyst(store, measurement.scorer, measurement.halves, choices.metric)
+    blocks, index = [], 0
+    while (block := store.block(index)) is not None:
+        blocks.append(block)
+        index += 1
+    costs_file = store.folder / "costs.json"
+    costs = json.loads(costs_file.read_text("utf-8")) if costs_file.exists() else None
+    groups = analyst.groups(choices.conditions, blocks, costs)
+    if not groups:
+        raise UserError(
+            f"the sweep in {store.folder} has no condition under which both models alone have been measured: its "
+            "cells.jsonl can be read, but nothing can be compared; run it further"
+        )
+    files = {"cells": store.folder / "cells.jsonl"}
+    files["operating points"] = operating_points.write(
+        store.folder, groups, choices.metric, plans.identity(measurement.pair)
+    )
+    facts = report.Facts(
+        name=measurement.dataset.name,
+        metric=choices.metric,
+        unit_kind=analyst.unit_kind,
+        halves={name: len(places) for name, places in measurement.halves.items()},
+        timed=sum(len(block["items"]) for block in blocks),
+        repeats=blocks[0]["repeats"] if blocks else 0,
+        batch_size=measurement.base.batch_size,
+        seeds=len(choices.seeds),
+        compile_s=sum(row["compile_s"] for row in store.done) + sum(block["compile_s"] for block in blocks),
+        warm_up_s=sum(block["warm_up_s"] for block in blocks),
+        failures=[row for row in store.rows if row["status"] == "failed"],
+        machine=store.done[-1]["machine"],
+        reliability=_reliability(measurement),
+        missing=[name for name in grid.BASELINES if not groups[0].arms().get(name)],
+        tolerance=tolerance,
+    )
+    files |= report.write(store.folder, groups, facts)
+    if traces:
+        files["trace page"] = trace_page.write(measurement, groups[0], traces)
+    return SweepResult(store.folder, groups, [], files)
+
+
+def _reliability(measurement: Measurement) -> dict[str, Any]:
+    """Reliability of both models on the references; kept on disk, as models and references do not change."""
+    path = measurement.store.folder / "reliability.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    forced = teacher_forced.TeacherForced(measurement.pair, measurement.max_len)
+    alone = dataclasses.replace(measurement.base, method="verifier")
+    (figures,) = forced.score(measurement.references, [alone])
+    found = {
+        "drafter": teacher_forced.reliability(figures["max_q"], figures["right_q"]),
+        "verifier": teacher_forced.reliability(figures["max_p"], figures["right_p"]),
+    }
+    records.write_json(path, found)
+    return found

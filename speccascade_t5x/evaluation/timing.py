@@ -1,0 +1,177 @@
+"""Wall times: all timed points take turns on the same few examples, so that drift of the machine hits all alike.
+
+A block is as many examples as a batch holds. In each of its rounds every point decodes every example by itself (batch
+1) and then all of them at once (batch B); which point begins moves on with every example. Programs are compiled, and
+every point is run once, before anything is measured. A block is stored whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from speccascade_t5x.core import accounting
+from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.interfaces import Bound
+from speccascade_t5x.runtime import batching, measuring
+from speccascade_t5x.runtime.generate import LoadedPair, Runner, program_config
+from speccascade_t5x.runtime.settings import Settings
+
+
+def timed_items(halves: Mapping[str, Sequence[int]], count: int) -> list[int]:
+    """The stated subset: the first items of both halves by turns, so that choosing and reporting have their own."""
+    turns = [place for pair in zip(*halves.values(), strict=False) for place in pair]
+    return turns[:count]
+
+
+class Stopwatch:
+    """Times points of a sweep.
+
+    Args:
+      pair: what decodes.
+      points: {name: settings}.
+      prompts: of all items, by index.
+      items: the stated subset.
+      repeats: rounds per block.
+    """
+
+    def __init__(
+        self,
+        pair: LoadedPair,
+        points: Mapping[str, Settings],
+        prompts: Mapping[int, batching.Prompt],
+        items: Sequence[int],
+        repeats: int,
+    ):
+        self.pair, self.repeats, self.items = pair, repeats, list(items)
+        self.points = dict(points)
+        size = max(one.batch_size for one in self.points.values())
+        self.blocks = [self.items[i : i + size] for i in range(0, len(self.items), size)]
+        self._prompts = prompts
+
+    def measure(self, store: CellStore, tell: Callable[[int, int], None]) -> None:
+        """Measures the blocks that are not on disk yet.
+
+        Args:
+          store: where they go.
+          tell: called with (blocks done, blocks in all) before the first block and after each.
+        """
+        missing = [i for i in range(len(self.blocks)) if not self._whole(store.block(i))]
+        tell(len(self.blocks) - len(missing), len(self.blocks))
+        if not missing:
+            return
+        compile_s, warm_up_s = self._warm_up()
+        for done, index in enumerate(missing, len(self.blocks) - len(missing) + 1):
+            block = self._block(self.blocks[index], index)
+            store.write_block(index, block | {"compile_s": compile_s, "warm_up_s": warm_up_s, "measured": time.time()})
+            compile_s = warm_up_s = 0.0
+            tell(done, len(self.blocks))
+
+    def _whole(self, block: Mapping[str, Any] | None) -> bool:
+        return block is not None and set(self.points) <= set(block["points"])
+
+    def _warm_up(self) -> tuple[float, float]:
+        """Compiles everything and runs every point once. Returns (compile seconds, the other seconds)."""
+        begin, compile_s = time.perf_counter(), 0.0
+        for settings in self.points.values():
+            for items in ([self.blocks[0][0]], self.blocks[0]):
+                compile_s += self._run(settings, items).timing.compile_s
+        return round(compile_s, 3), round(time.perf_counter() - begin - compile_s, 3)
+
+    def _run(self, settings: Settings, items: Sequence[int]) -> Runner:
+        """Decodes items together and returns the runner, which knows the time and the counters."""
+        size = 1 if len(items) == 1 else settings.batch_size
+        runner = Runner(self.pair, dataclasses.replace(settings, batch_size=size))
+        for batch in runner.batches([self._prompts[i] for i in items]):
+            runner.decode(batch)
+        return runner
+
+    def _block(self, items: Sequence[int], index: int) -> dict[str, Any]:
+        names = list(self.points)
+        found = {name: {"one_s": [], "one_tokens": [], "batch_s": [], "batch_tokens": 0} for name in names}
+        turn = index * len(items) * self.repeats
+        for _ in range(self.repeats):
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            tokens: dict[str, list[int]] = {name: [] for name in names}
+            for item in items:
+                turn += 1
+                for name in _from(names, turn):
+                    runner = self._run(self.points[name], [item])
+                    seconds[name].append(round(runner.timing.decode_s, 6))
+                    tokens[name].append(runner.totals["committed"])
+            for name in _from(names, turn):
+                runner = self._run(self.points[name], items)
+                found[name]["one_s"].append(seconds[name])
+                found[name]["one_tokens"] = tokens[name]
+                found[name]["batch_s"].append(round(runner.timing.decode_s, 6))
+                found[name]["batch_tokens"] = runner.totals["committed"]
+        return {"items": list(items), "repeats": self.repeats, "points": found}
+
+
+def _from(names: Sequence[str], turn: int) -> list[str]:
+    """The names in order, begun with another one at every turn."""
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def read(blocks: Sequence[Mapping[str, Any]], point: str) -> dict[str, Any] | None:
+    """A point's times over all blocks; None where it was not timed.
+
+    Returns:
+      "items" [n], "seconds" [n] (the median over repeats), "tokens" [n], all at batch 1; "batch_seconds" and
+      "batch_tokens" [blocks] of whole batches.
+    """
+    known = [block for block in blocks if point in block["points"]]
+    if not known:
+        return None
+    mine = [block["points"][point] for block in known]
+    return {
+        "items": [item for block in known for item in block["items"]],
+        "seconds": np.concatenate([np.median(one["one_s"], axis=0) for one in mine]),
+        "tokens": np.concatenate([one["one_tokens"] for one in mine]).astype(float),
+        "batch_seconds": np.array([np.median(one["batch_s"]) for one in mine]),
+        "batch_tokens": np.array([one["batch_tokens"] for one in mine], float),
+    }
+
+
+def step_costs(pair: LoadedPair, settings: Settings, batch: batching.Batch, widths: Sequence[int]) -> dict[str, Any]:
+    """What the cost model needs: seconds of a drafter's step and of the verifier's blocks, at batch 1.
+
+    Args:
+      widths: tokens of the verifier's blocks; 1 is added.
+    """
+    one = batching.Batch(batch.encoder_input_tokens[:1], batch.example_ids[:1], batch.valid[:1], batch.bucket)
+    room = program_config(pair, settings).room + max(widths)
+
+    def seconds(bound: Bound, blocks: Sequence[int]) -> dict[str, float]:
+        return {str(n): s for n, s in measuring.block_times(bound, one, 1, room, blocks).items()}
+
+    found = {"verifier_s": seconds(pair.verifier, sorted({1, *widths}))}
+    if pair.drafter is not None:
+        found["drafter_s"] = seconds(pair.drafter, (1,))
+    return found
+
+
+def theory(costs: Mapping[str, Any], rates: Mapping[str, Any], draft_len: int, reads_drafter: bool) -> float | None:
+    """Predicted gain over the verifier alone: tokens per round / (n_d c + v), with measured c, v and tokens per round.
+
+    Source: the cost model of speculative decoding (Leviathan et al. 2023), n_d = draft_len + 1 where pi reads q.
+    """
+    verifier = {int(n): s for n, s in costs["verifier_s"].items()}
+    if "drafter_s" not in costs or draft_len + 1 not in verifier:
+        return None
+    c = costs["drafter_s"]["1"] / verifier[1]
+    v = verifier[draft_len + 1] / verifier[1]
+    return rates["block_efficiency"] / ((draft_len + reads_drafter) * c + v)
+
+
+def rates_of(found: Sequence[Mapping[str, Any]], places: Sequence[int] | None = None) -> dict[str, Any]:
+    """Rates of some records, see `accounting.rates`, with acceptance by position."""
+    chosen = found if places is None else [found[i] for i in places]
+    totals = accounting.total(record["counts"] for record in chosen)
+    positions = accounting.acceptance_by_position(record["source"] for record in chosen)
+    return accounting.rates(totals) | {"acceptance_by_position": positions}

@@ -1,0 +1,47 @@
+"""What a compiled program sends between devices, read from its HLO text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+_KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+_LINE = re.compile(rf"=\s+(?P<type>.*?)\s(?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a compiled program.
+
+    Attributes:
+      kind: HLO's name for it: "all-gather", "all-reduce", "all-to-all", "collective-permute", ...
+      nbytes: of its result on one device; the parts of a result in several parts together.
+      result: type of the result, as HLO prints it.
+    """
+
+    kind: str
+    nbytes: int
+    result: str
+
+
+def in_program(text: str) -> list[Collective]:
+    """Every collective of a program, those of a loop or of a branch once.
+
+    Args:
+      text: compiled HLO (`jax.stages.Compiled.as_text`): what a device runs, after partitioning.
+    """
+    found = []
+    for match in map(_LINE.search, text.splitlines()):
+        if match:
+            sizes = [_nbytes(array) for array in _ARRAY.finditer(match["type"])]
+            # An asynchronous start carries its operand beside the result.
+            nbytes = max(sizes) if match["start"] else sum(sizes)
+            found.append(Collective(match["kind"], nbytes, match["type"]))
+    return found
+
+
+def _nbytes(array: re.Match) -> int:
+    bits = 8 if array[1] == "pred" else int(array[2])
+    return math.ceil(bits / 8) * math.prod(int(size) for size in array[3].split(",") if size)

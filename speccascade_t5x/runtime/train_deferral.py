@@ -1,0 +1,363 @@
+"""The `train_deferral` job: collect, fit, calibrate, collect the test split, and put it all into a bundle.
+
+<output_dir>/config.gin                     the resolved configuration
+<output_dir>/columns/{fit,held_out,test}    features and labels, see `runtime.deferral_data`
+<output_dir>/<kind>-<objective>/seed-<n>    Orbax checkpoints of each fit
+<output_dir>/calibration.npz                temperature, vector scaling, isotonic regression
+<output_dir>/deferral-metrics.jsonl         every look at the held-out split
+<output_dir>/deferral-summary.json          what came out
+<output_dir>/bundle                         the pair with head and calibrations, to decode with
+
+A run that was killed and is started again with the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from speccascade_t5x.checkpoints import bundle as bundles
+from speccascade_t5x.checkpoints import deferral_files
+from speccascade_t5x.deferral import calibration, fitting, labels
+from speccascade_t5x.deferral.calibration import Calibration, PairCalibration
+from speccascade_t5x.deferral.fitted import Fitted
+from speccascade_t5x.deferral.fitting import FitConfig
+from speccascade_t5x.deferral.head import Head, HeadConfig
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import (
+    deferral_data,
+    deferral_scoring,
+    deferral_store,
+    options,
+    packaged,
+    records,
+    shards,
+    vocabulary,
+)
+from speccascade_t5x.runtime.deferral_scoring import Scored
+from speccascade_t5x.runtime.partitioning import data_mesh
+
+METRICS_FILE, SUMMARY_FILE, CALIBRATION_FILE = "deferral-metrics.jsonl", "deferral-summary.json", "calibration.npz"
+CALIBRATIONS = ("temperature", "vector", "isotonic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What to collect on.
+
+    Attributes:
+      cached: folder of tokenised shards (`speccascade cache`), of one split.
+      task: a registered seqio task, instead.
+      split: of the task.
+      limit: only the first so many examples; None for all.
+      inputs_len, targets_len: longest inputs and targets; longer ones are cut, their EOS kept.
+      batch_size: rows scored together.
+      batches_per_part: batches of a file: what a kill can cost.
+      shares: of examples, relative: to fit on, to stop by, to evaluate on.
+      seed: of who goes where.
+    """
+
+    cached: str | None = None
+    task: str | None = None
+    split: str = "train"
+    limit: int | None = 4000
+    inputs_len: int = 512
+    targets_len: int = 128
+    batch_size: int = 32
+    batches_per_part: int = 8
+    shares: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"fit": 0.7, "held_out": 0.1, "test": 0.2}
+    )
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.cached is None) == (self.task is None):
+            raise UserError("name either tokenised shards or a task to collect on (CACHED or TASK), and not both")
+        if set(self.shares) != {"fit", "held_out", "test"}:
+            raise UserError("shares must name fit, held_out and test")
+        for name in ("inputs_len", "targets_len", "batch_size", "batches_per_part"):
+            options.whole(name, getattr(self, name), 1)
+        if self.limit is not None:
+            options.whole("limit", self.limit, 1)
+
+    def corpus(self, spoken: vocabulary.Vocabulary) -> shards.Corpus:
+        """The examples.
+
+        Raises:
+          UserError: another vocabulary than `spoken`; see also `shards.read` and `data.examples`.
+        """
+        if self.cached is not None:
+            found = shards.read(self.cached)
+            vocabulary.check_same(found.vocabulary, spoken, ("labels", "pair"))
+            return found if self.limit is None or self.limit >= len(found) else found.select(range(self.limit))
+        from speccascade_t5x.runtime import data  # loads TensorFlow and seqio
+
+        for feature, named in data.task_vocabularies(self.task).items():
+            vocabulary.check_same(data.as_vocabulary(named), spoken, (f"feature {feature!r} of {self.task!r}", "pair"))
+        found = data.examples(self.task, self.split, {}, limit=self.limit)
+        if any(example.targets is None for example in found):
+            raise UserError(f"task {self.task!r} has no targets, so there are no labels to fit a head on")
+        return shards.from_examples(((example.inputs, example.targets) for example in found), spoken)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """The head to fit.
+
+    Attributes:
+      kind: "prefix" or "token".
+      loss: of a prefix head, whose gap it estimates: "zero_one" or "log".
+      hidden: whether it reads both models' last hidden states.
+      top: how many of the largest probabilities of each law it reads.
+      width, layers: of the network.
+    """
+
+    kind: str = "prefix"
+    loss: str = "zero_one"
+    hidden: bool = False
+    top: int = 4
+    width: int = 64
+    layers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a job has left behind.
+
+    Attributes:
+      bundle: folder of the pair with head and calibrations.
+      fitted: the same in memory.
+      fits: of each seed, the best first.
+      test: columns of the test split, with "score_*" of each calibration.
+      held_out: columns of the held-out split.
+      classes: [V] class of each token.
+      summary: as deferral-summary.json holds it.
+    """
+
+    bundle: Path
+    fitted: Fitted
+    fits: list[fitting.Fit]
+    test: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray]
+    classes: np.ndarray
+    summary: dict[str, Any]
+
+    @property
+    def head(self) -> Head:
+        """The head that was fitted."""
+        return self.fits[0].head
+
+
+class Observer(fitting.Observer):
+    """Told what happens; each method may be overridden."""
+
+    def collecting(self, split: str, done: int, examples: int) -> None:
+        """So many of the examples of a split are scored."""
+
+    def calibrating(self, kind: str) -> None:
+        """A calibration begins."""
+
+
+def train_deferral(
+    pair: str | Path,
+    data: Data,
+    output_dir: str | Path,
+    head: HeadOptions | None = None,
+    fit: FitConfig | None = None,
+    calibrations: Sequence[str] = CALIBRATIONS,
+    temperature: float = 1.0,
+    devices: int | None = None,
+    config_text: str = "",
+    observer: Observer | None = None,
+) -> Trained:
+    """Fits a head and calibrations for a pair. Started again after a kill, it goes on.
+
+    Args:
+      pair: a bundle's folder, or the name of a packaged one; a drafter must be in it.
+      data: what to collect on.
+      output_dir: where everything goes.
+      head: the head to fit.
+      fit: how.
+      calibrations: which baselines to fit as well.
+      temperature: at which tokens will be sampled; D_TV(p, q) is measured there.
+      devices: how many share each batch of the collection; all there are if None.
+      config_text: the resolved configuration, kept beside the checkpoints.
+      observer: told what happens.
+
+    Raises:
+      UserError: no drafter, labels of another vocabulary, an empty split, labels that are all the same, a loss that
+        became NaN, or files of another run in `output_dir`.
+    """
+    head, fit, observer = head or HeadOptions(), fit or FitConfig(), observer or Observer()
+    output_dir = Path(output_dir)
+    unknown = sorted(set(calibrations) - set(CALIBRATIONS))
+    if unknown:
+        raise UserError(f"the calibration {unknown[0]!r} is unknown: use {', '.join(CALIBRATIONS)}")
+    options.real("temperature", temperature, 0.0, 2.0)
+    source = packaged.bundle_dir(pair)
+    loaded = bundles.load_bundle(source)
+    if loaded.drafter is None:
+        raise UserError(f"the bundle {pair} holds a verifier alone: deferral needs a drafter to defer from")
+    scored = Scored(loaded.drafter, loaded.verifier, loaded.vocabulary, temperature)
+    spec = deferral_scoring.spec_of(scored, head.hidden, head.top)
+    config = HeadConfig(head.kind, spec, head.loss, fit.objective, head.width, head.layers)
+    job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
+    columns = {name: job.collect(name) for name in ("fit", "held_out")}
+    fits = job.fit(columns["fit"], columns["held_out"])
+    fitted_calibrations = job.calibrate(calibrations, columns["fit"])
+    test = job.collect("test", fitted_calibrations)
+    manifest = bundles.read_manifest(source)
+    about = {
+        config.kind: {
+            "fit": dataclasses.asdict(fit), "loss": config.loss, "held_out": fits[0].held_out, "seed": fits[0].seed,
+            "examples": {name: len(chosen) for name, chosen in job.splits.items()},
+        }
+    }  # fmt: skip
+    fitted = Fitted(
+        {config.kind: fits[0].head},
+        fitted_calibrations,
+        *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
+        loaded.vocabulary.fingerprint(),
+        json.loads(records.to_json(about)),
+    )
+    bundle = _store(source, output_dir / "bundle", fitted)
+    summary = _summary(job, fits, fitted_calibrations, columns)
+    records.write_json(output_dir / SUMMARY_FILE, summary)
+    if config_text:
+        records.write_text(output_dir / "config.gin", config_text)
+    return Trained(bundle, fitted, fits, test, columns["held_out"], job.classes, summary)
+
+
+class _Job:
+    """One call of `train_deferral`."""
+
+    def __init__(
+        self,
+        scored: Scored,
+        data: Data,
+        config: HeadConfig,
+        fit: FitConfig,
+        folder: Path,
+        mesh: Mesh,
+        observer: Observer,
+    ):
+        self.scored, self.data, self.config, self.fit_config = scored, data, config, fit
+        self.folder, self.mesh, self.observer = folder, mesh, observer
+        self.corpus = data.corpus(scored.vocabulary)
+        self.splits = deferral_data.split(len(self.corpus), data.shares, data.seed)
+        self.classes = deferral_scoring.token_classes(scored.vocabulary, scored.width)
+
+    def collect(self, name: str, calibrations: Mapping[str, PairCalibration] | None = None) -> dict[str, np.ndarray]:
+        """Columns of a split, from disk where they are whole."""
+        tell = lambda done, examples: self.observer.collecting(name, done, examples)  # noqa: E731
+        folder = deferral_data.collect(
+            self.scored,
+            self.corpus,
+            self.splits[name].tolist(),
+            self.folder / "columns" / name,
+            self.config.features,
+            candidates=self.config.kind == "token",
+            scores=calibrated_scores(calibrations or {}),
+            identity=deferral_store.digest(calibrations or {}),
+            lengths=(self.data.inputs_len, self.data.targets_len),
+            batch_size=-(-self.data.batch_size // self.mesh.size) * self.mesh.size,
+            batches_per_part=self.data.batches_per_part,
+            mesh=self.mesh,
+            progress=tell,
+        )
+        return deferral_data.read(folder)
+
+    def fit(self, columns: dict[str, np.ndarray], held_out: dict[str, np.ndarray]) -> list[fitting.Fit]:
+        """Fits every seed, each with checkpoints of its own."""
+        name = f"{self.config.kind}-{self.fit_config.objective}"
+        plain = dataclasses.asdict(self.fit_config)
+        plain = {key: value for key, value in plain.items() if key not in ("seeds", "keep")}
+        identity = {
+            "head": dataclasses.asdict(self.config),
+            "fit": plain,
+            "columns": json.loads((self.folder / "columns" / "fit" / deferral_data.IDENTITY).read_text("utf-8")),
+        }
+        place, keep = self.folder / name, self.fit_config.keep
+        stores = lambda seed: deferral_store.OrbaxStore(place / f"seed-{seed}", identity, keep)  # noqa: E731
+        curves = deferral_store.Curves(self.folder / METRICS_FILE, self.observer)
+        return fitting.fit_head(
+            self.config, self.fit_config, columns, held_out, self.classes, store=stores, observer=curves
+        )
+
+    def calibrate(self, kinds: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, PairCalibration]:
+        """Fits calibrations on the fitting split, or reads those an earlier part of this run has fitted."""
+        place = self.folder / CALIBRATION_FILE
+        if place.is_file():
+            found = deferral_store.read_calibrations(place)
+            if set(found) == set(kinds):
+                return found
+        sides: dict[str, dict[str, Calibration]] = {}
+        lengths, chosen = (self.data.inputs_len, self.data.targets_len), self.splits["fit"].tolist()
+        for side, which in (("q", "drafter"), ("p", "verifier")):
+            found: dict[str, Calibration] = {}
+            batches = calibration.remembered(
+                deferral_scoring.logits_batches(self.scored, which, self.corpus, chosen, lengths, self.data.batch_size)
+            )
+            if "temperature" in kinds or "vector" in kinds:
+                self.observer.calibrating(f"temperature of the {which}")
+                found["temperature"] = calibration.fit_temperature(batches)
+            if "vector" in kinds:
+                self.observer.calibrating(f"vector scaling of the {which}")
+                found["vector"] = calibration.fit_vector(batches, found["temperature"])
+            if "isotonic" in kinds:
+                confidence = columns["features"][:, self.config.features.names.index(f"max_{side}")]
+                found["isotonic"] = calibration.fit_isotonic(confidence, columns[f"hit_{side}"])
+            sides[side] = found
+        found = {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in kinds}
+        deferral_store.write_calibrations(place, found)
+        return found
+
+
+def calibrated_scores(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:
+    """Per-position figures of the test split: what each calibrated plug-in rule and each diagram reads."""
+    found: dict[str, Any] = {}
+    for kind, both in calibrations.items():
+        found[f"{kind}_zero_one"] = lambda pair, both=both: both.gap(pair, "zero_one")
+        if kind != "isotonic":
+            found[f"{kind}_log"] = lambda pair, both=both: both.gap(pair, "log")
+        for side in "qp":
+            own = getattr(both, side)
+            found[f"{kind}_confidence_{side}"] = lambda pair, own=own, side=side: own.confidence(
+                getattr(pair, f"{side}_raw")
+            )
+    return found
+
+
+def _store(source: Path, target: Path, fitted: Fitted) -> Path:
+    """The bundle with what was fitted; one that an earlier part of this run has written is replaced."""
+    if (target / bundles.MANIFEST).is_file():
+        return bundles.store_deferral(target, target, fitted)
+    return bundles.store_deferral(source, target, fitted)
+
+
+def _summary(
+    job: _Job, fits: list[fitting.Fit], calibrations: Mapping[str, PairCalibration], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    temperatures = {}
+    if "temperature" in calibrations:
+        both = calibrations["temperature"]
+        temperatures = {side: float(getattr(both, side).values["temperature"]) for side in "qp"}
+    gap = labels.gap(columns["fit"], job.config.loss)
+    return {
+        "examples": {name: len(chosen) for name, chosen in job.splits.items()},
+        "positions": {name: len(found["tokens"]) for name, found in columns.items()},
+        "head": dataclasses.asdict(job.config),
+        "label_mean": float(gap.mean()),
+        "label_variance": float(gap.var()),
+        "seeds": [
+            {"seed": each.seed, "held_out": each.held_out, "steps": each.steps, "stopped_early": each.stopped_early}
+            for each in fits
+        ],
+        "temperatures": temperatures,
+    }

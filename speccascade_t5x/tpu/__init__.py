@@ -1,0 +1,1 @@
+"""TPU slices without a TPU: compile for them from shapes alone, and predict what speculation gains there."""

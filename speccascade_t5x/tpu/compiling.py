@@ -1,0 +1,179 @@
+"""Compiles the programs of a cell with libtpu's compiler. Runs in a child process: see `child`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from speccascade_t5x.decoding import compiled
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import train_loop
+from speccascade_t5x.runtime.partitioning import AXES, Partitioning, with_batch_of
+from speccascade_t5x.tpu import hardware, hlo, shapes
+from speccascade_t5x.tpu.cells import Cell
+
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = r"([\d.]+)([KMGT]?)"
+_TOO_LARGE = (
+    re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm", re.IGNORECASE),
+    re.compile(rf"required for [^(]*\({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)", re.IGNORECASE),
+)
+_LONGEST_MESSAGE = 300
+
+
+def mesh(on: hardware.Slice, model: int) -> Mesh:
+    """The mesh ('data', 'model') of a slice that need not be here.
+
+    Raises:
+      UserError: the compiler does not know the slice, or it cannot be laid out so.
+    """
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=on.name, **on.options)
+        sizes = (hardware.groups(on, model), model)
+        # A side of the torus may have to be cut to get the axis that was asked for.
+        order = mesh_utils.create_device_mesh(sizes, list(found.devices), allow_split_physical_axes=True)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{on.name} with model={model} is refused: {first_line(error)}") from error
+    return Mesh(order, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partitioning(cell: Cell) -> Partitioning:
+    """The mesh of a cell with its rules."""
+    wanted = cell.options
+    drafter = wanted.rules if wanted.drafter_rules is None else with_batch_of(wanted.drafter_rules, wanted.rules)
+    return Partitioning(mesh(hardware.named(cell.topology), wanted.model), wanted.rules, drafter)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, cut to a sensible length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST_MESSAGE]
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """(needed, available) bytes of a chip, from the compiler's message; None where it says something else."""
+    for pattern in _TOO_LARGE:
+        found = pattern.search(message)
+        if found:
+            needed, available = (round(float(found[i]) * _SIZES[found[i + 1]]) for i in (1, 3))
+            return needed, available
+    return None
+
+
+class Compiler:
+    """The programs of one cell.
+
+    Args:
+      cell: what is compiled.
+      place: where it would live; the cell's own mesh if None.
+    """
+
+    def __init__(self, cell: Cell, place: Partitioning | None = None):
+        self.cell, self.place = cell, place or partitioning(cell)
+        self._decode: compiled.Lowered | None = None
+
+    def report(self, name: str) -> dict[str, Any]:
+        """Compiles one program. Returns what is known of it, as JSON types; see docs/precompile.md.
+
+        Args:
+          name: of `cells.PROGRAMS`.
+        """
+        begin = time.perf_counter()
+        lowered, held = getattr(self, f"_{name}")() if name in ("encoder", "loop") else self._train(name)
+        found: dict[str, Any] = {"program": name, "lower_s": round(time.perf_counter() - begin, 2)}
+        begin = time.perf_counter()
+        try:
+            done = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found |= self._failed(error, held)
+        else:
+            found |= self._memory(done, held) | self._costs(done.as_text())
+        return found | {"compile_s": round(time.perf_counter() - begin, 2)}
+
+    def _decoding(self) -> compiled.Lowered:
+        if self._decode is None:
+            cell, wanted = self.cell, self.cell.options
+            program = shapes.program(cell.drafter, cell.verifier, wanted, self.place)
+            inputs = shapes.decode_inputs(wanted.batch_size, wanted.input_len, self.place)
+            self._decode = compiled.lower(program, *inputs, self.place)
+        return self._decode
+
+    def _parameters(self) -> int:
+        """Bytes per chip of both models' parameters, which stay there between programs."""
+        pair = (self.cell.drafter, True), (self.cell.verifier, False)
+        return sum(shapes.bytes_per_chip(shapes.bound(config, self.place, role).params) for config, role in pair)
+
+    def _encoder(self) -> tuple[jax.stages.Lowered, dict[str, int]]:
+        made = self._decoding()
+        return made.start, {"parameters": self._parameters(), "caches": shapes.cache_bytes_per_chip(made.state)}
+
+    def _loop(self) -> tuple[jax.stages.Lowered, dict[str, int]]:
+        made = self._decoding()
+        state = shapes.bytes_per_chip(made.state)
+        caches = shapes.cache_bytes_per_chip(made.state)
+        return made.run, {"parameters": self._parameters(), "caches": caches, "state": state}
+
+    def _train(self, name: str) -> tuple[jax.stages.Lowered, dict[str, int]]:
+        wanted, config = self.cell.options, getattr(self.cell, name.removeprefix("train_"))
+        batch = shapes.training_batch(wanted.train_batch_size, wanted.input_len, wanted.targets_len)
+        how = train_loop.TrainConfig(steps=1000, microbatches=wanted.microbatches)
+        parameters = shapes.bytes_per_chip(shapes.bound(config, self.place).params)
+        return train_loop.lower_step(config, batch, how, self.place), {"parameters": parameters, "caches": 0}
+
+    def _memory(self, done: jax.stages.Compiled, held: dict[str, int]) -> dict[str, Any]:
+        """Bytes per chip. `idle` are parameters that this program does not read and that stay all the same."""
+        stats = done.memory_analysis()
+        arguments, aliased = stats.argument_size_in_bytes, stats.alias_size_in_bytes
+        resident = held["parameters"] + held.get("state", 0)
+        memory = {
+            "arguments": arguments,
+            "outputs": stats.output_size_in_bytes,
+            "aliased": aliased,
+            "temporaries": stats.temp_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+            "idle": max(resident - arguments, 0),
+        }
+        total = sum(memory.values()) - 2 * aliased
+        return self._fit(total, memory | {name: held[name] for name in ("parameters", "caches")})
+
+    def _fit(self, needed: int, memory: dict[str, int]) -> dict[str, Any]:
+        capacity = hardware.named(self.cell.topology).chip.hbm_bytes
+        over = max(needed - capacity, 0)
+        status = "too large" if over else "fits"
+        return {"status": status, "needed": needed, "capacity": capacity, "over": over, "memory": memory}
+
+    def _failed(self, error: Exception, held: dict[str, int]) -> dict[str, Any]:
+        """What is known of a program the compiler gave up."""
+        sizes = out_of_memory(str(error))
+        if sizes is None:
+            return {"status": "failed", "message": first_line(error), "memory": held}
+        needed, available = sizes
+        found = {"status": "too large", "needed": needed, "capacity": available, "over": max(needed - available, 0)}
+        return found | {"memory": held, "message": first_line(error)}
+
+    def _costs(self, text: str) -> dict[str, Any]:
+        """Cycles and collectives: of a round and of the rest where the program loops, of one run else."""
+        found = hlo.costs(text)
+        clock = hardware.named(self.cell.topology).chip.clock
+        parts: dict[str, hlo.Cost] = {"run": found.once}
+        if found.round is not None:
+            parts = {"round": found.round, "before": found.once}
+        return {"costs": {name: _as_json(cost, clock) for name, cost in parts.items()}}
+
+
+def _as_json(cost: hlo.Cost, clock: float | None) -> dict[str, Any]:
+    seconds = None if clock is None else [cost.least / clock, cost.most / clock]
+    sent = {kind: {"count": count, "bytes": nbytes} for kind, (count, nbytes) in sorted(cost.collectives.items())}
+    return {"cycles": [cost.least, cost.most], "seconds": seconds, "collectives": sent, "unknown": cost.unknown}
+
+
+def compile_all(cell: Cell, names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
+    """Compiles programs one after another, telling each result at once."""
+    compiler = Compiler(cell)
+    for name in names:
+        done(compiler.report(name))

@@ -1,0 +1,98 @@
+"""Tables of what `precompile` found: Markdown for people, a few lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from speccascade_t5x.tpu.hardware import GIB
+
+_HEAD = (
+    *("pair", "slice", "mesh", "program", "fits", "needed", "weights", "caches", "arguments", "temporaries", "idle"),
+    *("collectives", "sent", "cycles", "est. time", "compile"),
+)
+_NOTE = """\
+Sizes are GiB on each chip. *needed* = arguments + outputs - aliased + temporaries + code + idle; *weights* and *caches*
+are parts of it; *idle* are parameters that this program does not read and that stay in memory all the same. *cycles*
+(millions) and *est. time* come from the compiler's `estimated_cycles`, loops multiplied out, with the cheapest and with
+the dearest branch of every conditional; they hold no waiting for other chips. Figures of `loop` are those of one round;
+collectives and what they send (MiB, results on one chip) are those of a round, or of a run of the other programs.
+"""
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row of texts for each program, in the order of `_HEAD`."""
+    return [_row(result["cell"], program) for result in results for program in result["programs"].values()]
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table, and what its columns mean."""
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows(results)]
+    made = sorted({_made(result) for result in results})
+    return "\n".join([*lines, "", _NOTE, "Compiled with " + "; ".join(made) + ".", *_messages(results), ""])
+
+
+def plain(results: Sequence[Mapping[str, Any]]) -> str:
+    """The same for a terminal."""
+    table = [_HEAD, *rows(results)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([*text, *_messages(results)])
+
+
+def gib(nbytes: int | float | None) -> str:
+    """Bytes as GiB."""
+    return "-" if nbytes is None else f"{nbytes / GIB:.2f}"
+
+
+def _row(cell: Mapping[str, Any], program: Mapping[str, Any]) -> tuple[str, ...]:
+    memory, costs = program.get("memory", {}), program.get("costs", {})
+    part = costs.get("round", costs.get("run"))
+    return (
+        *(cell["pair"], cell["topology"], f"model={cell['options']['model']}", program["program"], _fits(program)),
+        gib(program.get("needed")),
+        *(gib(memory.get(name)) for name in ("parameters", "caches", "arguments", "temporaries", "idle")),
+        *_costs(part),
+        f"{program['compile_s']:.0f} s" if program.get("compile_s") is not None else "-",
+    )
+
+
+def _costs(part: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+    """(collectives, MiB sent, millions of cycles, time)."""
+    if part is None:
+        return "-", "-", "-", "-"
+    count = sum(kind["count"] for kind in part["collectives"].values())
+    sent = sum(kind["bytes"] for kind in part["collectives"].values())
+    kinds = ", ".join(f"{kind['count']} {name}" for name, kind in part["collectives"].items())
+    seconds = part["seconds"] and _span([1e3 * value for value in part["seconds"]], " ms")
+    cycles = _span([count / 1e6 for count in part["cycles"]], "")
+    return (kinds if count else "0"), f"{sent / 2**20:.2f}", cycles, seconds or "-"
+
+
+def _span(values: Sequence[float], unit: str) -> str:
+    texts = [f"{value:.3g}" for value in values]
+    return f"{texts[0]}{unit}" if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}{unit}"
+
+
+def _fits(program: Mapping[str, Any]) -> str:
+    if program["status"] == "fits":
+        return f"yes, of {gib(program['capacity'])}"
+    if program["status"] == "too large":
+        return f"no: {gib(program['over'])} over {gib(program['capacity'])}"
+    return program["status"]
+
+
+def _made(result: Mapping[str, Any]) -> str:
+    versions = result.get("versions", {})
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "nothing yet"
+
+
+def _messages(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the compiler said where it gave up."""
+    return [
+        f"- {result['cell']['pair']} for {result['cell']['topology']}, {program['program']}: {program['message']}"
+        for result in results
+        for program in result["programs"].values()
+        if "message" in program
+    ]
