@@ -10,21 +10,20 @@ It is run as `gcloud` with FAKE_CLOUD naming a folder, where it keeps
     workers/N-W/     home of worker W of the N-th slice
 
 What happens is a dict: `code` and `errors` end the call before it does anything, `state` and `reason` are what a
-describe answers, `cut` ends an ssh after that many seconds (255, as a broken connection does), `seconds` makes it slow.
+describe answers, `cut` ends an ssh after that many seconds (255, as a broken connection does), `seconds` makes it slow,
+and so does `late` a create, which is served whatever becomes of the caller.
 """
 
 import fcntl
 import json
 import os
-import re
 import sys
 import time
-from pathlib import Path
 
-# shutil and subprocess only where they are needed: most calls are questions, and each is a new process.
+# More is imported only where it is needed: most calls are questions, and each is a new process.
 
-CLOUD = Path(os.environ["FAKE_CLOUD"])
-SLICE = CLOUD / "slice.json"
+CLOUD = os.environ["FAKE_CLOUD"]
+SLICE = f"{CLOUD}/slice.json"
 
 
 def main(words: list) -> int:
@@ -35,10 +34,10 @@ def main(words: list) -> int:
         print(happening.get("errors", f"ERROR: (gcloud) {step} failed"), file=sys.stderr)
         return happening["code"]
     if step == "create":
-        return create(words)
+        return late_create(words, happening["late"]) if "late" in happening else create(words)
     if step == "delete":
         return delete()
-    if not SLICE.exists():
+    if not os.path.exists(SLICE):
         return missing()
     if step == "describe":
         print(json.dumps(description(happening)))
@@ -54,24 +53,30 @@ def main(words: list) -> int:
 def step_of(words: list) -> str:
     kind, verb = words[2:4]
     if verb == "ssh":
-        found = re.search(r"/worker (\w+)", flag(words, "command"))
-        return found[1] if found else "command"
+        found = [part.split()[0] for part in flag(words, "command").split("/worker ")[1:]]
+        return found[-1] if found else "command"
     return "node" if (kind, verb) == ("tpu-vm", "describe") else verb
 
 
 def note(words: list, step: str) -> dict:
     """Records the call; what the script has for it."""
-    with open(CLOUD / "lock", "w") as lock:
+    with open(f"{CLOUD}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with open(CLOUD / "calls.jsonl", "a") as calls:
+        with open(f"{CLOUD}/calls.jsonl", "a") as calls:
             calls.write(json.dumps(words) + "\n")
-        script = json.loads((CLOUD / "script.json").read_text())
+        script = json.loads(read(f"{CLOUD}/script.json"))
         if not script.get(step):
             return {}
         happening = script[step].pop(0)
-        (CLOUD / "script.partial").write_text(json.dumps(script))
-        os.replace(CLOUD / "script.partial", CLOUD / "script.json")  # this process may be killed at any time
+        with open(f"{CLOUD}/script.partial", "w") as rest:
+            json.dump(script, rest)
+        os.replace(f"{CLOUD}/script.partial", f"{CLOUD}/script.json")  # this process may be killed at any time
     return happening
+
+
+def read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def flag(words: list, name: str) -> str:
@@ -84,48 +89,62 @@ def missing() -> int:
     return 1
 
 
+def late_create(words: list, seconds: float) -> int:
+    """The request is on its way, and is served even if the one who sent it is gone."""
+    server = os.fork()
+    if not server:
+        os.setsid()
+        time.sleep(seconds)
+        os._exit(create(words))
+    return os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
+
+
 def create(words: list) -> int:
-    if SLICE.exists():
+    if os.path.exists(SLICE):
         print("ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: it exists", file=sys.stderr)
         return 1
     kind = flag(words, "accelerator-type")
     hosts = max(1, int(kind.split("-")[1]) // 8)  # of a v4
-    slices = 1 + len({path.name.split("-")[0] for path in (CLOUD / "workers").glob("*")})
+    os.makedirs(f"{CLOUD}/workers", exist_ok=True)
+    slices = 1 + len({name.split("-")[0] for name in os.listdir(f"{CLOUD}/workers")})
     for worker in range(hosts):
-        (CLOUD / "workers" / f"{slices}-{worker}").mkdir(parents=True)
-    (CLOUD / "node").unlink(missing_ok=True)
-    SLICE.write_text(json.dumps({"slice": slices, "hosts": hosts, "kind": kind}))
+        os.mkdir(f"{CLOUD}/workers/{slices}-{worker}")
+    if os.path.exists(f"{CLOUD}/node"):
+        os.unlink(f"{CLOUD}/node")
+    with open(SLICE, "w") as file:
+        json.dump({"slice": slices, "hosts": hosts, "kind": kind}, file)
     return 0
 
 
 def delete() -> int:
-    if not SLICE.exists():
+    import glob
+
+    if not os.path.exists(SLICE):
         return missing()
     for home in homes():
-        for pid in home.glob("speccascade/jobs/*/pid"):
+        for pid in glob.glob(f"{home}/speccascade/jobs/*/pid"):
             try:
-                os.killpg(int(pid.read_text()), 9)
+                os.killpg(int(read(pid)), 9)
             except ProcessLookupError:
                 continue
-    SLICE.unlink()
+    os.unlink(SLICE)
     return 0
 
 
 def homes() -> list:
-    known = json.loads(SLICE.read_text())
-    return [CLOUD / "workers" / f"{known['slice']}-{worker}" for worker in range(known["hosts"])]
+    known = json.loads(read(SLICE))
+    return [f"{CLOUD}/workers/{known['slice']}-{worker}" for worker in range(known["hosts"])]
 
 
 def node_state() -> str:
-    path = CLOUD / "node"
-    return path.read_text().strip() if path.exists() else "READY"
+    return read(f"{CLOUD}/node").strip() if os.path.exists(f"{CLOUD}/node") else "READY"
 
 
 def description(happening: dict) -> dict:
     state = {"state": happening.get("state", "SUSPENDED" if node_state() == "PREEMPTED" else "ACTIVE")}
     if "reason" in happening:
         state["failedData"] = {"error": {"message": happening["reason"]}}
-    kind = json.loads(SLICE.read_text())["kind"]
+    kind = json.loads(read(SLICE))["kind"]
     return {"state": state, "tpu": {"nodeSpec": [{"node": {"acceleratorType": kind}}]}}
 
 
@@ -135,9 +154,9 @@ def scp(words: list) -> int:
     source, target = words[4:6]
     if ":" in target:
         for home in homes():
-            shutil.copy(source, home / target.partition(":")[2])
+            shutil.copy(source, f"{home}/{target.partition(':')[2]}")
     else:
-        shutil.copy(homes()[int(flag(words, "worker"))] / source.partition(":")[2], target)
+        shutil.copy(f"{homes()[int(flag(words, 'worker'))]}/{source.partition(':')[2]}", target)
     return 0
 
 
@@ -151,8 +170,8 @@ def ssh(words: list, happening: dict) -> int:
         subprocess.Popen(
             ["bash", "-c", flag(words, "command")], cwd=home, stdin=subprocess.DEVNULL,
             start_new_session="cut" in happening,
-            env={**os.environ, "HOME": str(home), "PATH": f"{CLOUD}/remote:{os.environ['PATH']}",
-                 "FAKE_WORKER": home.name.split("-")[1]},
+            env={**os.environ, "HOME": home, "PATH": f"{CLOUD}/remote:{os.environ['PATH']}",
+                 "FAKE_WORKER": home.rpartition("-")[2]},
         )
         for home in homes()
     ]  # fmt: skip
