@@ -16,7 +16,7 @@ import pytest
 import speccascade_t5x
 from corpora import train_sentencepiece
 from speccascade_t5x.interfaces import SOURCE_DRAFTER, SOURCE_VERIFIER, Bound, UserError
-from speccascade_t5x.runtime import generate
+from speccascade_t5x.runtime import generate, paths
 from speccascade_t5x.runtime.generate import LoadedPair, Settings
 
 TEXTS = ["grusse aus munchen", "schliessen", "uber die grosse", "offnen sie die datei"]
@@ -194,10 +194,8 @@ def test_loading_names_what_is_missing(tmp_path):
         speccascade_t5x.load(tmp_path)
 
 
-def test_checkpoints_give_what_the_bundle_gives(pair, shared: Path):
-    folder = shared / "pair_t5x"
-    if not folder.is_dir():
-        pytest.skip("needs the trained T5X pair (pair_t5x) of the shared material")
+def test_checkpoints_give_what_the_bundle_gives(pair):
+    folder = paths.data_dir() / "restore_de_pair"
     lengths = {"max_input_len": 32, "max_len": 32}
     models = {"verifier": folder / "verifier", "drafter": folder / "drafter"}
     other = generate.from_checkpoints(**models, extra_ids=0, draft_len=3, **lengths)
