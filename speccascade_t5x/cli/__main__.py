@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from speccascade_t5x.cli import accelerators
+from speccascade_t5x.cli import accelerators, hosts
 from speccascade_t5x.interfaces import UserError
 
 # Verb -> what it does, in the order `speccascade --help` lists them.
@@ -21,6 +21,7 @@ VERBS = {
     "methods": "list every execution, rule and drafter, with what alpha means and its source",
     "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
     "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
+    "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying there",
     "sweep": "measure methods x alphas on a task: frontier, operating points, report",
     "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
     "train": "train or distil a model on tokenised shards or a seqio task",
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
     """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
+    return hosts.leave(_run(verb, argv, name))
+
+
+def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
     # Native libraries log while they load; what matters of it is said in our own words.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -56,7 +61,15 @@ def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> in
         code = verb(argv)
         sys.stdout.flush()  # here, where a reader that has left is no error
         return code
-    except UserError as error:
+    except Exception as error:
+        code = hosts.failed(error, name)
+        if code is not None:
+            return code
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if not isinstance(error, UserError):
+            raise
         # gin appends where in the configuration a call came from; that is for developers.
         message = str(error).partition("\n  In call to configurable")[0]
         print(f"{name}: {message}", file=sys.stderr)
@@ -64,9 +77,6 @@ def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> in
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 if __name__ == "__main__":

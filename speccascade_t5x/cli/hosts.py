@@ -13,23 +13,26 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from speccascade_t5x.cli import preemption
 from speccascade_t5x.interfaces import UserError
 
 # What a verb exits with when another host is gone: BSD's EX_UNAVAILABLE.
 EXIT_CODE = 69
-HEARTBEAT_S = 20  # a host that was not heard of for so long is dead
+HEARTBEAT_S = 20  # a host that was not heard of for so long is dead, unless the flags say otherwise
 JOIN_S = 300  # until all hosts must have come
 _SHUTDOWN_S = 60  # between the ends of the first and the last host that have finished
 _LINGER_S = 2.0  # for others that make the same mistake, before the host that runs the service leaves
 
-_REPORT = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\S+?)[.:]")
-_RUNTIME = (b"coordination", b"client", b"distributed")  # sources of such reports when a host is lost
-_DEAD = ("heartbeat", "coordination service", "coordination_service", "gloo", "barrier", "socket closed", "connection re")
+_REPORT = re.compile(rb"[EF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\S+?)[.:]")
+_RUNTIME = (b"coordination", b"client", b"distributed", b"preemption")  # sources of such reports when a host is lost
+# What errors say when another host is gone.
+_DEAD = ("heartbeat", "coordination", "gloo", "barrier", "socket closed", "connection reset", "connection refused")
 
-_joined = False
+_joined: str | None = None  # the verb, in a worker
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where host 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="elsewhere: how many hosts")
     group.add_argument("--process_id", type=int, metavar="I", help="elsewhere: which one this is, from 0")
+    group.add_argument(
+        "--host_timeout", type=int, metavar="S", help=f"seconds until a silent host is dead (default: {HEARTBEAT_S})"
+    )
 
 
 def join(flags: argparse.Namespace, name: str) -> None:
@@ -54,13 +60,16 @@ def join(flags: argparse.Namespace, name: str) -> None:
       UserError: flags that do not go together; the hosts did not find each other.
     """
     named = (flags.coordinator, flags.num_processes, flags.process_id)
+    silent = HEARTBEAT_S if flags.host_timeout is None else flags.host_timeout
     if not flags.multihost:
-        if any(value is not None for value in named):
-            raise UserError("--coordinator, --num_processes and --process_id go with --multihost: add it")
+        if any(value is not None for value in (*named, flags.host_timeout)):
+            raise UserError("the flags that name hosts go with --multihost: add it")
         return
     _check(*named)
+    if not 1 <= silent <= 30:
+        raise UserError(f"--host_timeout={silent} is outside its range: 1 to 30 seconds")
     _fork(name)
-    _initialize(*named)
+    _initialize(*named, silent)
 
 
 def _check(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -74,18 +83,19 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
         raise UserError(f"--process_id={index} is none of the {count} processes, which count from 0")
 
 
-def _initialize(coordinator: str | None, count: int | None, index: int | None) -> None:
+def _initialize(coordinator: str | None, count: int | None, index: int | None, silent: int) -> None:
     import jax
 
     if jax.config.jax_cpu_collectives_implementation is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
             initialization_timeout=JOIN_S,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
+            heartbeat_timeout_seconds=silent,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (RuntimeError, ValueError) as error:
@@ -106,10 +116,11 @@ def _fork(name: str) -> None:
     alive, lives = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)  # so that a Ctrl-C comes once, through the parent
         os.dup2(said, 2)
         for end in (reports, said, lives):
             os.close(end)
-        _joined = True
+        _joined = name
         threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
         return
     for end in (said, alive):
@@ -142,15 +153,14 @@ def _watch(child: int, reports: int, name: str) -> int:
             sys.stderr.flush()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        if held and code and not said:
-            sys.stderr.buffer.write(held)
-        return code
-    if b"distributed service" in held:
+    if code < 0 and b"distributed service" in held:
         if not said:
             _say(name, _lost_sentence())
         return EXIT_CODE
-    sys.stderr.buffer.write(held)
+    if code != EXIT_CODE:
+        sys.stderr.buffer.write(held)
+    if code >= 0:
+        return code
     _say(name, f"the process of this host was ended by {signal.Signals(-code).name}; the same command continues")
     return 128 - code
 
@@ -181,7 +191,7 @@ def failed(error: Exception, name: str) -> int | None:
     from speccascade_t5x.runtime import hosts
 
     if isinstance(error, hosts.HostLost):
-        _say(name, str(error))
+        _say(name, str(error).splitlines()[0])  # gin appends where it came from
         return EXIT_CODE
     if _names_a_dead_host(error):
         _say(name, hosts.LOST)
@@ -194,11 +204,9 @@ def failed(error: Exception, name: str) -> int | None:
 
 def _names_a_dead_host(error: BaseException | None) -> bool:
     """Whether an error, or one it came from, is what JAX, gloo or Orbax raise when another process is gone."""
-    import jax
-
     while error is not None:
-        kind = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
-        if kind and any(sign in str(error).lower() for sign in _DEAD):
+        theirs = isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, UserError)
+        if theirs and any(sign in str(error).lower() for sign in _DEAD):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -216,24 +224,20 @@ def leave(code: int) -> int:
     from speccascade_t5x.runtime import hosts
 
     _flush()
-    if code == 0:
+    if code in (0, preemption.EXIT_CODE):  # all hosts have come to this
         try:
             jax.distributed.shutdown()
         except RuntimeError:
-            _say("speccascade", hosts.LOST)
+            _say(_joined, hosts.LOST)
             code = EXIT_CODE
     elif hosts.current().first:
-        _linger()
+        time.sleep(_LINGER_S)
     _flush()
     os._exit(code)
 
 
-def _linger() -> None:
-    threading.Event().wait(_LINGER_S)
-
-
-def _flush(*streams: Any) -> None:
-    for stream in streams or (sys.stdout, sys.stderr):
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):  # the reader of our output has left

@@ -15,7 +15,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-from speccascade_t5x.cli import gin_flags, operating_point, preemption, settings_flags, topology
+from speccascade_t5x.cli import gin_flags, hosts, operating_point, preemption, settings_flags, topology
 from speccascade_t5x.runtime import records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
@@ -39,6 +39,7 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
     edge_rules, stop_sequences, buckets
   infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
   infer.infer.refill                 what --refill sets
+  infer.infer.host_patience_s        how long hosts wait for each other (default: 21600)
   partitioning.Topology.devices, data, model, submesh, rules, drafter_rules, strict    the mesh of --topology
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
+    hosts.join(flags, "speccascade infer")
     mesh_files, mesh_bindings = topology.configured(flags.topology)
     files = (flags.gin_file or [gin_flags.default_file("infer", flags.task)]) + mesh_files
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
@@ -77,8 +79,11 @@ def main(argv: list[str]) -> int:
         with preemption.stop_on_sigterm() as stop, _progress_bar() as progress:
             result = job(config_text=config_text, progress=progress, stop=stop)
     except infer.Preempted as preempted:
-        print(f"speccascade infer: {preempted}", file=sys.stderr)
+        sentence = str(preempted).splitlines()[0]  # gin appends where it came from
+        print(f"speccascade infer: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
+    if not hosts.first():
+        return 0
     if result.predictions is None:
         for record in result.records:
             predictions = record["prediction"]
@@ -109,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="measure pass@1: runs, in a sandbox, what the pair wrote"
     )
+    hosts.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 

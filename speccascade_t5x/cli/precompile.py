@@ -68,11 +68,10 @@ def main(argv: list[str]) -> int:
 
     gin_flags.job(precompile.precompile, needed)
     made = architectures(gin_flags.configured("precompile.precompile.pairs"), flags.gin_search_paths)
-    check_compiler()
     config_text = gin_flags.load(files, bindings, flags.gin_search_paths)
     job = gin_flags.job(precompile.precompile, needed)
     say = lambda what: print(f"{what} ...", file=sys.stderr, flush=True)  # noqa: E731
-    found = job(architectures=made, environment=environment(), progress=say)
+    found = job(architectures=made, environment=environment(), before=check_compiler, progress=say)
     print(report.plain(found.results))
     if found.path is not None:
         records.write_text(found.path.parent / "config.gin", config_text)

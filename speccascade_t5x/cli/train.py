@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, topology
+from speccascade_t5x.cli import gin_flags, hosts, preemption, topology
 from speccascade_t5x.runtime import paths, records, train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
@@ -60,13 +60,15 @@ gin files:
   --model=NAME reads models/NAME.gin after it
 
 The config.gin beside the checkpoints repeats the run: speccascade train --gin_file=FOLDER/config.gin
-A killed run is continued by the same command, with the same bits on one device in float32.
+A killed run is continued by the same command, with the same bits on one device in float32. A run that gets SIGTERM
+writes a checkpoint first and exits with code 75.
 """
 
 
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     flags, bindings = gin_flags.split(_parser(), argv)
+    hosts.join(flags, "speccascade train")
     files = flags.gin_file or [gin_flags.default_file("train", flags.task)]
     if flags.model:
         files = [*files, f"models/{flags.model}.gin"]
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> int:
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
     from speccascade_t5x.runtime import train  # JAX loads after the flags are known to be good
+    from speccascade_t5x.runtime.hosts import Preempted
 
     known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
     needed = {
@@ -83,8 +86,15 @@ def main(argv: list[str]) -> int:
         "t5.T5Config.vocab_size": f"name an architecture with --model, one of {known}",
     }
     job = gin_flags.job(train.train, needed)
-    with _observer(not flags.no_tensorboard) as observer:
-        summary = job(config_text=config_text, observer=observer)
+    try:
+        with preemption.stop_on_sigterm() as stop, _observer(not flags.no_tensorboard) as observer:
+            summary = job(config_text=config_text, observer=observer, stop=stop)
+    except Preempted as preempted:
+        sentence = str(preempted).splitlines()[0]  # gin appends where it came from
+        print(f"speccascade train: {sentence}", file=sys.stderr)
+        return preemption.EXIT_CODE
+    if not hosts.first():
+        return 0
     for name, value in summary.items():
         if not isinstance(value, dict):
             print(f"{name:<26} {records.shown(value) if isinstance(value, float) else value}")
@@ -102,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
     parser.add_argument("--topology", help=topology.HELP)
     parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
+    hosts.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 

@@ -6,7 +6,8 @@
     <output_dir>/timing/block-00000.json wall times of all timed points on a few examples, see `timing`
 
 cells.jsonl is made anew, in one step, of the files in cells/ whenever a cell is finished, so a killed sweep leaves it
-whole and a restart continues at the first missing cell.
+whole and a restart continues at the first missing cell. Of several hosts each writes the cells it measures, and the
+first one all that there is once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import records
 
 FORMAT, VERSION = "speccascade_t5x.sweep", 1
-ROWS = "cells.jsonl"
+ROWS, DESCRIPTION = "cells.jsonl", "sweep.json"
 _DONE, _FAILED = "done", "failed"
 
 
@@ -47,26 +48,35 @@ class CellStore:
     Args:
       output_dir: made if missing.
       config: what the sweep measures, as JSON values by name. Two sweeps with equal ones are the same sweep.
+      first: whether this is the host that writes what is written once. The others open the folder after it.
 
     Raises:
       UserError: the folder holds another sweep; the message says what differs.
     """
 
-    def __init__(self, output_dir: str | Path, config: Mapping[str, Any]):
-        self.folder = Path(output_dir)
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any], first: bool = True):
+        self.folder, self._first = Path(output_dir), first
         self.config = json.loads(records.to_json(dict(config)))
         self._claim()
         self._rows: dict[str, dict[str, Any]] = {}
+        self._read: dict[Path, int] = {}
+        if first:
+            for leftover in self.folder.glob("**/.*.partial"):
+                leftover.unlink(missing_ok=True)  # of a killed write
+        self.read_anew()
+
+    def read_anew(self) -> None:
+        """Reads the cells that were finished since, by whichever host."""
         for path in sorted((self.folder / "cells").glob("*.json.gz")):
-            row = self._load(path)["row"]
-            self._rows[row["cell"]] = row
-        for leftover in self.folder.glob("**/.*.partial"):
-            leftover.unlink(missing_ok=True)  # of a killed write
+            written = path.stat().st_mtime_ns
+            if self._read.get(path) != written:
+                row = self._load(path)["row"]
+                self._rows[row["cell"]], self._read[path] = row, written
         if self._rows:
             self._write_rows()
 
     def _claim(self) -> None:
-        path = self.folder / "sweep.json"
+        path = self.folder / DESCRIPTION
         ours = {"format": FORMAT, "version": VERSION, **self.config}
         if not path.exists():
             if (self.folder / ROWS).exists():
@@ -104,6 +114,10 @@ class CellStore:
         row = self._rows.get(cell)
         return row if row and row["status"] == _DONE else None
 
+    def has(self, cell: str) -> bool:
+        """Whether a cell is on disk, be it that it failed."""
+        return self._path(cell).exists()
+
     def read(self, cell: str) -> StoredCell:
         """A finished cell with its records."""
         stored = self._load(self._path(cell))
@@ -126,7 +140,7 @@ class CellStore:
         self, row: dict[str, Any], found: Sequence[Mapping[str, Any]], references: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         before = self._rows.get(row["cell"])
-        row["order"] = before["order"] if before else len(self._rows)
+        row["order"] = before["order"] if before else row.get("order", len(self._rows))
         text = records.to_json({"row": row, "records": list(found), "references": references})
         records.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
         self._rows[row["cell"]] = json.loads(text)["row"]
@@ -134,6 +148,8 @@ class CellStore:
         return self._rows[row["cell"]]
 
     def _write_rows(self) -> None:
+        if not self._first:
+            return
         lines = [(records.to_json(row) + "\n").encode("utf-8") for row in self.rows]
         records.write_bytes(self.folder / ROWS, lines)
 

@@ -16,6 +16,7 @@ from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.runtime import hosts
 from speccascade_t5x.runtime.generate import LoadedPair, Runner
 from speccascade_t5x.runtime.infer import Dataset
 from speccascade_t5x.runtime.settings import Settings
@@ -78,6 +79,7 @@ class Measurement:
       scorer: of the task's metrics; None where it has none.
       store: where finished cells go.
       tell: called after each cell.
+      here: the hosts that share the cells.
     """
 
     def __init__(
@@ -89,7 +91,10 @@ class Measurement:
         store: CellStore,
         halves: Mapping[str, Sequence[int]],
         tell: Tell,
+        here: hosts.Hosts | None = None,
     ):
+        self.here = here or hosts.Hosts()
+        self._planned = self._meetings = 0
         self.pair, self.base, self.dataset, self.scorer, self.store = pair, base, dataset, scorer, store
         self.halves, self.tell = halves, tell
         self.max_len = base.max_len or pair.feature_lengths["targets"]
@@ -103,8 +108,29 @@ class Measurement:
         """Sets how many cells there will be, for the ETA."""
         self._total = total
 
-    def run(self, cell: Cell) -> dict[str, Any] | None:
+    def run_all(self, cells: Sequence[Cell]) -> None:
+        """Measures cells, of which none depends on another; of several hosts each its share, and waits for all.
+
+        Raises what `run` raises.
+        """
+        count = self.here.count
+        for place, cell in enumerate(cells):
+            if place % count == self.here.index:
+                self.run(cell, None if count == 1 else self._planned + place)
+        if count > 1:
+            self._planned += len(cells)
+            self._meetings += 1
+            self.here.wait(f"cells {self._meetings}")
+            self.here.see(lambda: all(self.store.has(cell.id) for cell in cells), "some cell")
+            self.store.read_anew()
+            self._done = self._planned
+
+    def run(self, cell: Cell, order: int | None = None) -> dict[str, Any] | None:
         """The row of a cell, measured now unless it is on disk; None where it failed, whose reason is then stored.
+
+        Args:
+          cell: what to measure.
+          order: of its row among the others; None puts it after those there are.
 
         Raises:
           UserError: the disk is full.
@@ -112,15 +138,16 @@ class Measurement:
         row = self.store.row(cell.id)
         if row is None:
             settings = cell.settings(self.base)
+            name = self._name(cell, settings) | ({} if order is None else {"order": order})
             try:
                 found, timed = self._decode(settings)
                 references = self._on_references(cell, settings)
                 self._score_singles(found)
             except (UserError, jax.errors.JaxRuntimeError) as error:
-                row = self.store.write_failure(self._name(cell, settings), str(error).splitlines()[0])
+                row = self.store.write_failure(name, str(error).splitlines()[0])
             else:
                 figures = self._figures(found, references) | timed
-                row = self.store.write(self._name(cell, settings) | figures, found, references)
+                row = self.store.write(name | figures, found, references)
             self._measured += 1
         self._done += 1
         self._total = max(self._total, self._done)
@@ -223,29 +250,30 @@ def measure_all(measurement: Measurement, choices: Choices) -> None:
     main = choices.conditions[0]
     seeds = _seeds(choices, main)
     free = [each for each in choices.arms if each.range is None]
-    for each in free:
-        row = measurement.run(Cell(each, None, main, seeds[0]))
-        if row is None and each.name in ("verifier", "drafter"):
-            reason = measurement.store.read(Cell(each, None, main, seeds[0]).id).row["error"]
-            raise UserError(f"the {each.name} alone cannot be measured, so nothing can be compared with it: {reason}")
+    alone = [Cell(each, None, main, seeds[0]) for each in free if each.name in ("verifier", "drafter")]
+    measurement.run_all(alone)
+    for cell in alone:
+        if measurement.store.row(cell.id) is None:
+            reason = measurement.store.read(cell.id).row["error"]
+            raise UserError(
+                f"the {cell.arm.name} alone cannot be measured, so nothing can be compared with it: {reason}"
+            )
+    measurement.run_all([Cell(each, None, main, seeds[0]) for each in free if each.name not in ("verifier", "drafter")])
     grids = _grids(measurement, choices, main)
-    for each, alpha in _turns(choices.arms, grids):
-        measurement.run(Cell(each, alpha, main, seeds[0]))
+    measurement.run_all([Cell(each, alpha, main, seeds[0]) for each, alpha in _turns(choices.arms, grids)])
     start = {name: list(alphas) for name, alphas in grids.items()}
     _refine(measurement, choices, grids)
+    rest = []
     for seed in seeds[1:]:
-        for each in free:
-            measurement.run(Cell(each, None, main, seed))
-        for each, alpha in _turns(choices.arms, grids):
-            measurement.run(Cell(each, alpha, main, seed))
+        rest += [Cell(each, None, main, seed) for each in free]
+        rest += [Cell(each, alpha, main, seed) for each, alpha in _turns(choices.arms, grids)]
     for condition in choices.conditions[1:]:
         varied = [each for each in choices.arms if each.name in choices.varied]
+        others = [each for each in free if each.name in (*choices.varied, "verifier", "drafter")]
         for seed in _seeds(choices, condition):
-            for each in free:
-                if each.name in (*choices.varied, "verifier", "drafter"):
-                    measurement.run(Cell(each, None, condition, seed))
-            for each, alpha in _turns(varied, start):
-                measurement.run(Cell(each, alpha, condition, seed))
+            rest += [Cell(each, None, condition, seed) for each in others]
+            rest += [Cell(each, alpha, condition, seed) for each, alpha in _turns(varied, start)]
+    measurement.run_all(rest)
 
 
 def _seeds(choices: Choices, condition: Condition) -> tuple[int, ...]:
@@ -298,6 +326,7 @@ def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[fl
     led = any(each.rule == grid.TRUNCATED for each in choices.arms)
     following = {grid.TRUNCATION} if led else set()  # it takes its alphas from TokenV3
     for _ in range(choices.refine):
+        found = []
         for each in choices.arms:
             if each.name not in grids or each.name in given or each.name in following:
                 continue
@@ -311,8 +340,9 @@ def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[fl
             alpha = grid.refined([row["alpha"] for row in rows], calls, quality)
             if alpha is not None:
                 grids[each.name].append(alpha)
-                measurement.run(Cell(each, alpha, main, seed))
+                found.append(Cell(each, alpha, main, seed))
+        measurement.run_all(found)
     before = list(grids.get(grid.TRUNCATION, ()))
     _join_truncation(choices, grids)
-    for alpha in grids.get(grid.TRUNCATION, ())[len(before) :]:
-        measurement.run(Cell(grid.arm(grid.TRUNCATION), alpha, main, seed))
+    joined = grids.get(grid.TRUNCATION, ())[len(before) :]
+    measurement.run_all([Cell(grid.arm(grid.TRUNCATION), alpha, main, seed) for alpha in joined])

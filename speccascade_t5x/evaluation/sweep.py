@@ -14,12 +14,12 @@ import jax
 from speccascade_t5x.evaluation import calibrate as calibration
 from speccascade_t5x.evaluation import grid, operating_points, report, scoring, teacher_forced, timing, trace_page
 from speccascade_t5x.evaluation.analysis import Analyst, Group
-from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.evaluation.cells import DESCRIPTION, CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.measure import NLL, Choices, Measurement, Progress, Tell, measure_all
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import infer, options, plans, records
+from speccascade_t5x.runtime import hosts, infer, options, plans, records
 from speccascade_t5x.runtime.generate import LoadedPair, Runner
 from speccascade_t5x.runtime.settings import Settings
 
@@ -32,7 +32,7 @@ class SweepResult:
 
     Attributes:
       folder: with everything in it.
-      groups: points per condition, the main one first; empty after a calibration.
+      groups: points per condition, the main one first; empty after a calibration, and on hosts but the first.
       calibrated: what a calibration found, see `calibrate`.
       files: what was written last, by what it is for.
     """
@@ -72,6 +72,8 @@ def sweep(
     progress: Tell | None = None,
 ) -> SweepResult:
     """Measures, and reports. Started again after a kill, it continues at the first missing cell.
+
+    Several hosts share the cells, in a folder all of them see; the first one measures times and reports.
 
     Args:
       pair: what decodes; it needs a drafter.
@@ -128,9 +130,11 @@ def sweep(
         "timing": {"items": timing_items, "repeats": timing_repeats, "points": timed_points},
         "calibrate": calibrate,
     }
-    store = CellStore(output_dir, config)
+    here = hosts.current()
+    _check_hosts(here, pair, calibrate)
+    store = _open(here, output_dir, config)
     tell = progress or (lambda _: None)
-    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell)
+    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, here)
     if target is not None:
         named = [each for each in chosen if each.name in {grid.arm(text).name for text in methods}]
         found = calibration.calibrate(measurement, named, conditions[0], seeds[0], target, alpha_points)
@@ -138,8 +142,33 @@ def sweep(
         return SweepResult(store.folder, [], found, {"calibration": path})
     if not report_only:
         measure_all(measurement, choices)
-        _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
-    return _report(measurement, choices, quality_tolerance, traces)
+        if here.first:  # while the others rest
+            _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
+    result = SweepResult(store.folder, [], [], {})
+    if here.first:
+        result = _report(measurement, choices, quality_tolerance, traces)
+    here.wait("the sweep is reported")
+    return result
+
+
+def _check_hosts(here: hosts.Hosts, pair: LoadedPair, calibrate: Mapping[str, float] | None) -> None:
+    """Refuses what several hosts cannot share."""
+    if here.count > 1 and calibrate:
+        raise UserError("a calibration measures one cell after another: start it on one host")
+    members = hosts.team(pair.partitioning, here).members
+    if len(members) > 1:
+        raise UserError(f"a sweep needs a pair that fits on one host, and this mesh spans {len(members)}")
+
+
+def _open(here: hosts.Hosts, folder: str | Path, config: Mapping[str, Any]) -> CellStore:
+    """The folder of the sweep, which host 0 makes."""
+    if here.first:
+        store = CellStore(folder, config)
+        here.wait("the sweep begins")
+        return store
+    here.wait("the sweep begins")
+    here.see((Path(folder) / DESCRIPTION).exists, Path(folder) / DESCRIPTION)
+    return CellStore(folder, config, first=False)
 
 
 def _check_cells(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -106,25 +105,24 @@ class Hosts:
                 raise
             return None
 
-    def check_shared(self, path: Path) -> None:
-        """Refuses a folder that is not the same one on all hosts.
+    def see(self, there: Callable[[], bool], what: object) -> None:
+        """Waits until this host sees what another has written: network file systems take some seconds for that.
 
         Args:
-          path: a file that host 0 has written.
+          there: whether it does now.
+          what: names it, for the message.
 
         Raises:
-          UserError: this host does not see it.
+          UserError: it does not, so the folder is not shared.
         """
         give_up = time.monotonic() + _SHARED_S
-        while not self.first and not path.exists():
+        while self.count > 1 and not there():
             if time.monotonic() > give_up:
                 raise UserError(
-                    f"{path} was written by host 0 and is not seen by host {self.index}: the output folder must be one "
-                    "that all hosts share, such as NFS or a mounted bucket"
+                    f"host {self.index} does not see {what}, which another host has written: the output folder must be "
+                    "one that all hosts share, such as NFS or a mounted bucket"
                 )
             time.sleep(0.2)
-            if path.parent.is_dir():
-                next(path.parent.iterdir(), None)  # makes network file systems look anew
 
     def _set(self, key: str, value: Any) -> None:
         _client().key_value_set(f"{_PREFIX}/{key}", json.dumps(value))

@@ -153,6 +153,7 @@ def infer(
     if not here.first:
         here.wait("the records are whole")
         return InferResult([], writer.path, {}, {})
+    here.see(lambda: len(writer.done_chunks()) == len(chunks), "some chunk")
     path = writer.finish(order)
     in_order = list(writer.read_all())
     metrics = _metrics(dataset, settings, in_order)
@@ -175,7 +176,8 @@ def _open(
     folder = Path(folder)
     if not here.first:
         done = here.share("chunks that are there")  # host 0 has made the folder
-        here.check_shared(records.claim(folder, name))
+        claimed = records.claim(folder, name)
+        here.see(claimed.exists, claimed)
         return records.RecordWriter(folder, name, identity, chunks), set(done)
     writer = records.RecordWriter(folder, name, identity, chunks)
     return writer, set(here.share("chunks that are there", writer.done_chunks()))

@@ -261,7 +261,8 @@ def _shared_corpus(task: str, split: str, exchange: Path) -> mixing.Source:
     examples = ((mine.inputs(i), mine.targets(i)) for i in range(len(mine)))
     shards.write(folders[here.index], examples, name=task, split=split, spoken=mine.vocabulary)
     here.wait("the task is tokenised")
-    here.check_shared(folders[0] / shards.MANIFEST)
+    for folder in folders:
+        here.see((folder / shards.MANIFEST).exists, folder)
     parts = [shards.read(folder) for folder in folders]
     here.wait("the task is read")
     if here.first:

@@ -1,0 +1,91 @@
+"""`speccascade slice_plan`: tokens/s of a pair on a TPU slice, and when speculation stops paying there.
+
+    speccascade slice_plan --pair=t5_1_1_base_xxl --topology=v4:2x2x1 --acceptance=0.8
+    speccascade slice_plan --pair=t5_1_1_small_xl --topology=v5e:4x4 --plan=plan/plan.json --batch_sizes=1,16,256
+
+Nothing is compiled and no TPU is needed: see docs/slice_plan.md. Short flags are bindings: see runs/slice_plan.gin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from speccascade_t5x.cli import gin_flags, precompile
+from speccascade_t5x.runtime import records
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.8,0.7" as numbers."""
+    return tuple(float(part) for part in text.split(","))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """ "1,16" as whole numbers."""
+    return tuple(int(part) for part in text.split(","))
+
+
+# Short flag -> (type, help). These are macros of runs/slice_plan.gin.
+_MACROS = {
+    "pair": (str, "of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
+    "topology": (str, "a slice (default: v4:2x2x1)"),
+    "acceptance": (numbers, "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75"),
+    "plan": (str, "plan.json of `speccascade plan` instead, made on any machine"),
+    "batch_sizes": (counts, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
+    "draft_lens": (counts, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
+    "input_len": (int, "encoder positions (default: 512)"),
+    "max_len": (int, "output tokens (default: 128)"),
+    "rule": (str, "of the decode (default: lossless); one that reads the drafter's law costs a step more"),
+    "alpha": (float, "its trade-off"),
+    "model": (int, "chips that share the weights (default: the fewest that hold the pair)"),
+    "output_dir": (str, "where slice_plan.json, slice_plan.md and config.gin go"),
+}
+_EPILOG = """\
+required:
+  --acceptance or --plan
+
+bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+  PAIR, TOPOLOGY, ACCEPTANCE, PLAN, BATCH_SIZES, DRAFT_LENS, INPUT_LEN, MAX_LEN, RULE, ALPHA, MODEL, OUTPUT_DIR
+
+"pays above" is the acceptance, the same at every draft position, above which that draft length would gain.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parses flags and runs the job. Returns the exit code."""
+    flags, bindings = gin_flags.split(_parser(), argv)
+    shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
+    files = flags.gin_file or ["runs/slice_plan.gin"]
+    bindings = bindings + gin_flags.literal(shorts)
+    gin_flags.load(files, bindings, flags.gin_search_paths)
+    from speccascade_t5x.tpu import slice_plan  # JAX loads after the flags are known to be good
+
+    needed = {"slice_plan.slice_plan.pair": "begin with a run file, such as --gin_file=runs/slice_plan.gin"}
+    gin_flags.job(slice_plan.slice_plan, needed)
+    pair = gin_flags.configured("slice_plan.slice_plan.pair")
+    architectures = precompile.architectures((pair,), flags.gin_search_paths)[pair]
+    config_text = gin_flags.load(files, bindings, flags.gin_search_paths)
+    found = gin_flags.job(slice_plan.slice_plan, needed)(architectures=architectures)
+    print(slice_plan.plain(found))
+    if found.path is not None:
+        records.write_text(found.path.parent / "config.gin", config_text)
+        print(f"wrote {found.path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    usage = (
+        "--pair=NAME --topology=NAME --acceptance=NUMBERS [flags]",
+        "--pair=NAME --topology=NAME --plan=FILE [flags]",
+    )
+    description = "Predicts tokens/s of a pair on a TPU slice per batch and draft length."
+    parser = gin_flags.parser("slice_plan", usage, description, _EPILOG, _MACROS)
+    gin_flags.add_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    from speccascade_t5x.cli.__main__ import run_verb
+
+    sys.exit(run_verb(main, sys.argv[1:], "speccascade slice_plan"))
