@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 
 ALPHA_COUNT = 10
+_BELOW_TIES = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Positions:
 def quantile_alphas(score: np.ndarray, distance: np.ndarray, count: int = ALPHA_COUNT) -> np.ndarray:
     """The alphas at which `score > alpha D_TV` defers at evenly spaced shares of positions, 5 % to 95 %, ascending.
 
-    Positions where both laws are the same (no distance) are left out: nothing is at stake there.
+    Positions where both laws are the same (no distance) are left out: nothing is at stake there. Where one law only
+    takes from its likeliest token what it gives to others, max p - max q is D_TV itself and scores tie at alpha = 1 (or
+    -1), up to rounding. An alpha is put just below such a tie, so that at least its share defers.
     """
     there = distance > 1e-9
     shares = np.linspace(0.95, 0.05, count)
-    return np.quantile(score[there] / distance[there], 1.0 - shares)
+    return np.quantile(score[there] / distance[there], 1.0 - shares) - _BELOW_TIES
 
 
 def by_example(values: np.ndarray, example: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""SIGTERM to a real `speccascade infer`: its own exit code, only whole files, and a restart that leaves no trace of it."""
+"""SIGTERM to a real `speccascade infer`: an exit code of its own, whole files, a restart that leaves no trace of it."""
 
 from __future__ import annotations
 

@@ -58,3 +58,11 @@ def test_sums_are_by_example():
     sums, counts = objective.by_example(POSITIONS.loss_q, POSITIONS.example)
     assert len(sums) == len(np.unique(POSITIONS.example)) and counts.sum() == N
     assert sums[3] == POSITIONS.loss_q[21:28].sum() and counts[3] == 7
+
+
+def test_alphas_lie_below_ties():
+    """Where every score is the distance itself, plug-in OPT must still defer at the wanted shares, not never."""
+    distance = np.random.default_rng(0).uniform(0.01, 0.5, 1000)
+    score = distance * (1 + 1e-6 * np.random.default_rng(1).normal(size=1000))  # a tie at 1, up to rounding
+    for alpha in objective.quantile_alphas(score, distance):
+        assert 0.99 < alpha < 1 and (score > alpha * distance).all()
