@@ -32,6 +32,10 @@ class Chip:
       link_bandwidth: bytes/s of one interconnect link in one direction.
       axes: of the torus: 3 for v4 and v5p, else 2.
       clock: Hz of the cores, which the compiler's cycle estimates count; None where no figure is published.
+      overlaps: whether reading memory and arithmetic go on at the same time, as they do where copies run by themselves;
+        a CPU's cores do both, one after the other.
+      law_bandwidth: bytes/s at which passes over a vocabulary go, exponentials among them; None where that is no slower
+        than memory.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Chip:
     link_bandwidth: float
     axes: int
     clock: float | None = None
+    overlaps: bool = True
+    law_bandwidth: float | None = None
 
 
 CHIPS = {

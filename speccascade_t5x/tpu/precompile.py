@@ -46,6 +46,7 @@ def precompile(
     options: cells.Options,
     output_dir: str | Path | None = None,
     timeout_s: float = 3600.0,
+    before: Callable[[], None] = lambda: None,
     progress: Progress = lambda _: None,
 ) -> Found:
     """Compiles every pair for every slice. Started again with the same options, it compiles what is missing.
@@ -58,6 +59,7 @@ def precompile(
       options: what is compiled.
       output_dir: where results and tables go; None keeps nothing.
       timeout_s: most seconds one process may take.
+      before: called once the request is known to be good.
       progress: told what is going on.
 
     Raises:
@@ -69,6 +71,7 @@ def precompile(
     for name in topologies:
         hardware.named(name)
     chosen = [cells.make(pair, *architectures[pair], name, options) for pair in pairs for name in topologies]
+    before()
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere if output_dir is None else output_dir)
         (folder / _CELLS).mkdir(parents=True, exist_ok=True)

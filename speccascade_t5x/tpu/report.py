@@ -17,6 +17,7 @@ are parts of it; *idle* are parameters that this program does not read and that 
 (millions) and *est. time* come from the compiler's `estimated_cycles`, loops multiplied out, with the cheapest and with
 the dearest branch of every conditional; they hold no waiting for other chips. Figures of `loop` are those of one round;
 collectives and what they send (MiB, results on one chip) are those of a round, or of a run of the other programs.
+*compile* is wall time, in brackets the seconds of processors it took.
 """
 
 
@@ -54,8 +55,14 @@ def _row(cell: Mapping[str, Any], program: Mapping[str, Any]) -> tuple[str, ...]
         gib(program.get("needed")),
         *(gib(memory.get(name)) for name in ("parameters", "caches", "arguments", "temporaries", "idle")),
         *_costs(part),
-        f"{program['compile_s']:.0f} s" if program.get("compile_s") is not None else "-",
+        _seconds(program),
     )
+
+
+def _seconds(program: Mapping[str, Any]) -> str:
+    """What compiling took, and on how much of a processor."""
+    worked = f" ({program['cpu_s']:.0f})" if "cpu_s" in program else ""
+    return f"{program['compile_s']:.0f} s{worked}"
 
 
 def _costs(part: Mapping[str, Any] | None) -> tuple[str, str, str, str]:

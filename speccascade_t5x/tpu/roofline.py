@@ -5,11 +5,12 @@ A block of T tokens for each of B rows takes, on every chip,
     sum over (weights, attention, laws) of max(bytes / HBM bandwidth, FLOPs / peak) + collectives
 
 where *weights* are the decoder's kernels, read once per block whatever B and T are, *attention* the caches, whose every
-slot is read, and *laws* the vocabulary-wide arrays of logits and probabilities. Parts follow one another, so they add up;
-inside a part the slower of memory and arithmetic counts: the roofline of Williams et al. 2009 (CACM 52(4)), applied to
-decoding as in Pope et al. 2022 ("Efficiently Scaling Transformer Inference", section 3). Collectives are rings over one
-axis of the torus, both directions used. Nothing is fitted; what no published figure tells (launches, waiting, the
-serial parts of a program) is not there, so real rates are lower, and ratios hold better than rates.
+slot is read, and *laws* the vocabulary-wide arrays of logits and probabilities. Parts follow one another and add up;
+inside a part the slower of memory and arithmetic counts (their sum on a CPU, whose cores do one after the other): the
+roofline of Williams et al. 2009 (CACM 52(4)), applied to decoding as in Pope et al. 2022 ("Efficiently Scaling
+Transformer Inference", section 3). Collectives are rings over one axis of the torus, both directions used. Nothing is
+fitted; what no published figure tells (launches, waiting, serial parts of a program) is not there, so real rates are
+lower, and ratios hold better than rates.
 
 A round = G drafter steps + a verifier block of G + 1; tokens of a round follow from acceptance (`runtime.cost_model`).
 """
@@ -17,10 +18,10 @@ A round = G drafter steps + a verifier block of G + 1; tokens of a round follow 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
-import jax
 from jax.sharding import AbstractMesh
 
 from speccascade_t5x.checkpoints import tree
@@ -36,6 +37,8 @@ LAW_PASSES = 6
 # Seconds of one hop between neighbouring chips: "about 1 us" (Austin et al. 2025, "How to Scale Your Model").
 HOP = 1e-6
 _FLOAT32 = 4
+# Whatever the activations are: laws are float32, and so are the biases of attention.
+_ALWAYS_FLOAT32 = ("logits_dense/kernel", "token_embedder/embedding", "rel_embedding")
 # Read by the encoder's program only, once per input.
 _NOT_IN_A_STEP = ("encoder_decoder_attention/key/", "encoder_decoder_attention/value/")
 
@@ -101,6 +104,7 @@ class Times:
         return self.weights + self.attention + self.laws + self.network
 
 
+@functools.lru_cache(maxsize=64)
 def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
     """What a step of a model asks of each chip.
 
@@ -112,8 +116,7 @@ def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
     flat = _per_chip(config, place, drafter)
     step = {name: size for name, size in flat.items() if _in_step(name, config)}
     width = config.activation_dtype.itemsize
-    # Logits are float32 whatever the activations are.
-    widths = {name: _FLOAT32 if name.endswith(("logits_dense/kernel", "embedding")) else width for name in step}
+    widths = {name: _FLOAT32 if name.endswith(_ALWAYS_FLOAT32) else width for name in step}
     nbytes = sum(size * widths[name] for name, size in step.items())
     copies = sum(size * width for name, size in step.items() if widths[name] < _FLOAT32)
     rules = dict(reversed(place.drafter_rules if drafter else place.rules))
@@ -167,13 +170,14 @@ def block_times(
     tokens = own * block
     cached = config.num_decoder_layers * asked.heads * config.head_dim * (slots + input_len)  # keys, and as many values
     law_bytes = _FLOAT32 * tokens * config.vocab_size
+    slower = max if chip.overlaps else lambda reading, arithmetic: reading + arithmetic
     memory, arithmetic = 1.0 / chip.hbm_bandwidth, 1.0 / chip.flops
     network = asked.reductions * all_reduce(width * tokens * config.emb_dim, place)
     network += all_gather(law_bytes, place) if asked.gathers_laws else 0.0
     return Times(
-        weights=max(asked.weight_bytes * memory, 2 * asked.weight_count * tokens * arithmetic),
-        attention=max(2 * width * own * cached * memory, 4 * tokens * cached * arithmetic),
-        laws=LAW_PASSES * law_bytes * memory,
+        weights=slower(asked.weight_bytes * memory, 2 * asked.weight_count * tokens * arithmetic),
+        attention=slower(2 * width * own * cached * memory, 4 * tokens * cached * arithmetic),
+        laws=LAW_PASSES * law_bytes / (chip.law_bandwidth or chip.hbm_bandwidth),
         network=network,
     )
 
@@ -246,14 +250,18 @@ class Decode:
 
 
 def round_seconds(decode: Decode, place: Place, batch: int, draft_len: int) -> float:
-    """Seconds of a round: the draft, then the verifier's block. The first step of a draft scores two tokens."""
+    """Seconds of a round: the draft, then the verifier's block.
+
+    A draft begins with a block of two tokens, to catch up; where the rule reads the drafter's law, with one token, and
+    one step more is taken at its end.
+    """
     slots = decode.slots(draft_len)
     block = block_times(decode.verifier, place, batch, draft_len + 1, slots, decode.input_len).total
     if draft_len == 0:
         alone = drafter_step(decode, place, batch, 1, slots) if decode.reads else 0.0
         return block + alone + decode.overhead_s
-    steps = draft_len - 1 + decode.reads
-    drafting = drafter_step(decode, place, batch, 2, slots) + steps * drafter_step(decode, place, batch, 1, slots)
+    first, steps = (1, draft_len) if decode.reads else (2, draft_len - 1)
+    drafting = drafter_step(decode, place, batch, first, slots) + steps * drafter_step(decode, place, batch, 1, slots)
     return block + drafting + decode.overhead_s
 
 
@@ -360,5 +368,3 @@ def stops_paying(predicted: Sequence[Predicted]) -> int | None:
         stopped = batch
     return stopped
 
-
-jax.tree_util.register_static(Place)
