@@ -302,8 +302,8 @@ def last_draft_not_cached(patch):
 
 def one_token_fed_back(patch):
     def catch_up(self, params, state, tokens, positions):
-        logits, cache = self._extend(params, state["cache"], tokens[:, 1:], positions)
-        return logits[:, 0], cache
+        found, cache = self._extend(params, state["cache"], tokens[:, 1:], positions)
+        return jax.tree.map(lambda x: x[:, 0], found), cache
 
     patch.setattr(ModelDrafter, "_catch_up", catch_up)
 
