@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class Curves(fitting.Observer):
 
     def started(self, seed: int, step: int, steps: int) -> None:
         # What was seen beyond the checkpoint will be seen again.
-        kept = [row for row in self._rows() if row["seed"] != seed or row["step"] <= step]
+        kept = [row for row in records.read_rows(self._path) if row["seed"] != seed or row["step"] <= step]
         records.write_text(self._path, "".join(records.to_json(row) + "\n" for row in kept))
         self._then.started(seed, step, steps)
 
@@ -59,16 +58,6 @@ class Curves(fitting.Observer):
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(records.to_json({"seed": seed, "step": step, **metrics}) + "\n")
         self._then.looked(seed, step, metrics)
-
-    def _rows(self) -> list[dict[str, Any]]:
-        rows = []
-        if self._path.is_file():
-            for line in self._path.read_text("utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        return rows
 
 
 def digest(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:

@@ -39,6 +39,18 @@ def claim(output_dir: Path, task: str) -> Path:
     return output_dir / f"{file_stem(task)}-predict.config.txt"
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that grows; none without a file. A line left unfinished is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON that is the same on every run: keys in the order given, floats as `repr`.
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -200,14 +199,7 @@ class Curves(train_loop.Observer):
 
     def read(self) -> list[dict[str, Any]]:
         """Rows so far; a line a killed run left unfinished is left out."""
-        rows = []
-        if self._path.is_file():
-            for line in self._path.read_text("utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        return rows
+        return records.read_rows(self._path)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         try:
