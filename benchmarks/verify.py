@@ -34,6 +34,7 @@ import machine
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs, rules, verify
 from speccascade_t5x.decoding import DecodeConfig, Program, Sampling, State, loop
 from speccascade_t5x.decoding.rounds import Speculative
@@ -101,9 +102,7 @@ class StoredDrafter:
         return state
 
 
-jax.tree_util.register_dataclass(
-    StoredDrafter, data_fields=["sampling"], meta_fields=["reads", "width", "draft_len", "noise_size"]
-)
+trees.register(StoredDrafter, static=["reads", "width", "draft_len", "noise_size"])
 
 
 def models(vocab: int) -> tuple[Array, Array, Proposal]:

@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from speccascade_t5x import trees
+
 Array = jax.Array
 PyTree = Any
 
@@ -109,11 +111,7 @@ class Proposal:
     hidden: Array | None = None
 
 
-jax.tree_util.register_dataclass(
-    Proposal,
-    data_fields=["tokens", "lengths", "law", "q", "q_raw", "calls", "level_calls", "hidden"],
-    meta_fields=[],
-)
+trees.register(Proposal)
 
 
 @runtime_checkable
@@ -184,4 +182,4 @@ class Bound:
     params: PyTree
 
 
-jax.tree_util.register_dataclass(Bound, data_fields=["model", "params"], meta_fields=[])
+trees.register(Bound)

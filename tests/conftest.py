@@ -59,9 +59,3 @@ def _forget_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test that is run again (`--reruns`) compiles its programs anew."""
-    if getattr(item, "execution_count", 1) > 1:
-        jax.clear_caches()

@@ -13,17 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "speccascade_t5x"
 
-_MODELS = {"interfaces", "core", "models"}
-_DECODING = {"interfaces", "core", "drafting", "decoding"}
+_MODELS = {"trees", "interfaces", "core", "models"}
+_DECODING = {"trees", "interfaces", "core", "drafting", "decoding"}
 _DEFERRAL = _MODELS | _DECODING | {"deferral"}
 _RUNTIME = _DEFERRAL | {"runtime", "checkpoints"}
 _EVALUATION = _RUNTIME | {"evaluation", "tpu"}
 # Which layers each layer may import. Imports point one way; `tasks` serves the command line only.
 ALLOWED = {
-    "interfaces": set(),
-    "core": {"interfaces", "core"},
+    "trees": set(),
+    "interfaces": {"trees"},
+    "core": {"trees", "interfaces", "core"},
     "models": _MODELS,
-    "drafting": {"interfaces", "core", "drafting"},
+    "drafting": {"trees", "interfaces", "core", "drafting"},
     "decoding": _DECODING,
     "deferral": _DEFERRAL,
     "runtime": _RUNTIME,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_RESIDUAL, Array
 
 
@@ -65,7 +66,7 @@ class Counts:
         return dataclasses.replace(self, **changed)
 
 
-jax.tree_util.register_dataclass(Counts, data_fields=[f.name for f in dataclasses.fields(Counts)], meta_fields=[])
+trees.register(Counts)
 
 
 def totals(counts: Counts) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.interfaces import NEG_INF, Array
 
 # Width of the inner level of the two-level cumulative sums: one TPU lane register, and small enough
@@ -38,7 +39,7 @@ class Sampling:
     min_p: Array | float = 0.0
 
 
-jax.tree_util.register_dataclass(Sampling, data_fields=["temperature", "top_k", "top_p", "min_p"], meta_fields=[])
+trees.register(Sampling)
 
 
 def expand_right(value: Array | float, rank: int) -> Array:

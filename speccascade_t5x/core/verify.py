@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.interfaces import Array
 
@@ -32,7 +33,7 @@ class Verification:
     bonus: Array
 
 
-jax.tree_util.register_dataclass(Verification, data_fields=["accepted", "token", "bonus"], meta_fields=[])
+trees.register(Verification)
 
 
 def _at(values: Array, index: Array) -> Array:

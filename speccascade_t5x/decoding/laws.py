@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.decoding.state import Program, Trace
@@ -28,7 +28,7 @@ class Laws:
     trace: Trace | None
 
 
-jax.tree_util.register_dataclass(Laws, data_fields=["target", "deferral", "trace"], meta_fields=[])
+trees.register(Laws)
 
 
 def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, plain: bool) -> Laws:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs, verify
 from speccascade_t5x.core.accounting import Counts
 from speccascade_t5x.core.rules import Pair
@@ -141,9 +142,7 @@ class Judgement:
     trace: Trace | None
 
 
-jax.tree_util.register_dataclass(
-    Judgement, data_fields=["outcome", "tokens", "prob_raw", "deferral", "trace"], meta_fields=[]
-)
+trees.register(Judgement)
 
 
 def judge(

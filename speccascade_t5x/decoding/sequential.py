@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.decoding.emit import Emission, emit, write_rows
 from speccascade_t5x.decoding.laws import describe
@@ -213,7 +214,7 @@ class SequenceCascade:
         return pick(below) + (place - below) * (pick(above) - pick(below))
 
 
-jax.tree_util.register_dataclass(SequenceCascade, data_fields=["threshold", "quantile"], meta_fields=["confidence"])
+trees.register(SequenceCascade, static=["confidence"])
 
 
 def _step(bound, cache: PyTree, block: Array, positions: Array, rows: Array) -> tuple[Array, PyTree]:

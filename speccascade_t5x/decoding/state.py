@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core.accounting import Counts
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Rule
@@ -136,8 +137,7 @@ class Output:
 
 
 for _cls, _static in ((Program, ["config", "width"]), (State, []), (Output, []), (Trace, [])):
-    _names = [f.name for f in dataclasses.fields(_cls) if f.name not in _static]
-    jax.tree_util.register_dataclass(_cls, data_fields=_names, meta_fields=_static)
+    trees.register(_cls, static=_static)
 
 
 def harvest(config: DecodeConfig, state: State) -> Output:

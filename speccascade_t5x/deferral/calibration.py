@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import divergences
 from speccascade_t5x.interfaces import Array, UserError
 
@@ -97,8 +98,8 @@ class PairCalibration:
         return divergences.entropy(self.q.law(pair.q_raw)) - divergences.entropy(self.p.law(pair.p_raw))
 
 
-jax.tree_util.register_dataclass(Calibration, data_fields=["values"], meta_fields=["kind"])
-jax.tree_util.register_dataclass(PairCalibration, data_fields=["q", "p"], meta_fields=[])
+trees.register(Calibration, static=["kind"])
+trees.register(PairCalibration)
 
 
 def identity() -> Calibration:

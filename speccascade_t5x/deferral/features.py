@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.interfaces import Array, UserError
@@ -81,9 +82,7 @@ class Candidates:
     log_rest: Array
 
 
-jax.tree_util.register_dataclass(
-    Candidates, data_fields=["ids", "valid", "features", "log_p", "log_rest"], meta_fields=[]
-)
+trees.register(Candidates)
 
 
 def safe_log(law: Array) -> Array:

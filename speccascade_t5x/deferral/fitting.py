@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from speccascade_t5x import trees
 from speccascade_t5x.deferral import labels
 from speccascade_t5x.deferral.features import Candidates
 from speccascade_t5x.deferral.head import Head, HeadConfig, fresh, network, with_statistics
@@ -85,7 +86,7 @@ class Observer:
         """Losses {"fit", "held_out", "best"} after `step` updates."""
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass
 class FitState:
     """What a fit carries: current and best parameters, and how it went.
@@ -232,9 +233,7 @@ class _Run:
     def __init__(self, config: HeadConfig, fit: FitConfig, data: dict, held_out: dict, columns: Columns):
         self.config, self.fit_config, self.data, self.held_out, self.columns = config, fit, data, held_out, columns
         rate = optax.cosine_decay_schedule(fit.learning_rate, fit.steps, alpha=0.1)
-        self.optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=fit.weight_decay)
-        )
+        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=fit.weight_decay))
         self._advance = jax.jit(self._some_steps)
         self._look = jax.jit(self._whole_loss)
 

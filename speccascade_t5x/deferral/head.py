@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speccascade_t5x import trees
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.deferral import features as features_lib
 from speccascade_t5x.deferral.features import Candidates, FeatureSpec
@@ -112,9 +113,7 @@ class TokenNetwork(nn.Module):
     @nn.compact
     def __call__(self, features: Array, found: Candidates, hidden: Array | None = None) -> Array:
         x = Trunk(self.config, name="trunk")(features, hidden)
-        own = nn.Dense(self.config.width, name="read_candidate")(
-            Normalise(name="normalise_candidate")(found.features)
-        )
+        own = nn.Dense(self.config.width, name="read_candidate")(Normalise(name="normalise_candidate")(found.features))
         shared = nn.Dense(self.config.width, name="share")(x)[..., None, :]
         scored = nn.Dense(1, kernel_init=nn.initializers.zeros, name="score")(nn.gelu(own + shared))[..., 0]
         rest = nn.Dense(1, kernel_init=nn.initializers.zeros, name="rest")(x)[..., 0]
@@ -178,7 +177,7 @@ class Head:
             raise UserError(f"this is a {self.config.kind} head, but the rule needs a {kind} head: fit such a one")
 
 
-jax.tree_util.register_dataclass(Head, data_fields=["variables", "classes"], meta_fields=["config"])
+trees.register(Head, static=["config"])
 
 
 def fresh(config: HeadConfig, key: Array, candidate_width: int = 0) -> PyTree:

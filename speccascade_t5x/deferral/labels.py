@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.deferral.features import safe_log
 from speccascade_t5x.interfaces import Array, UserError
@@ -28,7 +28,7 @@ class Labels:
     hit_p: Array
 
 
-jax.tree_util.register_dataclass(Labels, data_fields=["log_q", "log_p", "hit_q", "hit_p"], meta_fields=[])
+trees.register(Labels)
 
 
 def realised(q_raw: Array, p_raw: Array, tokens: Array) -> Labels:

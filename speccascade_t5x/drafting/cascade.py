@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs, verify
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Rule
@@ -302,11 +303,7 @@ class CascadeDrafter:
         return model_law(logits, self.sampling, self.vocab_size)
 
 
-jax.tree_util.register_dataclass(
-    CascadeDrafter,
-    data_fields=["sampling", "lenience", "rules", "copier"],
-    meta_fields=["models", "plan", "width", "vocab_size", "reads"],
-)
+trees.register(CascadeDrafter, static=["models", "plan", "width", "vocab_size", "reads"])
 
 
 def _window(history: Array, begin: Array, size: int) -> Array:

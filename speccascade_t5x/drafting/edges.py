@@ -15,6 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Pair, Rule
@@ -54,8 +55,8 @@ class Draft:
     confidence: Array
 
 
-jax.tree_util.register_dataclass(ModelLaw, data_fields=["tempered", "raw", "sampled"], meta_fields=[])
-jax.tree_util.register_dataclass(Draft, data_fields=["tokens", "lengths", "law", "confidence"], meta_fields=[])
+trees.register(ModelLaw)
+trees.register(Draft)
 
 
 def model_law(logits: Array, sampling: Sampling, vocab_size: int | None) -> ModelLaw:

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.drafting.ngram import NGramTable
 from speccascade_t5x.interfaces import Array, Bound, Proposal, PyTree, UserError
@@ -217,11 +218,7 @@ class MaxGram:
         return probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
 
 
-jax.tree_util.register_dataclass(
-    MaxGram,
-    data_fields=["sampling"],
-    meta_fields=[f.name for f in dataclasses.fields(MaxGram) if f.name != "sampling"],
-)
+trees.register(MaxGram, static=[f.name for f in dataclasses.fields(MaxGram) if f.name != "sampling"])
 
 
 def write(history: Array, tokens: Array, index: Array) -> Array:

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.drafting.stop import DraftStop
 from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
@@ -131,8 +132,6 @@ class ModelDrafter:
         return (logits[..., : self.width].astype(jnp.float32), captured.get("hidden")), cache
 
 
-jax.tree_util.register_dataclass(
-    ModelDrafter,
-    data_fields=["sampling", "stop"],
-    meta_fields=["model", "draft_len", "width", "vocab_size", "score_bonus", "report_q", "report_hidden"],
+trees.register(
+    ModelDrafter, static=["model", "draft_len", "width", "vocab_size", "score_bonus", "report_q", "report_hidden"]
 )

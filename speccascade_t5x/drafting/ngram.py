@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speccascade_t5x import trees
 from speccascade_t5x.interfaces import Array, UserError
 
 
@@ -105,9 +105,7 @@ class NGramTable:
         return index, (before >= 0) & (low < end) & (self.seconds[index] == last)
 
 
-jax.tree_util.register_dataclass(
-    NGramTable, data_fields=[f.name for f in dataclasses.fields(NGramTable)], meta_fields=[]
-)
+trees.register(NGramTable)
 
 
 def build_table(

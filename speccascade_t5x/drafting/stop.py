@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import divergences
 from speccascade_t5x.core.rules import Pair, PrefixRule
 from speccascade_t5x.interfaces import Array
@@ -59,4 +59,4 @@ class Deferral:
 
 
 for _cls in (Confidence, Entropy, Deferral):
-    jax.tree_util.register_dataclass(_cls, data_fields=[f.name for f in dataclasses.fields(_cls)], meta_fields=[])
+    trees.register(_cls)

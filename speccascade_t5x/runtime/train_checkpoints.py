@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from speccascade_t5x import trees
 from speccascade_t5x.interfaces import PyTree, UserError
 from speccascade_t5x.runtime import records
 
@@ -33,7 +34,7 @@ _LONGEST_REASON = 200
 _NO_SPACE = ("no space left", "enospc", "disk quota", "file too large")
 
 
-@jax.tree_util.register_dataclass
+@trees.register
 @dataclasses.dataclass
 class TrainState:
     """What a step maps to the next.

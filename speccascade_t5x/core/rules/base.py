@@ -7,10 +7,10 @@ import difflib
 import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speccascade_t5x import trees
 from speccascade_t5x.core import probs
 from speccascade_t5x.interfaces import Array, UserError
 
@@ -53,11 +53,8 @@ class Verdict:
     residual: Array
 
 
-for _cls, _fields in (
-    (Pair, ["q", "p", "q_raw", "p_raw", "greedy", "position", "hidden_q", "hidden_p"]),
-    (Verdict, ["accept", "residual"]),
-):
-    jax.tree_util.register_dataclass(_cls, data_fields=_fields, meta_fields=[])
+trees.register(Pair)
+trees.register(Verdict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +180,7 @@ def register(name: str, cls: type[Rule]) -> type[Rule]:
     if _REGISTRY.get(name, cls) is not cls:
         raise ValueError(f"the rule name {name!r} is taken by {_REGISTRY[name].__name__}")
     _REGISTRY[name] = cls
-    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    leaves = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-    jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
-    return cls
+    return trees.register(cls)
 
 
 def names() -> list[str]:
