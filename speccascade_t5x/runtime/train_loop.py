@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from speccascade_t5x.decoding import placing
 from speccascade_t5x.decoding.compiled import shapes
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
-from speccascade_t5x.models.t5 import T5, T5Config, init_params
-from speccascade_t5x.runtime import hosts, losses, optimizers, options, teacher_forcing
+from speccascade_t5x.models.t5 import T5, T5Config
+from speccascade_t5x.runtime import hosts, losses, teacher_forcing
 from speccascade_t5x.runtime.partitioning import Partitioning, data_mesh
 from speccascade_t5x.runtime.train_checkpoints import Checkpoints, TrainState, all_finite
+from speccascade_t5x.runtime.train_step import NEVER, TrainConfig, Update
 
-_NEVER = np.int32(2**31 - 1)
 _AHEAD = 2  # steps the host may be ahead of the device
 
 
@@ -64,41 +62,6 @@ class Observer:
 
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is on disk."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-      steps: updates in all; a resumed run may raise it.
-      seed: of initialisation and dropout.
-      optimizer: with its schedule.
-      loss: what is minimised.
-      distill: how to learn from a teacher; needs one.
-      microbatches: pieces a batch is cut into, whose gradients are added up: less memory, same update.
-      log_every: steps between reports, the only times the host waits for numbers.
-      eval_every: steps between evaluations; 0 evaluates at the beginning and at the end only.
-      checkpoint_every: steps between checkpoints; one is also written at the end.
-      keep: how many checkpoints stay.
-    """
-
-    steps: int
-    seed: int = 0
-    optimizer: optimizers.Adafactor | optimizers.AdamW = dataclasses.field(default_factory=optimizers.Adafactor)
-    loss: losses.LossConfig = dataclasses.field(default_factory=losses.LossConfig)
-    distill: losses.DistillConfig | None = None
-    microbatches: int = 1
-    log_every: int = 50
-    eval_every: int = 0
-    checkpoint_every: int = 1000
-    keep: int = 3
-
-    def __post_init__(self) -> None:
-        options.whole("seed", self.seed, 0, 2**32 - 1)
-        options.whole("eval_every", self.eval_every, 0)
-        for name in ("steps", "microbatches", "log_every", "checkpoint_every", "keep"):
-            options.whole(name, getattr(self, name), 1)
 
 
 @dataclasses.dataclass
@@ -203,6 +166,7 @@ class _Run:
         self.model, self.batches, self.config, self.teacher = model, batches, config, teacher
         self.rules = mesh if isinstance(mesh, Partitioning) else None
         mesh = mesh if self.rules is None else mesh.mesh
+        self.update = Update(model, config, teacher and teacher.model.config)
         self.share, self.observer = mesh.shape["data"], observer
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.split = NamedSharding(mesh, PartitionSpec("data"))
@@ -276,31 +240,26 @@ class _Run:
 
     def lower(self, batch: losses.Batch) -> jax.stages.Lowered:
         """See `lower_step`."""
-        state = jax.eval_shape(self._draw)
+        state = jax.eval_shape(self.update.draw)
         state = shapes(state, self._where(state))
-        return self._advance(state).lower(state, shapes(self._sums(), self.whole), shapes(batch, self.split), None)
+        sums = shapes(self.update.no_sums(), self.whole)
+        return self._advance(state).lower(state, sums, shapes(batch, self.split), None)
 
     def _advance(self, state: TrainState) -> Any:
         """The jitted step."""
         places = {} if self.rules is None else {"out_shardings": (self._where(state), self.whole)}
-        return jax.jit(self._step, donate_argnums=0, **places)
-
-    def _fresh(self, params: PyTree) -> TrainState:
-        return TrainState(jnp.int32(0), params, self._optimizer(params).init(params))
-
-    def _draw(self) -> TrainState:
-        return self._fresh(init_params(self.model, jax.random.key(self.config.seed)))
+        return jax.jit(self.update.step, donate_argnums=0, **places)
 
     def _begin(self, store: Checkpoints | None, start_from: PyTree | TrainState | None) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
         if store is not None and store.latest() is not None:
-            shape = jax.eval_shape(self._draw)
+            shape = jax.eval_shape(self.update.draw)
             return store.restore(shape, self._where(shape))
         if store is not None:
             store.describe(dataclasses.asdict(self.model))
         if start_from is None:
-            return jax.jit(self._draw, out_shardings=self._where(jax.eval_shape(self._draw)))()
-        state = start_from if isinstance(start_from, TrainState) else self._fresh(start_from)
+            return jax.jit(self.update.draw, out_shardings=self._where(jax.eval_shape(self.update.draw)))()
+        state = start_from if isinstance(start_from, TrainState) else self.update.fresh(start_from)
         # Copied, because the state is donated and the caller's arrays must stay.
         return placing.put(state, self._where(state), may_alias=False)
 
@@ -308,66 +267,8 @@ class _Run:
         """Where a training state lives, or the parameters of another model: one sharding, or as the rules say."""
         return self.whole if self.rules is None else self.rules.like_params(model or T5(self.model), state)
 
-    def _optimizer(self, params: PyTree) -> optax.GradientTransformation:
-        return self.config.optimizer.transformation(self.config.steps, params)
-
     def _zeros(self) -> dict[str, Array]:
-        return placing.put(self._sums(), self.whole)
-
-    def _sums(self) -> dict[str, np.generic]:
-        """Sums over no step, on the host."""
-        names = ["loss", "cross_entropy", "z_loss", "correct", "weight", "tokens", "grad_norm", "steps"]
-        if self.config.distill is not None:
-            names.append("divergence")
-        return {name: np.float32(0) for name in names} | {"bad_step": _NEVER, "learning_rate": np.float32(0)}
-
-    def _step(
-        self, state: TrainState, sums: dict[str, Array], batch: losses.Batch, teacher_params: PyTree
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """One update. Jitted; `state` is donated."""
-        config = self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        weighted = {**batch, "weights": losses.normalized_weights(batch, config.loss.normalizer)}
-        grads, found = self._gradients(state.params, weighted, key, teacher_params)
-        updates, opt_state = self._optimizer(state.params).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
-        tokens = sum(jnp.sum(batch[name] > 0) for name in ("encoder_input_tokens", "decoder_target_tokens"))
-        found |= {"tokens": tokens.astype(jnp.float32), "grad_norm": norm, "steps": jnp.float32(1)}
-        new = {name: sums[name] + value for name, value in found.items()}
-        fine = jnp.isfinite(found["loss"]) & jnp.isfinite(norm)
-        new["bad_step"] = jnp.minimum(sums["bad_step"], jnp.where(fine, _NEVER, state.step))
-        new["learning_rate"] = config.optimizer.schedule.rate(config.steps)(state.step)
-        return TrainState(state.step + 1, params, opt_state), new
-
-    def _gradients(
-        self, params: PyTree, batch: losses.Batch, key: Array, teacher_params: PyTree
-    ) -> tuple[PyTree, dict[str, Array]]:
-        """Gradients and sums of a batch, microbatch by microbatch."""
-        pieces = self.config.microbatches
-        gradient = jax.grad(self._loss, has_aux=True)
-        if pieces == 1:
-            return gradient(params, batch, key, teacher_params)
-        # Row r goes to piece r mod `pieces`, so that every device keeps its rows.
-        cut = lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-        keys = jax.random.split(key, pieces)
-
-        def add(total: PyTree, piece: tuple) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *piece, teacher_params)), None
-
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: cut(x)[0], batch), key, teacher_params)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jax.tree.map(cut, batch), keys))[0]
-
-    def _loss(
-        self, params: PyTree, batch: losses.Batch, key: Array, teacher_params: PyTree
-    ) -> tuple[Array, dict[str, Array]]:
-        dropout_key = key if self.model.dropout_rate else None
-        logits = teacher_forcing.logits(self.model, params, batch, dropout_key)
-        others = None
-        if self.config.distill is not None:
-            others = teacher_forcing.logits(self.teacher.model.config, teacher_params, batch)
-        return losses.objective(logits, batch, batch["weights"], self.config.loss, others, self.config.distill)
+        return placing.put(self.update.no_sums(), self.whole)
 
     def _put(self, batch: Mapping[str, np.ndarray], step: int | None = None) -> losses.Batch:
         """Moves a batch to the devices, row by row.
@@ -403,7 +304,7 @@ class _Run:
         Raises:
           UserError: the loss or the gradient was not finite.
         """
-        if sums["bad_step"] != _NEVER:
+        if sums["bad_step"] != NEVER:
             raise UserError(_diverged(int(sums["bad_step"]) + 1, store))
         steps, rest = float(sums["steps"]), ("bad_step", "steps", "loss", "tokens", "grad_norm", "learning_rate")
         metrics = {
@@ -422,8 +323,7 @@ class _Run:
 
     def _evaluate(self, params: PyTree, batches: list, result: TrainResult) -> None:
         if not hasattr(self, "_eval"):
-            teacher = self.teacher and self.teacher.model.config
-            self._eval = jax.jit(functools.partial(teacher_forcing.step, self.model, teacher))
+            self._eval = jax.jit(functools.partial(teacher_forcing.step, self.model, self.update.teacher))
         metrics = teacher_forcing.run(self._eval, params, self.teacher_params, map(self._put, batches))
         result.evaluations.append({"step": result.step, **metrics})
         self.observer.evaluated(result.step, metrics)

@@ -22,7 +22,7 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import tree
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, init_params
-from speccascade_t5x.runtime import losses, optimizers, teacher_forcing, train_loop
+from speccascade_t5x.runtime import losses, optimizers, teacher_forcing, train_loop, train_step
 from speccascade_t5x.runtime.train_loop import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,8 +104,8 @@ def test_reports_are_means_of_the_steps_between(tmp_path):
 
 def test_each_shape_compiles_once_and_no_step_waits(monkeypatch):
     traced, fetched = [], []
-    step, get = train_loop._Run._step, jax.device_get
-    monkeypatch.setattr(train_loop._Run, "_step", lambda *args: traced.append(1) or step(*args))
+    step, get = train_step.Update.step, jax.device_get
+    monkeypatch.setattr(train_step.Update, "step", lambda *args: traced.append(1) or step(*args))
     monkeypatch.setattr(jax, "device_get", lambda value: fetched.append(1) or get(value))
     train_loop.train_loop(MODEL, Copying(widths=(6, 8)), config(12, log_every=6))
     assert len(traced) == 2 and len(fetched) == 2
