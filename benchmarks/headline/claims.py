@@ -32,13 +32,13 @@ def verdict(difference: Estimate | None) -> str:
     return "holds" if difference.above() else "fails" if difference.below() else "not shown"
 
 
-def markdown(groups: Sequence[Group]) -> str:
-    """All claims as a page."""
+def markdown(groups: Sequence[Group], tolerance: float = 0.0) -> str:
+    """All claims as a page. For `tolerance` see `frontier.answers`."""
     lines = ["# Claims of the paper, and what was measured here", ""]
     lines += ["Intervals: 95 %, paired over examples; alphas chosen on other items than reported. See report.html.", ""]
-    lines += _table(groups)
+    lines += _table(groups, tolerance)
     main = groups[0]
-    found = {answer.arm: answer for answer in frontier.answers(main)}
+    found = {answer.arm: answer for answer in frontier.answers(main, tolerance)}
     lines += ["## Main condition", ""]
     sequential = ("token_cascade:chow", "sequence_cascade")
     for claim, winner, others in (
@@ -55,7 +55,7 @@ def markdown(groups: Sequence[Group]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(groups: Sequence[Group]) -> list[str]:
+def _table(groups: Sequence[Group], tolerance: float) -> list[str]:
     """The top-p table in the paper's form, its figures beside ours."""
     lines = ["## Lossy SD / Token V3 under top-p", ""]
     lines += [
@@ -66,7 +66,7 @@ def _table(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         if group.condition.top_p not in PUBLISHED and group is not groups[0]:
             continue
-        found = {answer.arm: answer for answer in frontier.answers(group)}
+        found = {answer.arm: answer for answer in frontier.answers(group, tolerance)}
         lossy, ours = found.get("lossy_sd"), found.get("token_v3")
         cells = [f"{group.condition.top_p:g}"]
         published = PUBLISHED.get(group.condition.top_p, ("-",) * 4)

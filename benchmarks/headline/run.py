@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax loads; name another 
 import claims
 
 from speccascade_t5x.cli import __main__ as cli
+from speccascade_t5x.cli import hosts
 from speccascade_t5x.cli import sweep as verb
 from speccascade_t5x.runtime import records
 
@@ -29,8 +30,13 @@ def main(argv: list[str]) -> int:
 
     def verb_and_claims(flags: list[str]) -> int:
         result = verb.run(flags)
-        path = records.write_text(result.folder / "claims.md", claims.markdown(result.groups))
-        print("\n".join([*verb.lines(result), f"wrote {path}"]))
+        if not hosts.first():
+            return 0
+        said = verb.lines(result)
+        if result.groups:  # a calibration has none
+            path = records.write_text(result.folder / "claims.md", claims.markdown(result.groups, result.tolerance))
+            said.append(f"wrote {path}")
+        print("\n".join(said))
         return 0
 
     named = any(flag.startswith("--gin_file") for flag in argv)

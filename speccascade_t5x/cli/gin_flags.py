@@ -106,6 +106,14 @@ def configured(binding: str) -> Any:
     return value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference) else value
 
 
+def bound(binding: str, default: Any) -> Any:
+    """The value a loaded file or flag gives a binding, or the default."""
+    try:
+        return gin.query_parameter(binding)
+    except ValueError:
+        return default
+
+
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses flags. Returns (namespace, bindings "NAME = VALUE" of the `--gin.` flags in order).
 

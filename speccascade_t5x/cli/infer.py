@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
     files = (flags.gin_file or [gin_flags.default_file("infer", flags.task)]) + mesh_files
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= settings_flags.bindings(flags)
-    shorts |= operating_point.bindings(flags, bindings)
+    point = operating_point.chosen(flags)
+    shorts |= operating_point.bindings(point, flags, bindings)
     for name in ("truncate", "trace"):
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     shorts |= mesh_bindings | {"infer.infer.refill": flags.refill or None}
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
     begin = "begin with a run file, such as --gin_file=runs/infer.gin"
     job = gin_flags.job(infer.infer, {"infer.infer.pair": begin, "infer.infer.settings": begin})
-    job = operating_point.checked(job, "infer.infer.pair", flags.operating_point)
+    job = operating_point.checked(job, "infer.infer.pair", flags, point)
     try:
         with preemption.stop_on_sigterm() as stop, _progress_bar() as progress:
             result = job(config_text=config_text, progress=progress, stop=stop)

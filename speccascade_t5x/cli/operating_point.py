@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, hosts
 from speccascade_t5x.interfaces import UserError
 
 _PREFIX = "generate.Settings."
@@ -25,25 +25,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quality_floor", type=float, help="fastest at this quality or better, in the sweep's metric")
 
 
-def bindings(flags: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    """gin bindings of the point that is chosen; none where no file is named.
+def chosen(flags: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The point the flags ask for, see `operating_points.choose`; None where no file is named.
 
     Args:
       flags: parsed; its temperature, top_p and draft_len choose among conditions of the sweep.
-      given: bindings of the command line, "NAME = VALUE".
 
     Raises:
-      UserError: no point fits, or a flag chooses what the point chooses.
+      UserError: no point fits, or a limit without a file.
     """
     if flags.operating_point is None:
         for name in ("latency_budget", "quality_floor"):
             if getattr(flags, name) is not None:
                 raise UserError(f"--{name} chooses among operating points: give --operating_point=FILE as well")
-        return {}
+        return None
     from speccascade_t5x.evaluation import operating_points
 
     wanted = {name: getattr(flags, name) for name in operating_points.CONDITIONS}
-    point = operating_points.choose(flags.operating_point, flags.latency_budget, flags.quality_floor, wanted)
+    return operating_points.choose(flags.operating_point, flags.latency_budget, flags.quality_floor, wanted)
+
+
+def bindings(point: Mapping[str, Any] | None, flags: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """gin bindings of the point; none without one. None stands for what it leaves as it is by default.
+
+    Args:
+      point: that was chosen.
+      flags: parsed.
+      given: bindings of the command line, "NAME = VALUE".
+
+    Raises:
+      UserError: a flag chooses what the point chooses.
+    """
+    if point is None:
+        return {}
+    from speccascade_t5x.evaluation import operating_points
+
     bound = {binding.partition(" = ")[0].removeprefix(_PREFIX) for binding in given}
     for name in operating_points.FIELDS:
         free = name in operating_points.CONDITIONS and name not in bound
@@ -51,26 +67,48 @@ def bindings(flags: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
             raise UserError(
                 f"the operating point {point['name']} chooses {name} itself: leave --{name} out, or the operating point"
             )
-    return {f"{_PREFIX}{name}": value for name, value in point["settings"].items()}
+    return {f"{_PREFIX}{name}": point["settings"].get(name) for name in operating_points.FIELDS}
 
 
-def checked(job: Callable[..., Any], binding: str, file: str | Path | None) -> Callable[..., Any]:
-    """The job, with its pair loaded and known to be the one of the operating points.
+def checked(
+    job: Callable[..., Any], binding: str, flags: argparse.Namespace, point: Mapping[str, Any] | None
+) -> Callable[..., Any]:
+    """The job, with its pair loaded and known to be the one of the operating points; says which point it is.
 
     Args:
       job: configured.
       binding: of its pair.
-      file: named by --operating_point, or None: then the job as it is.
+      flags: parsed.
+      point: that was chosen, or None: then the job as it is.
 
     Raises:
-      UserError: the points were measured with another pair.
+      UserError: the points were measured with another pair, or a gin file sets what the point leaves as it is.
     """
-    if file is None:
+    if point is None:
         return job
     from speccascade_t5x.evaluation import operating_points
-    from speccascade_t5x.runtime import plans
+    from speccascade_t5x.runtime import infer, plans
 
-    pair = gin_flags.configured(binding)
-    if operating_points.read(file)["pair"] != plans.identity(pair):
-        raise UserError(f"the operating points {file} are of another pair: run `speccascade sweep` with this one")
+    for name in operating_points.FIELDS:
+        usual = _default(name)
+        value = gin_flags.bound(f"{_PREFIX}{name}", usual)
+        if name not in point["settings"] and value != usual:
+            raise UserError(
+                f"the operating point {point['name']} was measured with {name}={usual!r}, but a gin file sets it to "
+                f"{value!r}: leave that out, or the operating point"
+            )
+    pair, offered = gin_flags.configured(binding), operating_points.read(flags.operating_point)
+    other = offered["pair"] != plans.identity(pair)
+    if other or offered.get("weights") not in (None, infer.pair_identity(pair)):
+        raise UserError(
+            f"the operating points {flags.operating_point} are of another pair: run `speccascade sweep` with this one"
+        )
+    if hosts.first():
+        print(f"operating point {operating_points.in_words(point, offered['metric'])}", file=sys.stderr)
     return lambda **arguments: job(pair=pair, **arguments)
+
+
+def _default(name: str) -> Any:
+    from speccascade_t5x.runtime.settings import Settings
+
+    return getattr(Settings(), name)

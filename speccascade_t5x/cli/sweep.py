@@ -123,20 +123,22 @@ def lines(result: Any) -> list[str]:
     if result.calibrated:
         return [*_calibrated(result.calibrated), f"wrote {result.files['calibration']}"]
     from speccascade_t5x.evaluation import frontier
-    from speccascade_t5x.evaluation.notes import interval
+    from speccascade_t5x.evaluation.notes import advice, interval
 
     main = result.groups[0]
     rows = [("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")]
-    for answer in frontier.answers(main):
+    for answer in frontier.answers(main, result.tolerance):
         row = [answer.arm]
         for choice, figure in ((answer.at_quality, "speed_up"), (answer.at_latency, "quality")):
             alpha = "-" if choice is None or choice.point.alpha is None else f"{choice.point.alpha:g}"
-            row += [alpha, "none" if choice is None else interval(getattr(choice, figure))]
+            digits = None if figure == "quality" else 2
+            row += [alpha, "none" if choice is None else interval(getattr(choice, figure), digits)]
         rows.append(tuple(row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [f"{main.condition}:", ""] if len(rows) > 1 else []
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     text += table if len(rows) > 1 else []
+    text += ["", *advice(main, result.tolerance, "quality")] if len(rows) > 1 else []
     return [*text, "", *(f"wrote {path}" for path in result.files.values())]
 
 

@@ -38,7 +38,7 @@ class Point:
       quality: per half; the main metric, higher is better.
       nll: per half, in nats per reference token; empty where the law cannot be told.
       rates: over all items, the mean of the seeds' rates.
-      speed_up: per half, tokens' time apart: time of the verifier alone on the same items over its own, batch 1.
+      speed_up: per half, time of the verifier alone on the same items over its own, batch 1.
       seconds: per half, per item at batch 1.
       batch_speed_up: likewise of whole batches, over both halves.
       tokens_per_s: at batch 1 and in whole batches, over both halves.
@@ -186,19 +186,18 @@ class Analyst:
         self, point: Point, verifier: Point, blocks: Sequence[Mapping[str, Any]], costs: Mapping[str, Any] | None
     ) -> Point:
         """The point with its wall times, where it was timed."""
-        mine, base = timing.read(blocks, point.name), timing.read(blocks, verifier.name)
+        # A sweep that is timing anew, because a cell was added, has blocks without it.
+        shared = [block for block in blocks if {point.name, verifier.name} <= set(block["points"])]
+        mine, base = timing.read(shared, point.name), timing.read(shared, verifier.name)
         if mine is None or base is None:
             return point
-        place = {item: i for i, item in enumerate(base["items"])}
-        order = [place[item] for item in mine["items"]]
         speed_up, seconds = {}, {}
         for half, places in self.halves.items():
             inside = [i for i, item in enumerate(mine["items"]) if item in set(places)]
             if not inside:
                 continue
             boot = self._boot(len(inside), _TIME_SEED)
-            theirs = base["seconds"][order][inside]
-            speed_up[half] = boot.ratio(theirs, mine["seconds"][inside])
+            speed_up[half] = boot.ratio(base["seconds"][inside], mine["seconds"][inside])
             seconds[half] = boot.mean(mine["seconds"][inside])
         whole = self._boot(len(mine["batch_seconds"]), _TIME_SEED)
         per_s = (
@@ -218,10 +217,10 @@ class Analyst:
 def _predicted(point: Point, costs: Mapping[str, Any] | None) -> float | None:
     settings = point.row["settings"]
     plain = (settings.get("method", "speculative"), settings.get("drafter", "model")) == ("speculative", "model")
-    if costs is None or not plain:
+    if costs is None or not plain or "draft_len" not in settings or "draft_stop" in settings:
         return None
     reads = rules.get(point.row["rule"]).reads_drafter
-    return timing.theory(costs, point.rates, point.row["draft_len"] or 0, reads)
+    return timing.theory(costs, point.rates, settings["draft_len"], reads)
 
 
 def _belongs(row: Mapping[str, Any], condition: Condition) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from speccascade_t5x.evaluation import grid
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
-from speccascade_t5x.evaluation.measure import Measurement
+from speccascade_t5x.evaluation.measure import Measurement, sequence_grid
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.evaluation.statistics import Bootstrap
 from speccascade_t5x.interfaces import UserError
@@ -54,6 +54,19 @@ def wanted(asked: Mapping[str, float]) -> Wanted:
     return Wanted(rate, float(value))
 
 
+def check(arms: Sequence[Arm]) -> None:
+    """Refuses methods that cannot be calibrated, before anything is decoded.
+
+    Raises:
+      UserError: there is none, or one takes no alpha.
+    """
+    if not arms:
+        raise UserError("a calibration needs methods: name at least one that takes an alpha")
+    for arm in arms:
+        if arm.range is None:
+            raise UserError(f"the method {arm.name!r} takes no alpha, so there is nothing to calibrate: leave it out")
+
+
 def calibrate(
     measurement: Measurement,
     arms: Sequence[Arm],
@@ -65,12 +78,13 @@ def calibrate(
 ) -> list[dict[str, Any]]:
     """Finds each arm's alpha.
 
-    A coarse grid first, then halving of the interval on whose ends the rate lies above and below what is wanted; so
-    the rate need not be monotone all over. The closest of all measured alphas is taken.
+    A coarse grid first, and where it does not span the rate the ends of the rule's span; then halving of the interval
+    on whose ends the rate lies above and below what is wanted, so the rate need not be monotone all over. The closest
+    of all measured alphas is taken.
 
     Args:
       measurement: runs the cells.
-      arms: that take an alpha.
+      arms: that take an alpha, see `check`.
       condition: draft length and sampling.
       seed: of the decodes.
       target: what is wanted.
@@ -79,14 +93,14 @@ def calibrate(
 
     Returns:
       Per arm: "arm", "alpha", "wanted", "chosen_on" (the rate on the half the alpha was chosen on), "held_out" (on
-      the other half, with its interval), "reached" (whether the wanted rate lies within what the coarse grid spans) and
-      "cell".
+      the other half, with its interval), "reached" (whether the wanted rate lies within the measured ones) and "cell".
+
+    Raises:
+      UserError: no decode of a method succeeded.
     """
     measurement.expect(len(arms) * (points + steps))
     found = []
     for arm in arms:
-        if arm.range is None:
-            raise UserError(f"the method {arm.name!r} takes no alpha, so there is nothing to calibrate: leave it out")
         known: dict[float, float] = {}
 
         def rate(alpha: float, arm: Arm = arm, known: dict[float, float] = known) -> None:
@@ -94,11 +108,15 @@ def calibrate(
             if row is not None:
                 known[alpha] = row["rates"][CHOOSE][target.rate]
 
-        for alpha in arm.alphas or grid.default_alphas(arm, points):
+        spans = lambda known=known: min(known.values()) <= target.value <= max(known.values())  # noqa: E731
+        for alpha in arm.alphas or _coarse(measurement, arm, condition, seed, points):
             rate(alpha)
         if not known:
             raise UserError(f"no decode of {arm.name!r} succeeded: cells.jsonl says why")
-        reached = min(known.values()) <= target.value <= max(known.values())
+        for alpha in () if arm.alphas else grid.ends(arm):
+            if not spans():
+                rate(alpha)
+        reached = spans()
         for _ in range(steps):
             middle = _between(known, target.value)
             if middle is None or middle in known:
@@ -121,6 +139,15 @@ def calibrate(
             }
         )
     return found
+
+
+def _coarse(measurement: Measurement, arm: Arm, condition: Condition, seed: int, points: int) -> tuple[float, ...]:
+    if arm.method != "sequence_cascade":
+        return grid.default_alphas(arm, points)
+    drafted = Cell(grid.arm("drafter"), None, condition, seed)
+    if measurement.run(drafted) is None:
+        raise UserError("the drafter alone cannot be decoded, so there are no alphas to try: cells.jsonl says why")
+    return sequence_grid(measurement, arm, drafted, points)
 
 
 def _between(known: Mapping[float, float], target: float) -> float | None:

@@ -49,18 +49,19 @@ class CellStore:
       output_dir: made if missing.
       config: what the sweep measures, as JSON values by name. Two sweeps with equal ones are the same sweep.
       first: whether this is the host that writes what is written once. The others open the folder after it.
+      reading: only reports what is there: a sweep may be at work in the folder, whose half-written files stay.
 
     Raises:
       UserError: the folder holds another sweep; the message says what differs.
     """
 
-    def __init__(self, output_dir: str | Path, config: Mapping[str, Any], first: bool = True):
-        self.folder, self._first = Path(output_dir), first
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any], first: bool = True, reading: bool = False):
+        self.folder, self._first, self._reading = Path(output_dir), first, reading
         self.config = json.loads(records.to_json(dict(config)))
         self._claim()
         self._rows: dict[str, dict[str, Any]] = {}
         self._read: dict[Path, int] = {}
-        if first:
+        if first and not reading:
             for leftover in self.folder.glob("**/.*.partial"):
                 leftover.unlink(missing_ok=True)  # of a killed write
         self.read_anew()
@@ -148,7 +149,7 @@ class CellStore:
         return self._rows[row["cell"]]
 
     def _write_rows(self) -> None:
-        if not self._first:
+        if not self._first or (self._reading and (self.folder / ROWS).exists()):
             return
         lines = [(records.to_json(row) + "\n").encode("utf-8") for row in self.rows]
         records.write_bytes(self.folder / ROWS, lines)

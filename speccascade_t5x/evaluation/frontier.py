@@ -73,6 +73,19 @@ def answers(group: Group, tolerance: float = 0.0) -> list[Answer]:
     return found
 
 
+def overall(group: Group, tolerance: float = 0.0) -> tuple[Choice | None, Choice | None]:
+    """The fastest of all timed points at the verifier's quality, and the best within its latency: what `infer` runs."""
+    verifier = group.alone("verifier")
+    timed = [point for point in group.points if {CHOOSE, REPORT} <= set(point.speed_up)]
+    timed = [point for point in timed if all(math.isfinite(point.quality[half].value) for half in (CHOOSE, REPORT))]
+    floor = verifier.quality[CHOOSE].value - tolerance
+    order = lambda p: (p.latency(CHOOSE), -p.quality[CHOOSE].value)  # noqa: E731
+    fastest = min((p for p in timed if p.quality[CHOOSE].value >= floor), key=order, default=None)
+    quick = (p for p in timed if p.latency(CHOOSE) <= 1.0)
+    best = max(quick, key=lambda p: (p.quality[CHOOSE].value, -p.latency(CHOOSE)), default=None)
+    return _choice(fastest, verifier), _choice(best, verifier)
+
+
 def _choice(point: Point | None, verifier: Point) -> Choice | None:
     if point is None:
         return None
@@ -112,7 +125,7 @@ def area(group: Group, points: Sequence[Point]) -> Estimate | None:
 
     At a budget below 1 a method may run as the drafter alone, at any of its points that fits, or as a mixture of them
     over requests; the verifier alone stands at 1. Which points make its frontier is decided on one half, their
-    figures come from the other.
+    figures come from the other: a point that turns out to be a bad choice there counts as one.
 
     Returns:
       None where the drafter or the verifier was not timed, or the drafter is not the faster of the two.
@@ -136,16 +149,9 @@ def _inverse(speed_up: Estimate) -> Estimate:
 
 
 def _mean_height(corners: Sequence[tuple[float, float]], low: float) -> float:
-    """Mean over [low, 1] of the best height within each budget, straight between corners."""
-    ordered, best, kept = sorted(corners), -math.inf, []
-    for x, y in ordered:
-        if y > best:
-            kept.append((x, y))
-            best = y
-    if not kept or not all(map(math.isfinite, np.ravel(kept))):
+    """Mean height over [low, 1], straight between corners, all of which were chosen elsewhere."""
+    if low >= 1.0 or not all(map(math.isfinite, np.ravel(corners))):
         return math.nan
-    xs, ys = zip(*kept, strict=True)
-    if low >= 1.0:
-        return math.nan
+    xs, ys = zip(*sorted(corners), strict=True)
     places = np.array([low, *(x for x in xs if low < x < 1.0), 1.0])
     return float(np.trapezoid(np.interp(places, xs, ys), places) / (1.0 - low))

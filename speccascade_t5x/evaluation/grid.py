@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ _ARM = (
     *("k_matrix", "lenience", "edge_rules", "max_ngram", "min_ngram", "ngram_fill", "confidence", "quantile"),
 )
 _OWN = ("alpha", "plan", "num_samples", "trace", "temperature", "top_p", "seed")
+_FILE_NAME = re.compile(r"[\w+=@:(-][\w .,+=@:()-]*")  # of cells; the first character hides no file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Arm:
 
     def __post_init__(self) -> None:
         options.text("name", self.name)
+        if not _FILE_NAME.fullmatch(self.name):
+            raise UserError(
+                f"the method name {self.name!r} names files as well: use letters, digits, blanks and -+=@:.,() only"
+            )
         wrong = sorted(set(self.options) - set(_ARM))
         if wrong:
             raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
@@ -94,8 +100,9 @@ class Arm:
 
     @property
     def reads_draft_len(self) -> bool:
-        """Whether a condition's draft length has a meaning for it: BiLD ends its drafts by itself."""
-        return self.method in ("speculative", "token_cascade") and self.options.get("drafter") != "cascade"
+        """Whether it drafts what a condition says: BiLD ends its drafts itself, and some have a length of their own."""
+        own = self.options.get("drafter") == "cascade" or self.options.get("draft_len") is not None
+        return self.method in ("speculative", "token_cascade") and not own
 
 
 def arm(text: str | Arm) -> Arm:
@@ -175,10 +182,16 @@ def default_alphas(chosen: Arm, count: int) -> tuple[float, ...]:
     return tuple(_short(x) for x in np.linspace(low + inset, high - inset, count))
 
 
-def sequence_alphas(log_probs_per_token: Sequence[float], count: int) -> tuple[float, ...]:
+def ends(chosen: Arm) -> tuple[float, ...]:
+    """The ends of the span default alphas are taken from; none where it is open."""
+    span = _SPANS.get(chosen.rule or "", chosen.range or ())
+    return tuple(alpha for alpha in span if math.isfinite(alpha))
+
+
+def sequence_alphas(confidences: Sequence[float], count: int) -> tuple[float, ...]:
     """Thresholds of a sequence cascade that rewrite evenly spaced shares of the drafter's outputs."""
     shares = (np.arange(count) + 0.5) / count
-    return tuple(sorted({_short(x) for x in np.quantile(np.asarray(log_probs_per_token), shares)}))
+    return tuple(sorted({_short(x) for x in np.quantile(np.asarray(confidences), shares)}))
 
 
 def refined(alphas: Sequence[float], costs: Sequence[float], qualities: Sequence[float]) -> float | None:
@@ -252,6 +265,11 @@ def conditions(
     return tuple(dict.fromkeys(found))
 
 
+def _stem(name: str) -> str:
+    """An arm's name inside file names."""
+    return name.replace(":", "-").replace("@", "-at-").replace("+", "-")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What is decoded and stored at once."""
@@ -264,8 +282,10 @@ class Cell:
     @property
     def point(self) -> str:
         """Its name without the seed; equal for cells of one point. A file name on every system."""
-        parts = [self.arm.name.replace(":", "-").replace("@", "-at-").replace("+", "-")]
-        parts += [] if self.alpha is None else [f"a{self.alpha:g}"]
+        parts = [_stem(self.arm.name)]
+        if self.alpha is not None:
+            short = f"{self.alpha:g}"
+            parts.append(f"a{short if float(short) == self.alpha else repr(self.alpha)}")
         parts += [f"g{self.condition.draft_len}"] if self.arm.reads_draft_len else []
         return "_".join([*parts, f"t{self.condition.temperature:g}", f"p{self.condition.top_p:g}"])
 
@@ -282,7 +302,7 @@ class Cell:
         """
         chosen = {"temperature": self.condition.temperature, "top_p": self.condition.top_p, "seed": self.seed}
         chosen |= {"alpha": self.alpha} | dict(self.arm.options)
-        if self.arm.reads_draft_len and "draft_len" not in self.arm.options:
+        if self.arm.reads_draft_len:
             chosen["draft_len"] = self.condition.draft_len
         return dataclasses.replace(base, **chosen)
 
@@ -315,10 +335,16 @@ def arms(
       baselines: short forms of what is measured in any case.
 
     Raises:
-      UserError: an unknown method, alphas of a method that is not measured, or an alpha outside its range.
+      UserError: an unknown method, two methods of one name, alphas of a method that is not measured, or an alpha
+        outside its range.
     """
     wanted = [arm(text) for text in options.sequence("methods", named)]
-    found = {each.name: each for each in [*map(arm, baselines), *wanted]}
+    found: dict[str, Arm] = {}
+    for each in [*map(arm, baselines), *wanted]:
+        for other in found.values():
+            if _stem(other.name) == _stem(each.name) and (other.name, other.options) != (each.name, each.options):
+                raise UserError(f"two methods are called {each.name!r}: give one of them another name")
+        found[each.name] = each
     if any(each.rule == TRUNCATED for each in wanted):
         found.setdefault(TRUNCATION, arm(TRUNCATION))
     for name, values in alphas.items():

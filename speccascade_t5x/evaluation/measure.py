@@ -78,7 +78,9 @@ class Measurement:
       dataset: with targets.
       scorer: of the task's metrics; None where it has none.
       store: where finished cells go.
+      halves: places of the items of each half.
       tell: called after each cell.
+      metric: what quality means; a cell without it has failed.
       here: the hosts that share the cells.
     """
 
@@ -91,12 +93,13 @@ class Measurement:
         store: CellStore,
         halves: Mapping[str, Sequence[int]],
         tell: Tell,
+        metric: str = NLL,
         here: hosts.Hosts | None = None,
     ):
         self.here = here or hosts.Hosts()
         self._planned = self._meetings = 0
         self.pair, self.base, self.dataset, self.scorer, self.store = pair, base, dataset, scorer, store
-        self.halves, self.tell = halves, tell
+        self.halves, self.tell, self.metric = halves, tell, metric
         self.max_len = base.max_len or pair.feature_lengths["targets"]
         batches = Runner(pair, dataclasses.replace(base, method="verifier")).batches(dataset.prompts)
         self.references = teacher_forced.references(pair, batches, dataset.targets_text, self.max_len)
@@ -143,11 +146,11 @@ class Measurement:
                 found, timed = self._decode(settings)
                 references = self._on_references(cell, settings)
                 self._score_singles(found)
+                figures = self._figures(found, references)
             except (UserError, jax.errors.JaxRuntimeError) as error:
-                row = self.store.write_failure(name, str(error).splitlines()[0])
+                row = self.store.write_failure(name, (str(error).splitlines() or [type(error).__name__])[0])
             else:
-                figures = self._figures(found, references) | timed
-                row = self.store.write(name | figures, found, references)
+                row = self.store.write(name | figures | timed, found, references)
             self._measured += 1
         self._done += 1
         self._total = max(self._total, self._done)
@@ -210,6 +213,9 @@ class Measurement:
         predictions = [record["prediction"] for record in found]
         parts = {"all": None, **self.halves}
         metrics = self.scorer.all_scores(predictions) if self.scorer else {name: {} for name in parts}
+        undefined = [name for name, found_here in metrics.items() if self.metric not in (NLL, *found_here)]
+        if undefined:
+            raise UserError(f"{self.metric} is not a number on the outputs of {' and '.join(undefined)}")
         if references is not None:
             for name, places in parts.items():
                 chosen = slice(None) if places is None else list(places)
@@ -231,9 +237,10 @@ def planned(choices: Choices) -> int:
     tunable = [each for each in choices.arms if each.range is not None]
     count = sum(len(each.alphas or ()) or choices.alpha_points + choices.refine for each in tunable) + len(free)
     total = count * len(_seeds(choices, main))
+    varied = _varied(choices)
     for condition in others:
-        points = sum(len(each.alphas or ()) or choices.alpha_points for each in tunable if each.name in choices.varied)
-        alone = sum(each.name in (*choices.varied, "verifier", "drafter") for each in free)
+        points = sum(len(each.alphas or ()) or choices.alpha_points for each in tunable if each.name in varied)
+        alone = sum(each.name in (*varied, "verifier", "drafter") for each in free)
         total += (points + alone) * len(_seeds(choices, condition))
     return total
 
@@ -268,12 +275,18 @@ def measure_all(measurement: Measurement, choices: Choices) -> None:
         rest += [Cell(each, None, main, seed) for each in free]
         rest += [Cell(each, alpha, main, seed) for each, alpha in _turns(choices.arms, grids)]
     for condition in choices.conditions[1:]:
-        varied = [each for each in choices.arms if each.name in choices.varied]
-        others = [each for each in free if each.name in (*choices.varied, "verifier", "drafter")]
+        varied = [each for each in choices.arms if each.name in _varied(choices)]
+        others = [each for each in free if each.name in ("verifier", "drafter") or each in varied]
         for seed in _seeds(choices, condition):
             rest += [Cell(each, None, condition, seed) for each in others]
             rest += [Cell(each, alpha, condition, seed) for each, alpha in _turns(varied, start)]
     measurement.run_all(rest)
+
+
+def _varied(choices: Choices) -> tuple[str, ...]:
+    """Arms of the other conditions: MinP goes wherever TokenV3 does."""
+    led = any(each.rule == grid.TRUNCATED and each.name in choices.varied for each in choices.arms)
+    return (*choices.varied, *((grid.TRUNCATION,) if led else ()))
 
 
 def _seeds(choices: Choices, condition: Condition) -> tuple[int, ...]:
@@ -291,14 +304,32 @@ def _grids(measurement: Measurement, choices: Choices, main: Condition) -> dict[
             found[each.name] = list(each.alphas)
         elif each.method == "sequence_cascade":
             alone = next(one for one in choices.arms if one.name == "drafter")
-            stored = measurement.store.read(Cell(alone, None, main, choices.seeds[0]).id)
-            chosen = [stored.records[i] for i in measurement.halves[CHOOSE]]
-            means = [record["log_prob"] / len(record["tokens"]) for record in chosen]
-            found[each.name] = list(grid.sequence_alphas(means, choices.alpha_points))
+            drafted = Cell(alone, None, main, choices.seeds[0])
+            found[each.name] = list(sequence_grid(measurement, each, drafted, choices.alpha_points))
         else:
             found[each.name] = list(grid.default_alphas(each, choices.alpha_points))
     _join_truncation(choices, found)
     return found
+
+
+def sequence_grid(measurement: Measurement, chosen: Arm, drafted: Cell, count: int) -> tuple[float, ...]:
+    """Default alphas of a sequence cascade, from its confidence in what the drafter alone wrote.
+
+    Args:
+      measurement: of the sweep.
+      chosen: the arm.
+      drafted: a finished cell of the drafter alone.
+      count: how many.
+    """
+    found, kind = measurement.store.read(drafted.id).records, chosen.options.get("confidence", "mean")
+    if kind == "quantile":  # of the probabilities of its tokens, which records do not hold
+        texts = teacher_forced.Texts(measurement.references.batches, {i: r["tokens"] for i, r in enumerate(found)})
+        (figures,) = measurement.forced.score(texts, [dataclasses.replace(measurement.base, method="drafter")])
+        confidences = np.nanquantile(np.log(figures["q"]), chosen.options.get("quantile", 0.0), axis=1)
+    else:
+        lengths = np.array([1 if kind == "sum" else len(record["tokens"]) for record in found])
+        confidences = np.array([record["log_prob"] for record in found]) / lengths
+    return grid.sequence_alphas(confidences[measurement.halves[CHOOSE]], count)
 
 
 def _join_truncation(choices: Choices, grids: dict[str, list[float]]) -> None:
@@ -338,11 +369,12 @@ def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[fl
                 quality = [row["metrics"][CHOOSE][choices.metric] for row in rows]
             calls = [row["rates"][CHOOSE]["verifier_calls_per_token"] for row in rows]
             alpha = grid.refined([row["alpha"] for row in rows], calls, quality)
-            if alpha is not None:
+            if alpha is not None and alpha not in grids[each.name]:  # it is, where its cell has failed
                 grids[each.name].append(alpha)
                 found.append(Cell(each, alpha, main, seed))
         measurement.run_all(found)
     before = list(grids.get(grid.TRUNCATION, ()))
     _join_truncation(choices, grids)
     joined = grids.get(grid.TRUNCATION, ())[len(before) :]
-    measurement.run_all([Cell(grid.arm(grid.TRUNCATION), alpha, main, seed) for alpha in joined])
+    fair = [each for each in choices.arms if each.name == grid.TRUNCATION]
+    measurement.run_all([Cell(each, alpha, main, seed) for each in fair for alpha in joined])

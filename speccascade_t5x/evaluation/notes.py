@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from speccascade_t5x.evaluation import grid
+from speccascade_t5x.evaluation import frontier, grid
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.frontier import Answer
 from speccascade_t5x.evaluation.scoring import REPORT
 from speccascade_t5x.evaluation.statistics import Estimate
 
-_DIGITS = 2
+_DIGITS, _MOST_DIGITS = 2, 6
 # Said in place of `truncation` where quality is the NLL.
 NLL_CHARGES = (
     "Quality is the NLL of the references, which charges truncation: a token that was cut away costs -log 1e-6. So no "
@@ -18,10 +18,13 @@ NLL_CHARGES = (
 )
 
 
-def interval(one: Estimate | None, digits: int = _DIGITS, sign: bool = False) -> str:
-    """ "1.23 [1.10, 1.40]"; a dash where there is no figure."""
+def interval(one: Estimate | None, digits: int | None = _DIGITS, sign: bool = False) -> str:
+    """ "1.23 [1.10, 1.40]"; a dash where there is no figure. None gives as many digits as the interval's width asks."""
     if one is None or not math.isfinite(one.value):
         return "-"
+    if digits is None:
+        width = one.high - one.low
+        digits = max(_DIGITS, min(1 - math.floor(math.log10(width)), _MOST_DIGITS)) if width > 0 else _DIGITS
     plus = "+" if sign else ""
     ends = "" if math.isnan(one.low) else f" [{one.low:{plus}.{digits}f}, {one.high:{plus}.{digits}f}]"
     return f"{one.value:{plus}.{digits}f}{ends}"
@@ -48,9 +51,9 @@ def _truncation(arm: str, point: Point, fair: Point, verifier: Estimate, metric:
     gain, truncated = point.quality[REPORT] - verifier, fair.quality[REPORT] - verifier
     beyond = point.quality[REPORT] - fair.quality[REPORT]
     figures = (
-        f"{arm} at alpha {point.alpha:g}: {metric} {interval(gain, sign=True)} over the verifier alone; MinP at the "
-        f"same alpha, the same kept tokens with no drafter in the law, {interval(truncated, sign=True)}; between the "
-        f"two {interval(beyond, sign=True)}."
+        f"{arm} at alpha {point.alpha:g}: {metric} {interval(gain, None, True)} over the verifier alone; MinP at the "
+        f"same alpha, the same kept tokens with no drafter in the law, {interval(truncated, None, True)}; between the "
+        f"two {interval(beyond, None, True)}."
     )
     if gain.below():
         return f"{figures} A loss, not a gain."
@@ -64,15 +67,43 @@ def _truncation(arm: str, point: Point, fair: Point, verifier: Estimate, metric:
     return f"{figures} Undecided: the gain is neither shown to be truncation nor shown to be more than that."
 
 
+def advice(group: Group, tolerance: float, metric: str) -> list[str]:
+    """What to run, of all that was timed under one condition."""
+    said = []
+    for choice, wish, flags in zip(
+        frontier.overall(group, tolerance),
+        ("the fastest at the verifier's quality", f"the best {metric} within the verifier's time"),
+        ("", " --latency_budget=1"),
+        strict=True,
+    ):
+        if choice is None:
+            said.append(f"Nothing that was timed is {wish}.")
+            continue
+        if choice.point.arm == "verifier":
+            said.append(f"Of all that was timed the verifier alone is {wish}: for that, run it alone.")
+            continue
+        said.append(
+            f"Chosen on one half of the items as {wish}: {choice.point.label}. On the other half its speed-up is "
+            f"{interval(choice.speed_up)}, its {metric} less the verifier's {interval(choice.gain, None, True)}. "
+            f"To run it: speccascade infer --operating_point=FOLDER{flags}"
+        )
+    return said
+
+
 def chance(group: Group, metric: str) -> list[str]:
     """Lossless speculation has the verifier's law: what lies between the two measures chance."""
     lossless = group.find("lossless", None)
     if lossless is None:
         return []
     gap = lossless.quality[REPORT] - group.alone("verifier").quality[REPORT]
+    if group.condition.temperature == 0:
+        return [
+            f"At temperature 0 lossless speculation writes what the verifier alone writes. Its {metric} differs by "
+            f"{interval(gap, None, True)}: where that is not 0, blocks of another width were rounded differently."
+        ]
     text = (
         f"Lossless speculation emits the verifier's own law. Its {metric} differs from the verifier's by "
-        f"{interval(gap, sign=True)}: that is sampling noise, and other differences of this order say nothing."
+        f"{interval(gap, None, True)}: that is sampling noise, and other differences of this order say nothing."
     )
     if gap.above() or gap.below():
         text += " The interval leaves 0 out, which happens to one comparison in twenty: more seeds or items would tell."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from speccascade_t5x.evaluation import frontier
-from speccascade_t5x.evaluation.analysis import Group
+from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import options, records
@@ -29,49 +29,61 @@ FIELDS = (
 CONDITIONS = ("temperature", "top_p", "draft_len")
 
 
-def write(folder: Path, groups: Sequence[Group], metric: str, pair: str) -> Path:
-    """Writes every timed point with its figures on the half that alphas were not chosen on.
+def write(
+    folder: Path, groups: Sequence[Group], metric: str, pair: str, weights: str | None = None, tolerance: float = 0.0
+) -> Path:
+    """Writes every timed point: figures of one half of the items to choose by, those of the other to expect.
 
     Args:
       folder: of the sweep.
       groups: the main condition first.
       metric: what quality means.
       pair: identity of the pair, see `runtime.plans.identity`.
+      weights: of its parameters, see `runtime.infer.pair_identity`; None leaves them open.
+      tolerance: how far below the verifier's a quality counts as its, see `frontier.answers`.
     """
     found: dict[str, dict[str, Any]] = {}
     for group in groups:
         best = {point.name for point in frontier.hull(group.points, CHOOSE)}
         for point in group.points:
-            if REPORT not in point.speed_up or not math.isfinite(point.quality[REPORT].value):
-                continue
-            settings = {name: value for name, value in point.row["settings"].items() if name in FIELDS}
-            latency = point.latency(REPORT)
-            found.setdefault(
-                point.name,
-                {
-                    "name": point.name,
-                    "label": point.label,
-                    "settings": settings,
-                    "latency": latency,
-                    "speed_up": point.speed_up[REPORT].as_dict(),
-                    "seconds_per_item": point.seconds[REPORT].as_dict(),
-                    "quality": point.quality[REPORT].as_dict(),
-                    "gain_over_verifier": (point.quality[REPORT] - group.alone("verifier").quality[REPORT]).as_dict(),
-                    "verifier_calls_per_token": point.rates["verifier_calls_per_token"],
-                    "deferral_rate": point.rates["deferral_rate"],
-                    "frontier": point.name in best,
-                    "main": group is groups[0],
-                    "cells": list(point.cells),
-                },
-            )
+            timed = {CHOOSE, REPORT} <= set(point.speed_up)
+            if timed and all(math.isfinite(point.quality[half].value) for half in (CHOOSE, REPORT)):
+                entry = found.setdefault(point.name, _entry(point, group, point.name in best, group is groups[0]))
+                entry["conditions"].append(_named(group))  # what drafts nothing is a point of every draft length
     points = sorted(found.values(), key=lambda entry: entry["latency"])
     meaning = {
         "latency": "time per item at batch 1 over the verifier alone's under the same sampling options",
         "quality": f"{metric}, higher is better" if metric != "nll" else "minus the NLL of the references per token",
         "figures": "of the half of the items that alphas were not chosen on, with 95 % intervals",
+        "chosen_on": "figures of the other half, by which `infer` chooses",
     }
-    described = {"format": FORMAT, "version": VERSION, "metric": metric, "pair": pair, "meaning": meaning}
+    described = {"format": FORMAT, "version": VERSION, "metric": metric, "pair": pair, "weights": weights}
+    described |= {"quality_tolerance": tolerance, "meaning": meaning, "main": _named(groups[0])}
     return records.write_json(folder / FILE, {**described, "points": points})
+
+
+def _entry(point: Point, group: Group, best: bool, main: bool) -> dict[str, Any]:
+    return {
+        "name": point.name,
+        "label": point.label,
+        "settings": {name: value for name, value in point.row["settings"].items() if name in FIELDS},
+        "latency": point.latency(REPORT),
+        "speed_up": point.speed_up[REPORT].as_dict(),
+        "seconds_per_item": point.seconds[REPORT].as_dict(),
+        "quality": point.quality[REPORT].as_dict(),
+        "gain_over_verifier": (point.quality[REPORT] - group.alone("verifier").quality[REPORT]).as_dict(),
+        "chosen_on": {"latency": point.latency(CHOOSE), "quality": point.quality[CHOOSE].value},
+        "verifier_calls_per_token": point.rates["verifier_calls_per_token"],
+        "deferral_rate": point.rates["deferral_rate"],
+        "frontier": best,
+        "main": main,
+        "conditions": [],
+        "cells": list(point.cells),
+    }
+
+
+def _named(group: Group) -> dict[str, Any]:
+    return {name: getattr(group.condition, name) for name in CONDITIONS}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -84,16 +96,15 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         whole = found["format"] == FORMAT and isinstance(found["points"], list)
+        version = found["version"]
     except FileNotFoundError:
         raise UserError(f"there are no operating points {path}: `speccascade sweep` writes them") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them") from error
     if not whole or not found["points"]:
         raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them, for points it has timed")
-    if found["version"] > VERSION:
-        raise UserError(
-            f"{path} has format version {found['version']}, this release reads up to {VERSION}: upgrade the package"
-        )
+    if version > VERSION:
+        raise UserError(f"{path} has format version {version}, this release reads up to {VERSION}: upgrade the package")
     return found
 
 
@@ -105,12 +116,15 @@ def choose(
 ) -> dict[str, Any]:
     """The point to run: the best quality within a latency, or the least latency at a quality.
 
+    It is chosen by the figures of one half of the items, so those of the other, which the point shows, are no best of
+    many.
+
     Args:
       path: of the file, or its folder.
       latency_budget: most time per item, over the verifier alone's; 0.5 asks for a speed-up of 2.
       quality_floor: least quality, in the units of the file's metric. Neither of the two: the verifier alone's.
-      wanted: conditions the point must have been measured under, such as {"temperature": 0.0}; where none is given,
-        the main condition of the sweep.
+      wanted: conditions the point must have been measured under, such as {"temperature": 0.0}; what is not named is
+        as in the main condition of the sweep.
 
     Raises:
       UserError: both limits, or no point within them; the message says what the file offers.
@@ -119,44 +133,68 @@ def choose(
         raise UserError("give a latency budget or a quality floor, not both: each alone says which point to use")
     offered = read(path)
     wanted = {name: value for name, value in (wanted or {}).items() if value is not None}
-    points = [point for point in offered["points"] if _under(point, wanted)]
+    points = [point for point in offered["points"] if _under(point, offered.get("main", {}), wanted)]
     if not points:
-        has = sorted({_condition(point) for point in offered["points"]})
+        has = sorted({_in_words(one) for point in offered["points"] for one in _conditions(point)})
         asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
         raise UserError(f"{path} has no point under {asked or 'the main condition'}: it has {'; '.join(has)}")
     if latency_budget is not None:
         options.real("latency_budget", latency_budget, 0.0)
-        fit = [point for point in points if point["latency"] <= latency_budget]
+        fit = [point for point in points if _latency(point) <= latency_budget]
         if not fit:
-            least = min(point["latency"] for point in points)
+            least = min(map(_latency, points))
             raise UserError(
                 f"no operating point stays within latency_budget={latency_budget:g}: the fastest takes {least:.3g} of "
                 "the verifier's time"
             )
-        return max(fit, key=lambda point: (point["quality"]["value"], -point["latency"]))
+        return max(fit, key=lambda point: (_quality(point), -_latency(point)))
     if quality_floor is None:
         alone = [point for point in points if point["settings"].get("method") == "verifier"]
         if not alone:
             raise UserError(f"{path} lacks the verifier alone: give a latency budget or a quality floor")
-        quality_floor = alone[0]["quality"]["value"]
+        quality_floor = _quality(alone[0]) - offered.get("quality_tolerance", 0.0)
     options.real("quality_floor", quality_floor)
-    fit = [point for point in points if point["quality"]["value"] >= quality_floor]
+    fit = [point for point in points if _quality(point) >= quality_floor]
     if not fit:
-        most = max(point["quality"]["value"] for point in points)
+        most = max(map(_quality, points))
         raise UserError(
             f"no operating point reaches quality_floor={quality_floor:g}: the best has {offered['metric']} {most:.4g}"
         )
-    return min(fit, key=lambda point: point["latency"])
+    return min(fit, key=lambda point: (_latency(point), -_quality(point)))
 
 
-def _under(point: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def in_words(point: Mapping[str, Any], metric: str) -> str:
+    """A point and what to expect of it, in a line."""
+    quality = point["quality"]
+    ends = "" if quality.get("low") is None else f" [{quality['low']:.4g}, {quality['high']:.4g}]"
+    return (
+        f"{point.get('label', point['name'])}: {point['latency']:.3g} of the verifier's time, {metric} "
+        f"{quality['value']:.4g}{ends} on held-out items of the sweep"
+    )
+
+
+# A file of an earlier release has no figures to choose by, nor conditions.
+def _latency(point: Mapping[str, Any]) -> float:
+    return point.get("chosen_on", point)["latency"]
+
+
+def _quality(point: Mapping[str, Any]) -> float:
+    return point["chosen_on"]["quality"] if "chosen_on" in point else point["quality"]["value"]
+
+
+def _conditions(point: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    settings = point["settings"]
+    own = {"temperature": settings.get("temperature", 1.0), "top_p": settings.get("top_p", 1.0)}
+    return point.get("conditions") or [own | {"draft_len": settings.get("draft_len")}]
+
+
+def _under(point: Mapping[str, Any], main: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     if not wanted:
         return point["main"]
-    defaults = {"temperature": 1.0, "top_p": 1.0}
-    settings = defaults | point["settings"]
-    return all(settings.get(name) in (value, None) for name, value in wanted.items())
+    wanted = {**main, **wanted}
+    return any(all(one[name] in (value, None) for name, value in wanted.items()) for one in _conditions(point))
 
 
-def _condition(point: Mapping[str, Any]) -> str:
-    settings = point["settings"]
-    return f"temperature {settings.get('temperature', 1.0):g}, top-p {settings.get('top_p', 1.0):g}"
+def _in_words(condition: Mapping[str, Any]) -> str:
+    drafts = "" if condition["draft_len"] is None else f", draft_len {condition['draft_len']}"
+    return f"temperature {condition['temperature']:g}, top-p {condition['top_p']:g}{drafts}"

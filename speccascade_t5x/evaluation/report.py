@@ -28,6 +28,19 @@ _CAPTIONS = {
 }
 
 
+_FEW = 16
+_COLUMNS = (
+    "speed-up: the verifier's time over the point's, on the same items; above 1 is faster. A dash was not timed.",
+    "by theory: the speed-up that step costs and the measured tokens per round predict; what it lacks is overhead.",
+    "unreachable: share of reference tokens the law gives no chance.",
+    "calls/token: what a point costs on any machine. The verifier alone has 1 and 0.",
+    "acceptance: share of drafts looked at that stood, in decoding. overlap on references: what it would be on the "
+    "references, from both laws; far above the acceptance means that outputs drift from the references.",
+    "deferred: how often the rule turned to the verifier. Alphas of two rules cannot be compared; this can.",
+    "cells: the rows of cells.jsonl a line is made of.",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What a report says beside the points.
@@ -48,6 +61,7 @@ class Facts:
       reliability: per model.
       missing: baselines without a cell.
       tolerance: see `frontier.answers`.
+      traces: items on the trace page; 0 where there is none.
     """
 
     name: str
@@ -65,6 +79,7 @@ class Facts:
     reliability: Mapping[str, Any]
     missing: Sequence[str]
     tolerance: float
+    traces: int = 0
 
     @property
     def quality(self) -> str:
@@ -87,6 +102,7 @@ class _Section:
     """What is said of one condition."""
 
     title: str
+    advice: list[str]
     table: tuple[list[str], list[list[str]]]
     truncation: list[str]
     remarks: list[str]
@@ -99,6 +115,7 @@ def _section(group: Group, facts: Facts, main: bool) -> _Section:
     remarks = ([] if law else notes.chance(group, facts.quality)) + notes.speed(group, found, facts.unit_kind)
     return _Section(
         title=("Main condition: " if main else "") + str(group.condition),
+        advice=notes.advice(group, facts.tolerance, facts.quality) if main and facts.timed else [],
         table=_answers(group, found, facts),
         truncation=[notes.NLL_CHARGES] if law else notes.truncation(group, facts.quality),
         remarks=remarks,
@@ -123,8 +140,9 @@ def _answers(group: Group, found: Sequence[frontier.Answer], facts: Facts) -> tu
             row.append("-" if choice.point.alpha is None else f"{choice.point.alpha:g}")
             for name in figures:
                 suffix = "x" if name == "speed_up" else ""
-                row.append(interval(getattr(choice, name), sign=name == "gain") + suffix)
-        rows.append([*row, interval(answer.area)])
+                digits = 2 if name == "speed_up" else None
+                row.append(interval(getattr(choice, name), digits, sign=name == "gain") + suffix)
+        rows.append([*row, interval(answer.area, None)])
     return header, rows
 
 
@@ -133,8 +151,8 @@ def _points(group: Group, facts: Facts) -> tuple[list[str], list[list[str]]]:
     verifier = group.alone("verifier")
     columns: list[tuple[str, Callable[[Point], str]]] = [
         ("point", lambda p: p.label),
-        (facts.quality, lambda p: interval(p.quality[REPORT])),
-        ("less the verifier's", lambda p: interval(p.quality[REPORT] - verifier.quality[REPORT], sign=True)),
+        (facts.quality, lambda p: interval(p.quality[REPORT], None)),
+        ("less the verifier's", lambda p: interval(p.quality[REPORT] - verifier.quality[REPORT], None, True)),
         ("NLL", lambda p: interval(p.nll.get(REPORT), 3)),
         ("unreachable", lambda p: _share(p.row["metrics"][REPORT].get("unreachable"))),
         ("speed-up, batch 1", lambda p: interval(p.speed_up.get(REPORT))),
@@ -145,12 +163,19 @@ def _points(group: Group, facts: Facts) -> tuple[list[str], list[list[str]]]:
         ("verifier calls/token", lambda p: f"{p.rates['verifier_calls_per_token']:.3f}"),
         ("drafter calls/token", lambda p: f"{p.rates['drafter_calls_per_token']:.3f}"),
         ("acceptance", lambda p: f"{p.rates['acceptance']:.3f}"),
-        ("overlap on references", lambda p: _share(p.row["metrics"][REPORT].get("reference_overlap"))),
+        ("overlap on references", lambda p: _share(_overlap(p))),
         ("deferred", lambda p: f"{p.rates['deferral_rate']:.3f}"),
         ("cells", lambda p: " ".join(p.cells)),
     ]
     ordered = [point for points in group.arms().values() for point in points]
     return [name for name, _ in columns], [[show(point) for _, show in columns] for point in ordered]
+
+
+def _overlap(point: Point) -> float | None:
+    """Mean chance of a draft on the references; None where nothing is drafted, or not by the drafter model."""
+    settings = point.row["settings"]
+    drafts = settings.get("method", "speculative") in ("speculative", "bild") and "drafter" not in settings
+    return point.row["metrics"][REPORT].get("reference_overlap") if drafts else None
 
 
 def _share(value: float | None) -> str:
@@ -159,14 +184,19 @@ def _share(value: float | None) -> str:
 
 def _protocol(facts: Facts) -> list[str]:
     items, batch = sum(facts.halves.values()), facts.batch_size
+    decoded = f"decoded in batches of {batch} over all items with {facts.seeds} seed{'s' * (facts.seeds != 1)}"
+    law = f"minus the NLL of the references, the same for all seeds; rates are of outputs {decoded}"
+    timed = [
+        f"Wall time: {facts.timed} of the items, half of them from each half, {facts.repeats} rounds, at batch 1 and "
+        f"in batches of {batch}; all timed points take turns on each item. What has no speed-up was not timed.",
+    ]
     return [
         f"{facts.name}: {items} items; alphas chosen on {facts.halves[CHOOSE]} of them, every figure below from the "
         f"other {facts.halves[REPORT]} (calls, acceptance and tokens/s from all).",
-        f"Quality is {facts.quality}, decoded in batches of {batch} over all items with {facts.seeds} "
-        f"seed{'s' * (facts.seeds != 1)} (one at temperature 0).",
-        f"Intervals: 95 %, paired bootstrap over {facts.unit_kind}.",
-        f"Wall time: {facts.timed} of the items, half of them from each half, {facts.repeats} rounds, at batch 1 and "
-        f"in batches of {batch}; all timed points take turns on each item. What has no speed-up was not timed.",
+        f"Quality is {law if facts.metric == NLL else f'{facts.quality}, {decoded}'} (one at temperature 0).",
+        f"Intervals: 95 %, paired bootstrap over {facts.unit_kind}, each for itself: of twenty comparisons one is "
+        "expected to leave out what is true.",
+        *(timed if facts.timed else []),
         f"Compiling took {facts.compile_s:.1f} s and warm-up {facts.warm_up_s:.1f} s; neither is in any figure.",
         "NLL: -log of the reference token under the law that is emitted, both models teacher-forced, in nats per "
         "token; a token without a chance (unreachable) is charged -log 1e-6.",
@@ -179,6 +209,8 @@ def _warnings(facts: Facts) -> list[str]:
     found += [f"The cell {row['cell']} failed: {row['error']}" for row in facts.failures]
     if not facts.timed:
         found.append("No wall time was measured yet, so there are no speed-ups and no table of answers.")
+    elif facts.timed < _FEW:
+        found.append(f"Wall times come from {facts.timed} items, half of them each: too few to trust a speed-up.")
     return found
 
 
@@ -189,6 +221,7 @@ def _markdown(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Pa
         lines += ["", *(f"> {text}" for text in warnings)]
     for i, section in enumerate(sections):
         lines += ["", f"## {section.title}", ""]
+        lines += [*(f"- {text}" for text in section.advice), ""] if section.advice else []
         if section.table[1]:
             lines += [*page.markdown_table(*section.table), ""]
         if section.truncation:
@@ -197,6 +230,7 @@ def _markdown(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Pa
         lines += [f"- {text}" for text in section.remarks]
         lines += ["", *(f"![{name}](plots/{name}.png)" for name in _pictures(i, drawn)), ""]
         lines += page.markdown_table(*section.points)
+    lines += ["", "## What the columns say", "", *(f"- {text}" for text in _COLUMNS)]
     return "\n".join(lines) + "\n"
 
 
@@ -204,9 +238,11 @@ def _html(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path],
     parts = [f"<h1>Sweep on {page.escape(facts.name)}</h1>"]
     if warnings := _warnings(facts):
         parts.append(f'<div class="warn">{page.bullets(warnings)}</div>')
-    parts.append('<p>Who wrote which token: <a href="trace.html">trace page</a>.</p>')
+    if facts.traces:
+        parts.append('<p>Who wrote which token: <a href="trace.html">trace page</a>.</p>')
     for i, section in enumerate(sections):
         parts.append(f"<h2>{page.escape(section.title)}</h2>")
+        parts.append(page.bullets(section.advice))
         if section.table[1]:
             parts.append(page.table(*section.table))
         if section.truncation:
@@ -216,6 +252,7 @@ def _html(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path],
             parts.append(page.picture(drawn[name], _CAPTIONS[name.rstrip("-0123456789")]))
         points = f"<summary>All {len(section.points[1])} points</summary>{page.table(*section.points)}"
         parts.append(f"<details{' open' if i == 0 else ''}>{points}</details>")
+    parts += ["<h2>What the columns say</h2>", page.bullets(_COLUMNS)]
     parts += ["<h2>How it was measured</h2>", page.bullets(_protocol(facts))]
     return page.page(f"Sweep on {facts.name}", "\n".join(parts))
 

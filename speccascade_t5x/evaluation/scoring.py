@@ -2,7 +2,9 @@
 
 Most metrics are sums over examples divided by sums over examples: a mean (exact match, ROUGE), or one weighted by the
 length of the reference (word and character accuracy). Which one a metric is, is found by trying: if the metric of
-single examples, so weighted, gives the metric of all and of each half to rounding, then the examples are its units.
+single examples, so weighted, gives the metric of each half to rounding, then the examples are its units. Word and
+character accuracy end at 0, and one output that runs on and on would lie below: such an example is scored in company of
+references that are predicted right, from which its own part follows.
 A metric that is no such ratio (BLEU, chrF) is cut into groups of examples, and each group's jackknife pseudo-value
 stands for it (Quenouille 1956; Tukey 1958): its units are groups.
 """
@@ -10,6 +12,7 @@ stands for it (Quenouille 1956; Tukey 1958): its units are groups.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +22,7 @@ from speccascade_t5x.interfaces import UserError
 CHOOSE, REPORT = "choose", "report"
 GROUPS = 20
 _CLOSE = 1e-6
+_COMPANY = 10  # enough that no output is worse than they are good
 # What the weight of an example may be, from its reference.
 _WEIGHTS: dict[str, Callable[[str], float]] = {
     "example": lambda text: 1.0,
@@ -68,12 +72,13 @@ class Scorer:
         self._score, self.references = score, list(references)
         self.halves = halves(len(self.references), seed)
         self._single: dict[tuple[int, str], dict[str, float]] = {}
+        self._together: dict[tuple[int, str], dict[str, float]] = {}
+        self._cut: set[str] = set()  # metrics of which single examples do not show how bad they are
 
     def scores(self, predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
-        """Metrics of some items, all where places is None; a metric that is not a number is left out."""
+        """Metrics of some items, all where places is None; a metric that is not a finite number is left out."""
         chosen = predictions if places is None else [predictions[i] for i in places]
-        found = self._score(chosen, range(len(predictions)) if places is None else places)
-        return {name: float(value) for name, value in found.items() if isinstance(value, (int, float, np.number))}
+        return _numbers(self._score(chosen, range(len(predictions)) if places is None else places))
 
     def all_scores(self, predictions: Sequence[str]) -> dict[str, dict[str, float]]:
         """{"all", "choose", "report"}: metrics of each."""
@@ -88,43 +93,74 @@ class Scorer:
           metric: its name.
           runs: predictions of all items, per run.
         """
-        for name, weigh in _WEIGHTS.items():
-            weights = np.array([weigh(text) for text in self.references])
-            if weights.sum() and all(self._fits(metric, predictions, weights) for predictions in runs):
-                return name
+        for cut in (False, True):
+            (self._cut.add if cut else self._cut.discard)(metric)
+            for name in _WEIGHTS:
+                weights = self._weights(name)
+                if weights.sum() and all(self._fits(metric, predictions, weights) for predictions in runs):
+                    return name
         return None
 
+    def _weights(self, name: str) -> np.ndarray:
+        return np.array([_WEIGHTS[name](text) for text in self.references])
+
     def _fits(self, metric: str, predictions: Sequence[str], weights: np.ndarray) -> bool:
-        singles = self._singles(metric, predictions)
-        if singles is None:
+        numerators = self._numerators(metric, predictions, weights)
+        if numerators is None:
             return False
         for places in self.halves.values():
             whole = self.scores(predictions, places)[metric]
             if not weights[places].sum():
                 return False
-            if abs(np.average(singles[places], weights=weights[places]) - whole) > _CLOSE * max(1.0, abs(whole)):
+            if abs(numerators[places].sum() / weights[places].sum() - whole) > _CLOSE * max(1.0, abs(whole)):
                 return False
         return True
 
-    def _singles(self, metric: str, predictions: Sequence[str]) -> np.ndarray | None:
-        """[N] the metric of each item by itself; None where the metric refuses single items."""
-        values = [self.single(place, prediction).get(metric) for place, prediction in enumerate(predictions)]
-        return None if None in values else np.array(values, np.float64)
+    def _numerators(self, metric: str, predictions: Sequence[str], weights: np.ndarray) -> np.ndarray | None:
+        """[N] what each item adds to the metric's numerator; None where single items do not tell."""
+        found = []
+        for place, prediction in enumerate(predictions):
+            value = self.single(place, prediction).get(metric)
+            if metric in self._cut and not value:
+                added = self._in_company(metric, place, prediction, weights)
+            else:
+                added = None if value is None else value * weights[place]
+            if added is None:
+                return None
+            found.append(added)
+        return np.array(found, np.float64)
+
+    def _in_company(self, metric: str, place: int, prediction: str, weights: np.ndarray) -> float | None:
+        """What an item adds, from its metric together with the longest references, these predicted right."""
+        longest = sorted(range(len(self.references)), key=lambda i: (-len(self.references[i]), i))
+        others = [i for i in longest[: _COMPANY + 1] if i != place][:_COMPANY]
+        company, alone = [self.references[i] for i in others], (-1, ",".join(map(str, others)))
+        for key, texts, places in (
+            (alone, company, others),
+            ((place, prediction), [prediction, *company], [place, *others]),
+        ):
+            if key not in self._together:
+                self._together[key] = self._attempt(texts, places)
+        both, theirs = self._together[place, prediction].get(metric), self._together[alone].get(metric)
+        if both is None or theirs is None:
+            return None
+        return both * weights[[place, *others]].sum() - theirs * weights[others].sum()
+
+    def _attempt(self, predictions: Sequence[str], places: Sequence[int]) -> dict[str, float]:
+        try:
+            return _numbers(self._score(predictions, places))
+        except (UserError, ArithmeticError, ValueError):  # a correlation of one item, words of a text without any
+            return {}
 
     def single(self, place: int, prediction: str) -> dict[str, float]:
         """Metrics of one prediction by itself; empty where a metric refuses a single item."""
         if (place, prediction) not in self._single:
-            try:
-                found = self._score([prediction], [place])
-            except (UserError, ZeroDivisionError):
-                found = {}
-            self.learn(place, prediction, found)
+            self.learn(place, prediction, self._attempt([prediction], [place]))
         return self._single[place, prediction]
 
     def learn(self, place: int, prediction: str, scores: Mapping[str, float]) -> None:
         """Takes over what `single` has found before."""
-        numbers = {name: float(value) for name, value in scores.items() if isinstance(value, (int, float, np.number))}
-        self._single[place, prediction] = numbers
+        self._single[place, prediction] = _numbers(scores)
 
     def units(self, metric: str, runs: Sequence[Sequence[str]], half: str, weight: str | None) -> Units:
         """A metric on one half, over the seeds of a point.
@@ -139,19 +175,25 @@ class Scorer:
         if weight is None:
             pseudo = np.stack([self._pseudo_values(metric, predictions, places) for predictions in runs])
             return Units(pseudo, np.ones_like(pseudo), "groups of examples")
-        weights = np.array([_WEIGHTS[weight](self.references[i]) for i in places])
-        singles = np.stack([self._singles(metric, predictions)[places] for predictions in runs])
-        return Units(singles * weights, np.broadcast_to(weights, singles.shape), "examples")
+        weights = self._weights(weight)
+        numerators = np.stack([self._numerators(metric, predictions, weights)[places] for predictions in runs])
+        return Units(numerators, np.broadcast_to(weights[places], numerators.shape), "examples")
 
     def _pseudo_values(self, metric: str, predictions: Sequence[str], places: Sequence[int]) -> np.ndarray:
         """[groups] pseudo-values of the delete-a-group jackknife, moved so that their mean is the metric itself."""
         count = min(GROUPS, len(places))
-        whole = self.scores(predictions, places)[metric]
+        whole = self.scores(predictions, places).get(metric, math.nan)
         if count < 2:
             return np.array([whole])
         left = []
         for group in range(count):
             kept = [place for i, place in enumerate(places) if i % count != group]
-            left.append(self.scores(predictions, kept)[metric])
+            left.append(self.scores(predictions, kept).get(metric, math.nan))
         pseudo = count * whole - (count - 1) * np.array(left)
         return pseudo - pseudo.mean() + whole
+
+
+def _numbers(scores: Mapping[str, object]) -> dict[str, float]:
+    """Those that are finite numbers: a correlation of equal outputs, or a histogram, is none."""
+    found = {name: value for name, value in scores.items() if isinstance(value, (int, float, np.number))}
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}

@@ -29,7 +29,7 @@ class Estimate:
 
     Attributes:
       value: on the examples as they are.
-      draws: [draws] on each resample; NaN where it is not defined there (an empty denominator).
+      draws: [draws] on each resample; NaN where it is not defined there (an empty denominator, a single example).
       level: coverage of [low, high].
     """
 
@@ -93,6 +93,8 @@ class Estimate:
 class Bootstrap:
     """Resamples of N examples, the same for every figure made with it.
 
+    One example alone has no interval: its resamples are all itself, and would say that nothing is uncertain.
+
     Args:
       examples: N, how many there are.
       draws: resamples.
@@ -123,7 +125,8 @@ class Bootstrap:
         above, below = self._per_example(numerators), self._per_example(denominators)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = np.divide(above.sum(), below.sum())
-            return Estimate(float(value), (self.counts @ above) / (self.counts @ below), self.level)
+            draws = (self.counts @ above) / (self.counts @ below)
+        return Estimate(float(value), draws if self.examples > 1 else np.full_like(draws, np.nan), self.level)
 
     def mean(self, values: np.ndarray) -> Estimate:
         """Mean over examples (and seeds) of values [N] or [seeds, N]."""

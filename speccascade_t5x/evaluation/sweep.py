@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ class SweepResult:
       groups: points per condition, the main one first; empty after a calibration, and on hosts but the first.
       calibrated: what a calibration found, see `calibrate`.
       files: what was written last, by what it is for.
+      tolerance: how far below the verifier's a quality counts as its, see `frontier.answers`.
     """
 
     folder: Path
     groups: list[Group]
     calibrated: list[dict[str, Any]]
     files: dict[str, Path]
+    tolerance: float = 0.0
 
 
 def sweep(
@@ -90,7 +93,7 @@ def sweep(
       draft_lens: the first one is the main condition's; the others are measured for `varied`, one change at a time.
       temperatures: likewise.
       top_ps: likewise.
-      varied: arms that also run under the other conditions, where they are measured at all.
+      varied: arms that also run under the other conditions, where they are measured at all; MinP comes with TokenV3.
       seeds: one random key each; at temperature 0 the first alone.
       metric: what quality is: a metric of the task (its first by default), or "nll".
       quality_tolerance: how far below the verifier's a quality still counts as its, in units of the metric.
@@ -99,7 +102,7 @@ def sweep(
       timed_points: most points per arm and condition that are timed: those that matter.
       traces: items on the trace page.
       calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
-      report_only: measure nothing; report the cells that are there.
+      report_only: measure nothing; report the cells that are there, of a sweep that is still at work too.
       baselines: measured in any case. Leave them alone, but for a test: a gain without them means nothing.
       progress: called after every cell and block.
 
@@ -113,15 +116,22 @@ def sweep(
     for name, value, least in (
         *(("alpha_points", alpha_points, 1), ("refine", refine, 0), ("timing_items", timing_items, 2)),
         *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
+        *(() if limit is None else (("limit", limit, 1),)),
     ):
         options.whole(name, value, least)
     options.real("quality_tolerance", quality_tolerance, 0.0)
-    if not options.sequence("seeds", seeds) or len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
+    _check_seeds(seeds)
+    if report_only:
+        _check_report(output_dir, calibrate)
     grid.check_base(settings)
     chosen = grid.arms(methods, alphas or {}, () if calibrate else baselines)
+    _check_varied(varied, chosen)
     conditions = grid.conditions(draft_lens, temperatures, top_ps)
     target = None if calibrate is None else calibration.wanted(calibrate)
+    named = {grid.arm(text).name for text in methods}
+    calibrated = [each for each in chosen if each.name in named]
+    if target is not None:
+        calibration.check(calibrated)
     _check_cells(pair, settings, chosen, conditions)
     dataset, scorer, halves = _dataset(pair, settings, task, split, input, limit)
     metric = _metric(metric, dataset, scorer)
@@ -132,12 +142,11 @@ def sweep(
     }
     here = hosts.current()
     _check_hosts(here, pair, calibrate)
-    store = _open(here, output_dir, config)
+    store = _open(here, output_dir, config, report_only)
     tell = progress or (lambda _: None)
-    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, here)
+    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
     if target is not None:
-        named = [each for each in chosen if each.name in {grid.arm(text).name for text in methods}]
-        found = calibration.calibrate(measurement, named, conditions[0], seeds[0], target, alpha_points)
+        found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
         path = records.write_json(store.folder / "calibration.json", {"calibrated": found})
         return SweepResult(store.folder, [], found, {"calibration": path})
     if not report_only:
@@ -151,6 +160,29 @@ def sweep(
     return result
 
 
+def _check_seeds(seeds: Sequence[int]) -> None:
+    """All of them: the cells of the first would be there before the second is read."""
+    for seed in options.sequence("seeds", seeds):
+        options.whole("seeds", seed, 0, 2**32 - 1)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
+
+
+def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
+    """Arms that are not measured are passed over, but a name that stands for none is a mistake."""
+    for name in options.sequence("varied", varied):
+        if name not in {each.name for each in arms}:
+            grid.arm(name)
+
+
+def _check_report(folder: str | Path, calibrate: Mapping[str, float] | None) -> None:
+    """Refuses to report what is not there; nothing is made."""
+    if calibrate:
+        raise UserError("report_only reports a sweep, and a calibration measures: leave one of them out")
+    if not (Path(folder) / DESCRIPTION).exists():
+        raise UserError(f"there is no sweep in {folder} to report: it has no {DESCRIPTION}")
+
+
 def _check_hosts(here: hosts.Hosts, pair: LoadedPair, calibrate: Mapping[str, float] | None) -> None:
     """Refuses what several hosts cannot share."""
     if here.count > 1 and calibrate:
@@ -160,10 +192,10 @@ def _check_hosts(here: hosts.Hosts, pair: LoadedPair, calibrate: Mapping[str, fl
         raise UserError(f"a sweep needs a pair that fits on one host, and this mesh spans {len(members)}")
 
 
-def _open(here: hosts.Hosts, folder: str | Path, config: Mapping[str, Any]) -> CellStore:
+def _open(here: hosts.Hosts, folder: str | Path, config: Mapping[str, Any], reading: bool) -> CellStore:
     """The folder of the sweep, which host 0 makes."""
     if here.first:
-        store = CellStore(folder, config)
+        store = CellStore(folder, config, reading=reading)
         here.wait("the sweep begins")
         return store
     here.wait("the sweep begins")
@@ -246,8 +278,6 @@ def _measure_times(
     stamps: list[tuple[int, float]] = []
 
     def advance(done: int, total: int) -> None:
-        import time
-
         stamps.append((done, time.monotonic()))
         (first, began), (last, now) = stamps[0], stamps[-1]
         eta = (now - began) / (last - first) * (total - done) if last > first else None
@@ -318,9 +348,8 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
             "cells.jsonl can be read, but nothing can be compared; run it further"
         )
     files = {"cells": store.folder / "cells.jsonl"}
-    files["operating points"] = operating_points.write(
-        store.folder, groups, choices.metric, plans.identity(measurement.pair)
-    )
+    identities = plans.identity(measurement.pair), infer.pair_identity(measurement.pair)
+    files["operating points"] = operating_points.write(store.folder, groups, choices.metric, *identities, tolerance)
     facts = report.Facts(
         name=measurement.dataset.name,
         metric=choices.metric,
@@ -333,15 +362,16 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
         compile_s=sum(row["compile_s"] for row in store.done) + sum(block["compile_s"] for block in blocks),
         warm_up_s=sum(block["warm_up_s"] for block in blocks),
         failures=[row for row in store.rows if row["status"] == "failed"],
-        machine=store.done[-1]["machine"],
+        machine="; ".join(dict.fromkeys(row["machine"] for row in store.done)),
         reliability=_reliability(measurement),
         missing=[name for name in grid.BASELINES if not groups[0].arms().get(name)],
         tolerance=tolerance,
+        traces=traces,
     )
     files |= report.write(store.folder, groups, facts)
     if traces:
         files["trace page"] = trace_page.write(measurement, groups[0], traces)
-    return SweepResult(store.folder, groups, [], files)
+    return SweepResult(store.folder, groups, [], files, tolerance)
 
 
 def _reliability(measurement: Measurement) -> dict[str, Any]:

@@ -78,8 +78,9 @@ class TeacherForced:
 
         Returns:
           Per settings, row i being example i: "prob" (of the token under the emitted law), "q" and "p" (at
-          temperature 1), "deferral", "overlap" (sum_v min(pi, d): the chance that a drafted token stands), and
-          "max_q", "max_p", "right_q", "right_p" (whether the argmax is the token).
+          temperature 1), "drafted" (under d, the law of a model's drafts), "deferral", "overlap" (sum_v min(pi, d): the
+          chance that a drafted token stands), and "max_q", "max_p", "right_q", "right_p" (whether the argmax is the
+          token).
 
         Raises:
           UserError: settings that make no program.
@@ -169,6 +170,7 @@ def _figures(
         "prob": probs.gather(target, tokens),
         "q": probs.gather(q_raw, tokens),
         "p": probs.gather(p_raw, tokens),
+        "drafted": probs.gather(drafted, tokens),
         "deferral": deferral,
         "overlap": jnp.sum(jnp.minimum(target, drafted), axis=-1),
         "max_q": peak(q_raw),

@@ -1,8 +1,8 @@
 """Wall times: all timed points take turns on the same few examples, so that drift of the machine hits all alike.
 
-A block is as many examples as a batch holds. In each of its rounds every point decodes every example by itself (batch
-1) and then all of them at once (batch B); which point begins moves on with every example. Programs are compiled, and
-every point is run once, before anything is measured. A block is stored whole.
+A block is as many examples of one padded length as a batch holds. In each of its rounds every point decodes every
+example by itself (batch 1) and then all of them at once (batch B); which point begins moves on with every example.
+Programs are compiled, and every point is run once in every shape, before anything is measured. A block is stored whole.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ class Stopwatch:
     ):
         self.pair, self.repeats, self.items = pair, repeats, list(items)
         self.points = dict(points)
-        size = max(one.batch_size for one in self.points.values())
-        self.blocks = [self.items[i : i + size] for i in range(0, len(self.items), size)]
         self._prompts = prompts
+        any_of_them = next(iter(self.points.values()))  # all share batch size and padded lengths
+        batches = Runner(pair, any_of_them).batches([prompts[i] for i in self.items])
+        # A batch of several padded lengths would be decoded as several, none of them full.
+        self.blocks = [batch.example_ids[batch.valid].tolist() for batch in batches]
+        self._shapes = {batch.bucket: int(batch.example_ids[0]) for batch in batches}
 
     def measure(self, store: CellStore, tell: Callable[[int, int], None]) -> None:
         """Measures the blocks that are not on disk yet.
@@ -60,7 +63,7 @@ class Stopwatch:
           store: where they go.
           tell: called with (blocks done, blocks in all) before the first block and after each.
         """
-        missing = [i for i in range(len(self.blocks)) if not self._whole(store.block(i))]
+        missing = [i for i in range(len(self.blocks)) if not self._whole(store.block(i), self.blocks[i])]
         tell(len(self.blocks) - len(missing), len(self.blocks))
         if not missing:
             return
@@ -71,20 +74,20 @@ class Stopwatch:
             compile_s = warm_up_s = 0.0
             tell(done, len(self.blocks))
 
-    def _whole(self, block: Mapping[str, Any] | None) -> bool:
-        return block is not None and set(self.points) <= set(block["points"])
+    def _whole(self, block: Mapping[str, Any] | None, items: Sequence[int]) -> bool:
+        return block is not None and set(self.points) <= set(block["points"]) and block["items"] == items
 
     def _warm_up(self) -> tuple[float, float]:
         """Compiles everything and runs every point once. Returns (compile seconds, the other seconds)."""
         begin, compile_s = time.perf_counter(), 0.0
         for settings in self.points.values():
-            for items in ([self.blocks[0][0]], self.blocks[0]):
-                compile_s += self._run(settings, items).timing.compile_s
+            for item in self._shapes.values():
+                for size in {1, settings.batch_size}:
+                    compile_s += self._run(settings, [item], size).timing.compile_s
         return round(compile_s, 3), round(time.perf_counter() - begin - compile_s, 3)
 
-    def _run(self, settings: Settings, items: Sequence[int]) -> Runner:
-        """Decodes items together and returns the runner, which knows the time and the counters."""
-        size = 1 if len(items) == 1 else settings.batch_size
+    def _run(self, settings: Settings, items: Sequence[int], size: int) -> Runner:
+        """Decodes items in batches of `size` and returns the runner, which knows the time and the counters."""
         runner = Runner(self.pair, dataclasses.replace(settings, batch_size=size))
         for batch in runner.batches([self._prompts[i] for i in items]):
             runner.decode(batch)
@@ -100,11 +103,11 @@ class Stopwatch:
             for item in items:
                 turn += 1
                 for name in _from(names, turn):
-                    runner = self._run(self.points[name], [item])
+                    runner = self._run(self.points[name], [item], 1)
                     seconds[name].append(round(runner.timing.decode_s, 6))
                     tokens[name].append(runner.totals["committed"])
             for name in _from(names, turn):
-                runner = self._run(self.points[name], items)
+                runner = self._run(self.points[name], items, self.points[name].batch_size)
                 found[name]["one_s"].append(seconds[name])
                 found[name]["one_tokens"] = tokens[name]
                 found[name]["batch_s"].append(round(runner.timing.decode_s, 6))

@@ -103,6 +103,8 @@ def _rows(measurement: Measurement, point: Point, places: list[int]) -> dict[int
         pieces = measurement.pair.vocabulary.decode_pieces(record["tokens"])
         each = {name: values[place] for name, values in figures.items()} if figures else {}
         written = enumerate(zip(pieces, record["source"], strict=True))
+        if settings.drafter != "model" or settings.verification != "token":
+            each.pop("drafted", None)  # drafts come from elsewhere, or do not stand or fall one by one
         rows[place] = "".join(_span(piece, source, i, each) for i, (piece, source) in written)
     return rows
 
@@ -114,7 +116,8 @@ def _span(piece: str, source: int, i: int, figures: dict[str, np.ndarray]) -> st
         q, p, pi, deferral = (float(figures[name][i]) for name in ("q", "p", "prob", "deferral"))
         told.append(f"q {q:.3f}, p {p:.3f}, pi {pi:.3f}")
         told.append(f"the rule turns to the verifier here with probability {deferral:.2f}")
-        if source == SOURCE_ACCEPTED and q > 0:
-            told.append(f"a draft of it stands with probability {min(1.0, pi / q):.2f}")
+        drafted = float(figures["drafted"][i]) if "drafted" in figures else 0.0
+        if source == SOURCE_ACCEPTED and drafted > 0:
+            told.append(f"a draft of it stands with probability {min(1.0, pi / drafted):.2f}")
     shown = page.escape(piece) if piece else "·"
     return f'<span class="s{source}" tabindex="0" data-t="{page.escape("; ".join(told))}">{shown}</span>'

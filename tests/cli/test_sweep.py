@@ -9,11 +9,13 @@ from pathlib import Path
 import gin
 import pytest
 
+from evaluation.synthetic import group, point
 from runtime import small_pair
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.cli import sweep
+from speccascade_t5x.cli import gin_flags, infer, operating_point, sweep
 from speccascade_t5x.evaluation import grid, operating_points
 from speccascade_t5x.evaluation.measure import Progress
+from speccascade_t5x.evaluation.sweep import SweepResult
 from speccascade_t5x.runtime import generate, plans
 
 SHAPE = ["--batch_size=1", "--gin.generate.Settings.buckets=(32,)"]
@@ -85,6 +87,15 @@ def test_what_is_told_meanwhile(capsys):
     assert table.row_count == 2 and table.title == "1 of 2 cells"
 
 
+def test_the_table_that_is_printed_is_the_reports(tmp_path):
+    points = [point("token_v3", a, (q, q), (t, t)) for a, q, t in ((0.5, 80, 0.5), (0.9, 75, 0.25))]
+    strict, lenient = (
+        sweep.lines(SweepResult(tmp_path, [group(*points)], [], {}, tolerance)) for tolerance in (0.0, 10.0)
+    )
+    assert "token_v3  0.5    2.00" in "\n".join(strict) and "token_v3  0.9    4.00" in "\n".join(lenient)
+    assert any("--operating_point=FOLDER" in line for line in strict)
+
+
 def points(folder: Path, **settings) -> str:
     """A file of one operating point, and the verifier alone beside it."""
 
@@ -103,6 +114,7 @@ def test_infer_runs_at_an_operating_point(tmp_path, capsys):
     point = points(tmp_path, method="drafter", temperature=0.5)
     flags = ["--pair=pair", "--input=in.jsonl", "--output_dir=out", "--limit=2", *SHAPE]
     assert cli.main(["infer", *flags, point, "--latency_budget=0.6"]) == 0
+    assert "operating point fast: 0.5 of the verifier's time, exact_match 70" in capsys.readouterr().err
     config = Path("out/config.gin").read_text("utf-8")
     assert "generate.Settings.method = 'drafter'" in config and "generate.Settings.temperature = 0.5" in config
     capsys.readouterr()
@@ -125,6 +137,21 @@ def test_a_flag_that_chooses_what_the_point_chooses_is_refused(tmp_path, capsys,
     assert message in refused(capsys, "infer", "--pair=pair", "--input=in.jsonl", point, *flags)
 
 
+def test_a_gin_file_does_not_mix_into_an_operating_point(tmp_path, capsys):
+    point = points(tmp_path, draft_len=5)  # lossless speculation: all but the draft length is as it is by default
+    Path("own.gin").write_text("generate.Settings.rule = 'token_v3'\ngenerate.Settings.alpha = 0.3\n")
+    files = ["--gin_file=runs/infer.gin", "--gin_file=own.gin", "--gin.PAIR='pair'", "--input=in.jsonl"]
+    said = refused(capsys, "infer", *files, point, "--latency_budget=0.6")
+    assert "point fast was measured with rule='lossless', but a gin file sets it to 'token_v3'" in said
+
+
+def test_a_flag_that_chose_the_condition_changes_no_method():
+    flags, _ = gin_flags.split(infer._parser(), ["--draft_len=3", "--operating_point=x"])
+    bild = {"name": "bild", "settings": {"method": "bild", "alpha": 2.0}}  # measured with its own 10
+    bound = operating_point.bindings(bild, flags, [])
+    assert bound["generate.Settings.draft_len"] is None and bound["generate.Settings.alpha"] == 2.0
+
+
 def test_limits_need_a_file_and_the_file_its_pair(tmp_path, capsys):
     flags = ["--pair=pair", "--input=in.jsonl"]
     assert "give --operating_point=FILE as well" in refused(capsys, "infer", *flags, "--latency_budget=0.5")
@@ -132,6 +159,8 @@ def test_limits_need_a_file_and_the_file_its_pair(tmp_path, capsys):
     point = points(tmp_path, rule="token_v3", alpha=0.3)
     offered = json.loads(Path("points.json").read_text())
     Path("points.json").write_text(json.dumps({**offered, "pair": "another"}))
+    assert "are of another pair: run `speccascade sweep`" in refused(capsys, "infer", *flags, point)
+    Path("points.json").write_text(json.dumps({**offered, "weights": "sha256 of others"}))
     assert "are of another pair: run `speccascade sweep`" in refused(capsys, "infer", *flags, point)
 
 

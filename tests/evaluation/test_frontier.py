@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from evaluation.synthetic import group, point
 from speccascade_t5x.evaluation import frontier, notes, operating_points
+from speccascade_t5x.evaluation.analysis import Group
+from speccascade_t5x.evaluation.grid import Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.interfaces import UserError
 
@@ -55,6 +58,29 @@ def test_the_area_is_the_mean_quality_over_budgets():
     assert alone.value == pytest.approx(70, abs=1e-6)
 
 
+def test_a_bad_choice_counts_in_the_area():
+    # Chosen as a corner by one half; on the other worse than the drafter, which nobody could know.
+    unlucky = point("opt", 0.1, (75, 50), (0.5, 0.5))
+    found = frontier.area(group(unlucky), [unlucky])
+    assert found.value == pytest.approx((0.3 * 55 + 0.5 * 65) / 0.8)
+
+
+def test_what_to_run_is_what_infer_chooses(written):
+    fastest, best = frontier.overall(group(SLOW, FAST, POOR))
+    assert fastest.point.name == operating_points.choose(written)["name"] == "token_v3_a0.5"
+    assert best.point.name == operating_points.choose(written, latency_budget=1.0)["name"] == "token_v3_a0.1"
+    said = notes.advice(group(SLOW, FAST, POOR), 0.0, "exact_match")
+    assert "token_v3 0.5. On the other half its speed-up is 1.67" in said[0] and "less the verifier's -1.00" in said[0]
+    assert "token_v3 0.1" in said[1] and said[1].endswith("--operating_point=FOLDER --latency_budget=1")
+    alone = notes.advice(group(POOR), 0.0, "exact_match")
+    assert all(text.startswith("Of all that was timed the verifier alone is the ") for text in alone)
+
+
+def test_a_tolerance_holds_for_infer_as_well(tmp_path):
+    operating_points.write(tmp_path, [group(SLOW, FAST, POOR)], "exact_match", "a pair", tolerance=10.0)
+    assert operating_points.choose(tmp_path)["name"] == "token_v3_a0.9"
+
+
 def test_no_area_where_the_drafter_is_no_faster():
     slow = group(FAST)
     points = [p for p in slow.points if p.arm != "drafter"] + [point("drafter", None, (60, 60), (1.1, 1.1))]
@@ -80,6 +106,20 @@ def test_a_gain_is_called_an_artefact_where_min_p_shows_it_too(cascade, truncate
     assert "MinP" in text
 
 
+def test_chance_is_called_rounding_where_nothing_is_sampled():
+    same = point("lossless", None, (80, 80), (0.5, 0.5))
+    (drawn,) = notes.chance(group(same), "exact_match")
+    (greedy,) = notes.chance(Group(Condition(5, 0.0, 1.0), group(same).points), "exact_match")
+    assert "sampling noise" in drawn and "sampling" not in greedy and "At temperature 0" in greedy
+
+
+def test_an_interval_has_the_digits_it_needs():
+    small = point("opt", 0.1, (0, -0.0345), (1, 1), spread=0.004).quality[REPORT]
+    assert notes.interval(small).startswith("-0.03 [-0.0")
+    assert notes.interval(small, None).startswith("-0.0345 [-0.03")
+    assert notes.interval(point("opt", 0.1, (80, 80), (1, 1), spread=9).quality[REPORT], None).startswith("80.00 [")
+
+
 def test_a_missing_baseline_is_named():
     (text,) = notes.truncation(group(FAST), "exact_match")
     assert "MinP was not measured at this alpha" in text
@@ -92,14 +132,55 @@ def written(tmp_path):
 
 
 def test_a_budget_or_a_floor_chooses_a_point(written):
+    # By the half that the table of answers is chosen on; the figures that are shown come from the other.
     choose = lambda **limits: operating_points.choose(written, **limits)["name"]  # noqa: E731
     assert choose(latency_budget=1.0) == "token_v3_a0.1"
-    assert choose(latency_budget=0.7) == "token_v3_a0.5"
+    assert choose(latency_budget=0.55) == "token_v3_a0.5"  # 0.6 on the other half
     assert choose(latency_budget=0.25) == "drafter"
-    assert choose(quality_floor=74.0) == "token_v3_a0.9"
-    assert choose(quality_floor=79.5) == "token_v3_a0.1"
-    assert choose() == "token_v3_a0.1"  # the fastest at the verifier's quality
-    assert choose(wanted={"temperature": 1.0, "draft_len": 5}, quality_floor=79.0) == "token_v3_a0.5"
+    assert choose(quality_floor=70.0) == "token_v3_a0.9"
+    assert choose(quality_floor=74.0) == "token_v3_a0.5"  # 0.9 has 75 on the other half, and 70 here
+    assert choose() == "token_v3_a0.5"  # the fastest at the verifier's quality
+    assert choose(wanted={"temperature": 1.0, "draft_len": 5}, quality_floor=81.0) == "token_v3_a0.1"
+    assert operating_points.choose(written)["quality"]["value"] == pytest.approx(79)
+
+
+def conditioned(condition: Condition, latency: float) -> Group:
+    """Both models alone, a method that drafts what the condition says, and one that drafts nothing."""
+    sampling = {"temperature": condition.temperature, "top_p": condition.top_p}
+    told = f"_t{condition.temperature:g}_p{condition.top_p:g}"
+    free = [*group().points, point("oracle", 0.1, (81, 81), (latency, latency))]
+    opt = point("opt", 0.1, (81, 81), (latency + 0.01, latency + 0.01))
+    opt = dataclasses.replace(opt, name=f"opt_g{condition.draft_len}{told}")
+    own = {opt.name: {"rule": "opt", "alpha": 0.1, "draft_len": condition.draft_len}}
+    named = [dataclasses.replace(p, name=f"{p.arm}{told}") if p is not opt else p for p in (*free, opt)]
+    plain = {"verifier": {"method": "verifier"}, "drafter": {"method": "drafter"}, "oracle": {"method": "oracle"}}
+    settings = [own.get(p.name, plain.get(p.arm)) | sampling for p in named]
+    rows = [dataclasses.replace(p, row={**p.row, "settings": s}) for p, s in zip(named, settings, strict=True)]
+    return Group(condition, tuple(rows))
+
+
+def test_flags_choose_among_conditions_and_leave_the_others_at_the_main_one(tmp_path):
+    # The further from the main condition, the faster: what mixes conditions up takes one of these.
+    conditions = [((5, 1.0, 1.0), 0.9), ((3, 1.0, 1.0), 0.9), ((5, 0.0, 1.0), 0.5), ((5, 1.0, 0.1), 0.4)]
+    groups = [conditioned(Condition(*condition), latency) for condition, latency in conditions]
+    operating_points.write(tmp_path, groups, "exact_match", "a pair")
+    choose = lambda **wanted: operating_points.choose(tmp_path, quality_floor=81.0, wanted=wanted)["name"]  # noqa: E731
+    assert choose() == choose(temperature=1.0) == choose(top_p=1.0) == choose(draft_len=5) == "oracle_t1_p1"
+    assert choose(draft_len=3) == "oracle_t1_p1"  # it drafts nothing, so it belongs here as well
+    assert (choose(temperature=0.0), choose(top_p=0.1)) == ("oracle_t0_p1", "oracle_t1_p0.1")
+    with pytest.raises(UserError, match=r"no point under draft_len=3, top_p=0\.1: it has .*top-p 1, draft_len 3"):
+        choose(draft_len=3, top_p=0.1)
+
+
+def test_a_file_of_an_earlier_release_can_still_be_read(written):
+    offered = json.loads((written / operating_points.FILE).read_text("utf-8"))
+    for name in ("main", "quality_tolerance", "weights"):
+        del offered[name]
+    for entry in offered["points"]:
+        del entry["chosen_on"], entry["conditions"]
+    (written / operating_points.FILE).write_text(json.dumps(offered))
+    assert operating_points.choose(written, latency_budget=0.7)["name"] == "token_v3_a0.5"
+    assert operating_points.choose(written, quality_floor=74.0)["name"] == "token_v3_a0.9"
 
 
 def test_every_operating_point_names_its_cells(written):
@@ -116,7 +197,7 @@ def test_every_operating_point_names_its_cells(written):
     ("limits", "message"),
     [
         ({"latency_budget": 0.1}, "no operating point stays within latency_budget=0.1: the fastest takes 0.2 of"),
-        ({"quality_floor": 99.0}, "no operating point reaches quality_floor=99: the best has exact_match 80.5"),
+        ({"quality_floor": 99.0}, "no operating point reaches quality_floor=99: the best has exact_match 81"),
         ({"quality_floor": 1.0, "latency_budget": 1.0}, "a latency budget or a quality floor, not both"),
         ({"wanted": {"temperature": 0.0}}, "has no point under temperature=0.0: it has temperature 1, top-p 1"),
     ],
@@ -129,9 +210,10 @@ def test_limits_nothing_meets(written, limits, message):
 def test_a_file_that_is_none(tmp_path):
     with pytest.raises(UserError, match="there are no operating points"):
         operating_points.read(tmp_path)
-    (tmp_path / operating_points.FILE).write_text("{}")
-    with pytest.raises(UserError, match="holds no operating points"):
-        operating_points.read(tmp_path)
+    for text in ("{}", json.dumps({"format": operating_points.FORMAT, "points": [{}]})):
+        (tmp_path / operating_points.FILE).write_text(text)
+        with pytest.raises(UserError, match="holds no operating points"):
+            operating_points.read(tmp_path)
 
 
 def test_intervals_are_paired_between_points():

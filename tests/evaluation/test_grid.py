@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from speccascade_t5x.core import rules
-from speccascade_t5x.evaluation import grid
+from speccascade_t5x.evaluation import grid, measure
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime.settings import Settings
 
@@ -47,6 +47,17 @@ def test_short_forms(text, options):
 def test_unknown_names(text, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         grid.arm(text)
+
+
+def test_names_are_files_names_and_stand_for_one_method():
+    with pytest.raises(UserError, match="the method name 'a/b' names files as well"):
+        grid.Arm("a/b", {"rule": "lossless"})
+    with pytest.raises(UserError, match="two methods are called 'lossless'"):
+        grid.arms([grid.Arm("lossless", {"rule": "token_v3"})], {})  # it would take the baseline's place
+    with pytest.raises(UserError, match="two methods are called 'token_cascade-chow'"):
+        grid.arms([grid.Arm("token_cascade-chow", {"method": "oracle", "rule": "chow"})], {})
+    own = grid.Arm("lossy_sd", {"rule": "lossy_sd"}, alphas=(0.5,))
+    assert own in grid.arms([own], {})  # alphas of one's own are no other method
 
 
 def test_an_alpha_outside_its_range_names_the_range():
@@ -124,6 +135,24 @@ def test_cells_have_names_of_their_own_and_settings_that_run():
     # BiLD ends its drafts by itself, and a model alone drafts nothing.
     assert grid.Cell(grid.arm("bild"), 2.0, MAIN, 0).settings(Settings()).draft_len is None
     assert grid.Cell(grid.arm("verifier"), None, MAIN, 0).id == "verifier_t1_p1_s0"
+
+
+def test_min_p_goes_under_every_condition_token_v3_goes_under():
+    arms, conditions = grid.arms(["token_v3", "opt"], {}, ()), grid.conditions((5,), (1.0, 0.0), (1.0,))
+    told = lambda *varied: measure.planned(measure.Choices(arms, conditions, varied, (0,), 3, 0, "nll"))  # noqa: E731
+    assert (told(), told("opt"), told("token_v3"), told("token_v3", "min_p")) == (9, 12, 15, 15)
+
+
+def test_alphas_that_look_alike_are_cells_of_their_own():
+    near = [grid.Cell(grid.arm("opt"), alpha, MAIN, 0).id for alpha in (0.12345678, 0.12345679, 0.25, 1.0)]
+    assert len(set(near)) == 4 and near[2:] == ["opt_a0.25_g5_t1_p1_s0", "opt_a1_g5_t1_p1_s0"]
+
+
+def test_a_draft_length_of_ones_own_belongs_to_every_condition():
+    long = grid.Arm("long", {"rule": "lossless", "draft_len": 9})
+    cells = [grid.Cell(long, None, condition, 0) for condition in grid.conditions((5, 3), (1.0,), (1.0,))]
+    assert {cell.id for cell in cells} == {"long_t1_p1_s0"}
+    assert cells[0].settings(Settings()).draft_len == 9
 
 
 def test_base_settings_leave_the_choice_to_the_sweep():

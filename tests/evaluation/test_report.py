@@ -44,7 +44,7 @@ def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     failed = {"cell": "bild_a1_t1_p1_s0", "error": "a model produced NaN"}
     (folder / "trace.html").write_text(page.page("trace", "<h1>trace</h1>"), "utf-8")
-    report.write(folder, [group(*POINTS)], facts(failures=[failed], missing=["bild"]))
+    report.write(folder, [group(*POINTS)], facts(failures=[failed], missing=["bild"], traces=1))
     return folder
 
 
@@ -73,7 +73,7 @@ def test_both_forms_say_the_same(written):
 def test_the_same_points_give_the_same_bytes(written, tmp_path):
     (tmp_path / "again").mkdir()
     failed = {"cell": "bild_a1_t1_p1_s0", "error": "a model produced NaN"}
-    report.write(tmp_path / "again", [group(*POINTS)], facts(failures=[failed], missing=["bild"]))
+    report.write(tmp_path / "again", [group(*POINTS)], facts(failures=[failed], missing=["bild"], traces=1))
     assert (tmp_path / "again" / "report.html").read_bytes() == (written / "report.html").read_bytes()
 
 
@@ -86,6 +86,26 @@ def test_without_wall_times_there_is_still_a_report(tmp_path):
     report.write(tmp_path, [type(group())(grid.Condition(5, 1.0, 1.0), tuple(bare))], facts(timed=0, repeats=0))
     text = (tmp_path / "report.md").read_text("utf-8")
     assert "No wall time was measured yet" in text and "quality-by-calls" in text and "frontier-0" not in text
+    assert "trace.html" not in (tmp_path / "report.html").read_text("utf-8")  # there is none to go to
+
+
+def test_what_is_not_drafted_by_the_drafter_has_no_overlap(tmp_path):
+    copied = point("max_gram", None, (80, 80), (0.5, 0.5), settings={"rule": "lossless", "drafter": "max_gram"})
+    found = group(point("lossless", None, (80, 80), (0.5, 0.5)), copied)
+    report.write(tmp_path, [found], facts(timed=8))
+    table = (tmp_path / "report.md").read_text("utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in table if line.startswith("| ")]
+    column = next(row for row in rows if "overlap on references" in row).index("overlap on references")
+    asked = ("verifier", "lossless", "max_gram")
+    shown = {row[1]: row[column] for row in rows if len(row) > column and row[1] in asked}
+    assert shown == {"verifier": "-", "lossless": "0.900", "max_gram": "-"}
+    assert any("too few to trust a speed-up" in line for line in table)
+
+
+def test_an_nll_is_shown_with_the_digits_it_needs(tmp_path):
+    found = group(point("opt", 0.1, (-0.0345, -0.0345), (0.5, 0.5), spread=0.004))
+    report.write(tmp_path, [found], facts(metric="nll"))
+    assert "| -0.0345 [-0.03" in (tmp_path / "report.md").read_text("utf-8")
 
 
 def browser() -> str:

@@ -58,6 +58,39 @@ def test_what_a_metric_is_a_mean_of_is_found(scorer, metric, weight):
             assert units.kind == ("examples" if weight else "groups of examples")
 
 
+@pytest.mark.parametrize(("metric", "weight"), [("word_accuracy", "word"), ("character_accuracy", "character")])
+def test_an_output_that_runs_on_does_not_make_the_intervals_rough(metric, weight):
+    """Alone its accuracy is cut at 0; what it takes from the whole is more."""
+    run, place = noisy(4), Scorer(score, REFERENCES).halves[REPORT][7]
+    run[place] = " ".join(["und und und"] * 20)
+    scorer = Scorer(score, REFERENCES)
+    assert scorer.weight(metric, [noisy(1), run]) == weight
+    units = scorer.units(metric, [run], REPORT, weight)
+    shares = units.numerators / units.denominators
+    assert shares[0, 7] < -100 and units.numerators.shape == (1, 30)
+    places = scorer.halves[REPORT]
+    assert units.numerators.sum() / units.denominators.sum() == pytest.approx(scorer.scores(run, places)[metric])
+    rng = np.random.default_rng(1)
+    for _ in range(5):  # so is every resample what scoring it would give
+        drawn = rng.integers(len(places), size=len(places))
+        items = [places[i] for i in drawn]
+        whole = score([run[i] for i in items], items)[metric]
+        assert units.numerators[0, drawn].sum() / units.denominators[0, drawn].sum() == pytest.approx(whole)
+
+
+def test_metrics_that_refuse_single_examples_or_are_no_numbers():
+    def correlation(predictions, places):
+        if len(predictions) < 2:
+            raise ValueError("x and y must have length at least 2")  # as scipy says it
+        return {"correlation": float(np.std([len(p) for p in predictions])), "of equals": float("nan"), "text": "-"}
+
+    own = Scorer(correlation, REFERENCES)
+    assert own.single(0, "a") == {}
+    assert set(own.scores(noisy(1))) == {"correlation"}
+    assert own.weight("correlation", [noisy(1)]) is None
+    assert own.units("correlation", [noisy(1)], CHOOSE, None).kind == "groups of examples"
+
+
 def test_the_interval_of_a_metric_that_is_no_mean_is_of_the_right_size(scorer):
     """Against resampling the examples and scoring each resample, which is what it stands for."""
     run, places = noisy(3), scorer.halves[REPORT]

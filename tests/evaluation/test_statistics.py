@@ -61,6 +61,12 @@ def test_a_figure_that_is_not_defined():
     assert not found.above() and not found.below()
 
 
+def test_one_example_alone_has_no_interval():
+    found = Bootstrap(1).ratio([3.0], [2.0])  # not [1.5, 1.5]: nothing would look uncertain
+    assert found.as_dict() == {"value": 1.5, "low": None, "high": None}
+    assert not found.above(1.0) and not found.below(2.0) and not (found - 1.0).above()
+
+
 def test_refusals():
     with pytest.raises(UserError, match="needs examples"):
         mean_interval([])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from runtime import small_pair
-from speccascade_t5x.evaluation import operating_points, sweep
+from speccascade_t5x.evaluation import grid, operating_points, sweep
+from speccascade_t5x.evaluation.analysis import Analyst
 from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import generate
@@ -159,11 +160,23 @@ def test_partial_results_can_be_reported(run, place):
 
     with pytest.raises(KeyboardInterrupt):
         run("partial", progress=kill)
+    growing = place / "partial" / "cells" / ".x.json.gz.abc.partial"
+    growing.write_text("half")  # by a sweep that is at work there
+    before = (place / "partial" / "cells.jsonl").stat().st_mtime_ns
     result = run("partial", report_only=True)
+    assert growing.exists() and (place / "partial" / "cells.jsonl").stat().st_mtime_ns == before
     assert len(result.groups[0].points) == 4
     assert "No wall time was measured yet" in (place / "partial" / "report.md").read_text("utf-8")
-    with pytest.raises(UserError, match="no cell of the sweep in .* has succeeded"):
+    with pytest.raises(UserError, match=r"there is no sweep in .*nothing to report: it has no sweep\.json"):
         run("nothing", report_only=True)
+    assert not (place / "nothing").exists()
+
+
+def test_without_a_cell_that_succeeded_the_reason_is_told(tmp_path):
+    store = CellStore(tmp_path, {})
+    store.write_failure({"cell": "a_s0", "point": "a"}, "a model produced NaN")
+    with pytest.raises(UserError, match="no cell of the sweep in .* has succeeded: .*: a model produced NaN"):
+        Analyst(store, None, {}, "nll").groups((), [], None)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +188,12 @@ def test_partial_results_can_be_reported(run, place):
         ({"methods": ("token_v3@max_gram",)}, "the rule 'token_v3' reads the law q of a drafter model"),
         ({"methods": ("lossless@ngram",)}, "needs an n-gram table"),
         ({"seeds": (1, 1)}, "must be different whole numbers"),
+        ({"seeds": (0, -1)}, "seeds=-1 is outside its range"),  # the first one's cells would be there by then
+        ({"varied": ("tokn_v3",)}, "there is no method 'tokn_v3': did you mean 'token_v3'"),
+        ({"varied": "token_v3"}, "varied='token_v3' is no list"),
+        ({"methods": ("opt", "lossless"), "calibrate": {"acceptance": 0.5}}, "'lossless' takes no alpha, so there is"),
+        ({"methods": (), "calibrate": {"acceptance": 0.5}}, "a calibration needs methods"),
+        ({"calibrate": {"acceptance": 0.5}, "report_only": True}, "report_only reports a sweep"),
         ({"timing_items": 1}, "timing_items=1 is outside its range"),
         ({"calibrate": {"speed": 1.0}}, "there is no rate 'speed' to calibrate"),
         ({"limit": 1}, "at least 2 items"),
@@ -204,6 +223,24 @@ def test_a_rate_is_calibrated_and_checked_on_held_out_items(run, place):
     assert found["held_out"]["low"] <= found["held_out"]["value"] <= found["held_out"]["high"]
     (out,) = run("unreached", calibrate={"verifier_calls_per_token": 3.0}).calibrated
     assert not out["reached"]
+
+
+def test_a_rate_beyond_the_default_alphas_is_found_at_the_ends_of_the_range(run, place):
+    (found,) = run("ends", methods=("chow",), calibrate={"deferral_rate": 0.0}).calibrated
+    known = {row["alpha"]: row["rates"]["choose"]["deferral_rate"] for row in rows(place / "ends")}
+    inside = grid.default_alphas(grid.arm("chow"), CHOICE["alpha_points"])
+    assert min(known[alpha] for alpha in inside) > 0 and known[1.0] == 0
+    assert found["reached"] and found["chosen_on"] == 0 and found["alpha"] > max(inside)
+
+
+@pytest.mark.parametrize("options", [{"confidence": "sum"}, {"confidence": "quantile", "quantile": 0.25}])
+def test_a_sequence_cascade_is_calibrated_by_its_own_confidence(run, place, options):
+    """Its default alphas rewrite even shares of the half they are chosen on, whatever its confidence is."""
+    chosen = grid.Arm("rewriting", {"method": "sequence_cascade", **options})
+    folder = "rewriting_" + "_".join(map(str, options.values()))
+    (found,) = run(folder, methods=(chosen,), calibrate={"verifier_calls_per_token": 0.5}).calibrated
+    rewritten = [row["rates"]["choose"]["deferral_rate"] for row in rows(place / folder) if row["arm"] == "rewriting"]
+    assert found["reached"] and (rewritten[0], rewritten[2]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
 def test_a_failed_cell_is_noted_and_tried_again(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from oracles import rules as oracle
 from oracles import sampler
 from runtime import small_pair
-from speccascade_t5x.evaluation import teacher_forced
-from speccascade_t5x.interfaces import Bound
+from speccascade_t5x.evaluation import teacher_forced, trace_page
+from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound
 from speccascade_t5x.runtime import generate
 from speccascade_t5x.runtime.settings import Settings
 
@@ -79,6 +79,8 @@ def test_every_law_is_the_oracles(pair, scored):
                 got = {key: float(values[index, place]) for key, values in figures[name].items()}
                 assert got["prob"] == pytest.approx(pi[token], abs=2e-5), (name, place)
                 assert got["overlap"] == pytest.approx(np.minimum(pi, d).sum(), abs=2e-4), (name, place)
+                if settings.method == "speculative":  # at temperature 0.7 and top-p 0.8 that is not q
+                    assert got["drafted"] == pytest.approx(d[token], abs=2e-5), (name, place)
                 assert got["q"] == pytest.approx(sampler.tempered(q[place], 1.0, size)[token], abs=2e-5)
                 assert got["right_p"] == (np.argmax(p[place][:size]) == token)
         assert np.isnan(figures["lossy"]["prob"][index, len(ids) :]).all()
@@ -111,6 +113,14 @@ def test_what_has_no_law_of_the_next_token_says_why(pair):
     assert "on its own drafts only" in teacher_forced.why_not(pair, reasons["on its own drafts only"])
     assert all(teacher_forced.why_not(pair, settings) is None for settings in RULES.values())
     assert teacher_forced.why_not(pair, Settings(drafter="max_gram")) is None
+
+
+def test_a_trace_says_with_which_chance_a_draft_stands():
+    each = {"q": [0.5], "p": [0.1], "prob": [0.2], "deferral": [0.0]}
+    drafted = trace_page._span("a", SOURCE_ACCEPTED, 0, each | {"drafted": [0.8]})
+    assert "a draft of it stands with probability 0.25" in drafted  # pi / d; q is of temperature 1
+    assert "stands" not in trace_page._span("a", SOURCE_ACCEPTED, 0, each)
+    assert "&lt;b&gt;&quot;" in trace_page._span('<b>"', SOURCE_ACCEPTED, 0, {})  # whatever a model writes
 
 
 def test_reliability_by_hand():
