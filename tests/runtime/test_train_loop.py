@@ -291,11 +291,12 @@ def test_batches_that_cannot_be_shared():
 def test_distillation_brings_a_drafter_near_its_teacher(teacher, divergence):
     held_out = [Copying(32, seed=8)(step) for step in range(2)]
     distill = losses.DistillConfig(divergence, weight=1.0)
+    steps = 240 if divergence == "total_variation" else 120  # its gradient is small where the laws hardly overlap
     before = [np.array(leaf) for leaf in jax.tree.leaves(teacher.params)]
     result = train_loop.train_loop(
         dataclasses.replace(MODEL, dropout_rate=0.0),
         Copying(16, seed=3),
-        config(120, distill=distill, log_every=60),
+        config(steps, distill=distill, log_every=60),
         teacher=teacher,
         eval_batches=held_out,
     )
