@@ -8,6 +8,7 @@ happened. It hands signals on, and the worker ends when the parent does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from speccascade_t5x.cli import preemption
@@ -126,10 +128,20 @@ def _fork(name: str) -> None:
     for end in (said, alive):
         os.close(end)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.signal(number, _hand_on(child))
     code = _watch(child, reports, name)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _hand_on(child: int) -> Callable[[int, object], None]:
+    """A signal's handler that hands it on; one that comes when the worker has ended changes nothing any more."""
+
+    def handler(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    return handler
 
 
 def _end_with_parent(alive: int) -> NoReturn:

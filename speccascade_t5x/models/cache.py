@@ -10,10 +10,16 @@ after its own position:
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array
+
+# The longest block that is written by selecting, and the largest row of a cache: a prompt is longer, and written once;
+# passing over more bytes than that takes a TPU v4 longer than its loop takes for a row (docs/precompile.md).
+MOST_SELECTED, MOST_BYTES = 16, 2**21
 
 
 def empty(batch: int, heads: int, slots: int, width: int, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -28,6 +34,10 @@ def write(stored: Array, block: Array, positions: Array) -> Array:
     A start beyond S - T would be clamped by XLA and overwrite earlier slots: the caller makes room for
     every draft length + 1 beyond the output length, so that it never happens.
 
+    On a TPU short blocks are written by selecting, slot by slot, between old and new: slices at one position per
+    row become a loop over the rows there, which costs more than passing over a whole cache that is not large. A CPU
+    writes the slices in place.
+
     Args:
       stored: [B, H, S, K].
       block: [B, H, T, K].
@@ -36,8 +46,24 @@ def write(stored: Array, block: Array, positions: Array) -> Array:
     block = block.astype(stored.dtype)
     if stored.shape[0] == 1:
         return jax.lax.dynamic_update_slice(stored, block, (0, 0, positions[0], 0))
+    row_bytes = stored.dtype.itemsize * math.prod(stored.shape[1:])
+    if block.shape[2] > MOST_SELECTED or row_bytes > MOST_BYTES:
+        return slices(stored, block, positions)
+    return jax.lax.platform_dependent(stored, block, positions, tpu=selected, default=slices)
+
+
+def slices(stored: Array, block: Array, positions: Array) -> Array:
+    """`write`, a slice per row."""
     row_write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))  # noqa: E731
     return jax.vmap(row_write)(stored, block, positions)
+
+
+def selected(stored: Array, block: Array, positions: Array) -> Array:
+    """`write`, a choice per slot; nothing is computed, so the bits are those of `slices`."""
+    column = jnp.arange(stored.shape[2]) - positions[:, None]  # of the block that belongs into each slot, [B, S]
+    for i in range(block.shape[2]):
+        stored = jnp.where((column == i)[:, None, :, None], block[:, :, i : i + 1], stored)
+    return stored
 
 
 def visible(positions: Array, length: int, slots: int) -> Array:

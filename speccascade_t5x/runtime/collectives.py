@@ -8,6 +8,7 @@ import re
 
 _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 _LINE = re.compile(rf"=\s+(?P<type>.*?)\s(?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_CONTEXT = "u32[]"
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -35,10 +36,12 @@ def in_program(text: str) -> list[Collective]:
     found = []
     for match in map(_LINE.search, text.splitlines()):
         if match:
-            sizes = [_nbytes(array) for array in _ARRAY.finditer(match["type"])]
-            # An asynchronous start carries its operand beside the result.
-            nbytes = max(sizes) if match["start"] else sum(sizes)
-            found.append(Collective(match["kind"], nbytes, match["type"]))
+            arrays = list(_ARRAY.finditer(match["type"]))
+            if match["start"] and match["kind"] != "all-reduce":
+                # It carries its operands before the results, and perhaps a context after them.
+                arrays = [array for array in arrays if array[0] != _CONTEXT]
+                arrays = arrays[len(arrays) // 2 :]
+            found.append(Collective(match["kind"], sum(map(_nbytes, arrays)), match["type"]))
     return found
 
 

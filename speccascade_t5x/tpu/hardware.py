@@ -36,6 +36,8 @@ class Chip:
         a CPU's cores do both, one after the other.
       law_bandwidth: bytes/s at which passes over a vocabulary go, exponentials among them; None where that is no slower
         than memory.
+      block_bandwidth: bytes/s at which a product of several rows reads its weights: a CPU's repacks them for its
+        vector units first, which the product of one row has no need of; None where it reads as fast as memory.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Chip:
     clock: float | None = None
     overlaps: bool = True
     law_bandwidth: float | None = None
+    block_bandwidth: float | None = None
 
 
 CHIPS = {

@@ -175,11 +175,17 @@ def block_times(
     network = asked.reductions * all_reduce(width * tokens * config.emb_dim, place)
     network += all_gather(law_bytes, place) if asked.gathers_laws else 0.0
     return Times(
-        weights=slower(asked.weight_bytes * memory, 2 * asked.weight_count * tokens * arithmetic),
+        weights=slower(_reading(asked, chip, tokens), 2 * asked.weight_count * tokens * arithmetic),
         attention=slower(2 * width * own * cached * memory, 4 * tokens * cached * arithmetic),
         laws=LAW_PASSES * law_bytes / (chip.law_bandwidth or chip.hbm_bandwidth),
         network=network,
     )
+
+
+def _reading(asked: Load, chip: Chip, tokens: int) -> float:
+    """Seconds to read the weights for a product of so many rows."""
+    several = tokens > 1 and chip.block_bandwidth
+    return asked.weight_bytes / (several or chip.hbm_bandwidth)
 
 
 def all_gather(nbytes: int, place: Place) -> float:
@@ -323,8 +329,8 @@ def _bound(decode: Decode, place: Place, batch: int, draft_len: int) -> str:
     """What takes the most of the verifier's block."""
     slots = decode.slots(draft_len)
     times = block_times(decode.verifier, place, batch, draft_len + 1, slots, decode.input_len)
-    asked = load(decode.verifier, place)
-    reading = asked.weight_bytes / place.chip.hbm_bandwidth
+    tokens = math.ceil(batch / place.data) * (draft_len + 1)
+    reading = _reading(load(decode.verifier, place), place.chip, tokens)
     arithmetic = times.weights if times.weights > reading else 0.0
     spent = {"arithmetic": arithmetic, "network": times.network}
     spent["memory"] = times.total - arithmetic - times.network

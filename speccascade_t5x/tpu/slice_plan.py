@@ -36,8 +36,9 @@ class SlicePlan:
     path: Path | None
 
     def best(self, batch: int) -> roofline.Predicted:
-        """The fastest choice of a batch, "no speculation" among them."""
-        return max((each for each in self.predicted if each.batch == batch), key=lambda each: each.tokens_per_s)
+        """The fastest choice of a batch that fits, "no speculation" among them; the fastest of all where none does."""
+        choices = (each for each in self.predicted if each.batch == batch)
+        return max(choices, key=lambda each: (each.fits, each.tokens_per_s))
 
 
 def slice_plan(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import subprocess
 
 import pytest
 
@@ -64,6 +66,15 @@ def test_what_other_programs_report_is_told_from_a_lost_host():
     assert not flags._names_a_dead_host(ValueError("shapes differ"))
     report = b"F1121 16:45:08.963252    9184 client.h:80] Terminating process because the JAX distributed service"
     assert flags._REPORT.match(report)[1] == b"client"
+
+
+def test_a_signal_after_the_end_changes_nothing():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    flags._hand_on(ended.pid)(signal.SIGTERM, None)
+    asleep = subprocess.Popen(["sleep", "60"])
+    flags._hand_on(asleep.pid)(signal.SIGTERM, None)
+    assert asleep.wait(60) == -signal.SIGTERM
 
 
 def test_the_parser_lists_the_flags():

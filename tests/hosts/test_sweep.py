@@ -61,3 +61,22 @@ def test_a_host_dies_and_the_restarted_sweep_has_the_cells_of_one_host(place):
     timed = [len(list((folder / "timing").iterdir())) for folder in (out, place / "one")]
     assert timed[0] == timed[1] > 0
     assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_four_hosts_lose_one_and_a_sweep_of_three_finishes_it(place):
+    out, argv = place / "four", (*SWEEP, "--output_dir=four")
+    with running(place, 4, *argv) as job:
+        job.until(lambda: len(cells(out)) >= 3)
+        job.hosts[2].kill()
+        for host in (job.hosts[0], job.hosts[1], job.hosts[3]):
+            assert host.wait(SILENT + 60) == hosts.EXIT_CODE, job.said
+            assert host.said.splitlines()[-1] == f"speccascade sweep: {LOST}"
+    kept = cells(out)
+    assert 3 <= len(kept) < CELLS
+
+    with running(place, 3, *argv) as job:
+        job.wait()
+    assert kept.items() <= cells(out).items()
+    assert rows(out) == rows(place / "one") and len(rows(out)) == CELLS
+    assert not list(out.rglob("*.partial"))

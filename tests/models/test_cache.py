@@ -188,6 +188,23 @@ def test_write_touches_its_own_slots_alone():
     np.testing.assert_array_equal(kv_cache.write(jnp.array(stored), block, positions), wanted)
     one = kv_cache.write(jnp.array(stored[1:2]), block[1:2], positions[1:2])
     np.testing.assert_array_equal(one, wanted[1:2])
+    np.testing.assert_array_equal(kv_cache.selected(stored, block, positions), wanted)
+
+
+@pytest.mark.parametrize(
+    ("block", "slots", "by_slices"),
+    [
+        (6, kv_cache.MOST_BYTES // (2 * 4 * 4), ["cpu"]),
+        (6, kv_cache.MOST_BYTES // (2 * 4 * 4) + 1, ["cpu", "tpu"]),
+        (kv_cache.MOST_SELECTED + 1, 40, ["cpu", "tpu"]),
+    ],
+)
+def test_a_tpu_selects_short_blocks_in_caches_that_are_not_large(block, slots, by_slices):
+    """Seen in what is lowered, which needs no TPU."""
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((3, 2, slots, 4), (3, 2, block, 4))]
+    traced = jax.jit(kv_cache.write).trace(*shapes, jax.ShapeDtypeStruct((3,), np.int32))
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    assert [name for name, text in texts.items() if "stablehlo.scatter" in text] == by_slices
 
 
 def test_visible_slots():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from speccascade_t5x.runtime import collectives
 from speccascade_t5x.tpu import hlo
 
 CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{0}","iteration_bounds":["1"]}}}}'
@@ -108,3 +109,20 @@ def test_trips_multiply(trips):
     found = hlo.costs(TEXT.replace("constant(4)", f"constant({trips})"))
     assert found.round.least == 100 + 10 * trips + 1
     assert found.round.collectives["all-reduce"][0] == trips + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "nbytes"),
+    [
+        ("(f32[8]{0}, bf16[4]{0}) all-reduce(%x, %y)", 40),
+        ("(f32[8]{0}, bf16[4]{0}) all-reduce-start(%x, %y)", 40),  # several in one, and no operand among them
+        ("f32[8]{0} all-reduce-start(%x)", 32),
+        ("(f32[2]{0}, f32[8]{0}) all-gather-start(%x)", 32),
+        ("((f32[2]{0}, f32[4]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%x, %y)", 96),
+        ("(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)", 32),
+        ("f32[8]{0} all-gather-done(%x)", None),
+    ],
+)
+def test_what_a_collective_sends(line, nbytes):
+    found = [each.nbytes for each in collectives.in_program(f"  %c = {line}, channel_id=1")]
+    assert found == ([] if nbytes is None else [nbytes])

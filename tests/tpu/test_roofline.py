@@ -51,6 +51,11 @@ def test_a_block_on_one_chip():
     one = roofline.block_times(SMALL, serial, rows=1, block=1, slots=10, input_len=6)
     assert one.weights == pytest.approx(reading + 2 * count / 2000)
     assert one.attention == pytest.approx(2 * 2 * cached / 1000 + 4 * cached / 2000)
+    repacking = roofline.Place(dataclasses.replace(serial.chip, block_bandwidth=500.0))
+    assert roofline.block_times(SMALL, repacking, 1, 1, 10, 6) == one  # one row is read as it lies
+    for rows, block in ((1, 2), (2, 1)):
+        several = roofline.block_times(SMALL, repacking, rows, block, 10, 6).weights
+        assert several == pytest.approx(2 * reading + 2 * count * 2 / 2000)
 
 
 def test_a_block_on_a_mesh():

@@ -47,6 +47,15 @@ def test_it_says_when_to_stop():
     assert slice_plan.verdict(huge)[0] == "batch 10000000: does not fit"
 
 
+def test_what_does_not_fit_is_not_advised():
+    found = planned(batch_sizes=(1,))
+    alone, short, long = found.predicted
+    assert found.best(1) is long
+    tight = dataclasses.replace(found, predicted=(alone, short, dataclasses.replace(long, fits=False)))
+    assert tight.best(1) is short
+    assert slice_plan.verdict(tight)[0] == f"batch 1: draft_len 1 gains {short.gain:.2f}x"
+
+
 def test_a_plan_made_elsewhere_is_followed(tmp_path):
     ranked = [
         {"drafter": "model", "draft_len": 4, "tokens_per_round": 2.5},

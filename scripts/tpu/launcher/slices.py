@@ -125,7 +125,7 @@ class Slice:
 
         Raises:
           Refused: there is one, but it has ended, is of another type, or its state cannot be learnt.
-      SliceLost: it ended while it was waited for.
+          SliceLost: it ended while it was waited for.
         """
         found = self._described()
         if found.state == _GONE:
