@@ -30,7 +30,7 @@ import numpy as np
 
 from speccascade_t5x.core import probs
 from speccascade_t5x.core.rules import Pair
-from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, PairCalibration, calibration, fitting
+from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, PairCalibration, calibration, columns, fitting
 from speccascade_t5x.deferral.distortion import Distortion
 from speccascade_t5x.deferral.head import fresh, network
 from speccascade_t5x.evaluation import deferral_report
@@ -97,12 +97,20 @@ def settings(experiment: str, classes: np.ndarray, members: tuple[int, ...]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Both models' logits over batches of one shape, computed once for all settings."""
+    """Both models' logits over batches of one shape, computed once for all settings.
+
+    Attributes:
+      batches: inputs and labels.
+      q, p: logits of drafter and verifier.
+      inside: rows a "slice" leaves alone.
+      calibrated: calibrations of undistorted logits, by what was fitted on, so that settings share them.
+    """
 
     batches: list[deferral_scoring.Batch]
     q: list[np.ndarray]
     p: list[np.ndarray]
     inside: list[np.ndarray]
+    calibrated: dict[tuple[int, float], dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def score(scored: Scored, corpus: shards.Corpus, members: tuple[int, ...], batch_size: int) -> Logits:
@@ -115,15 +123,40 @@ def score(scored: Scored, corpus: shards.Corpus, members: tuple[int, ...], batch
         dataclasses.replace(batch, inputs=grown(batch.inputs, widths[0]), targets=grown(batch.targets, widths[1]))
         for batch in made
     ]
+    q, p = (logits_of(bound, made, scored) for bound in (scored.drafter, scored.verifier))
+    inside = [np.isin(batch.inputs, members).any(axis=1) for batch in made]
+    return Logits(made, q, p, inside)
+
+
+def logits_of(bound: Bound, batches: list[deferral_scoring.Batch], scored: Scored) -> list[np.ndarray]:
+    """One model's logits of each batch."""
     size = scored.vocabulary.vocab_size
     run = jax.jit(
         lambda bound, inputs, targets: probs.mask_vocabulary(
             deferral_scoring.scored_logits(bound, inputs, targets)[0], size
         )
     )
-    q, p = ([np.asarray(run(bound, b.inputs, b.targets)) for b in made] for bound in (scored.drafter, scored.verifier))
-    inside = [np.isin(batch.inputs, members).any(axis=1) for batch in made]
-    return Logits(made, q, p, inside)
+    return [np.asarray(run(bound, batch.inputs, batch.targets)) for batch in batches]
+
+
+def only(logits: Logits, q: list, p: list, chosen: np.ndarray) -> tuple[Logits, list, list]:
+    """The rows of some examples, in batches of the same shape, and their distorted logits q and p."""
+    size = len(logits.batches[0].ids)
+    ids = np.concatenate([batch.ids for batch in logits.batches])
+    at = np.flatnonzero(np.isin(ids, chosen))
+    fillers = -len(at) % size
+    at = np.pad(at, (0, fillers))
+
+    def cut(parts: list) -> list[np.ndarray]:
+        rows = np.concatenate(parts)[at]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    names = ("inputs", "targets", "lengths", "ids")
+    parts = [cut([getattr(batch, name) for batch in logits.batches]) for name in names]
+    made = [deferral_scoring.Batch(*each) for each in zip(*parts, strict=True)]
+    made[-1].ids[size - fillers :] = -1
+    few = Logits(made, cut(logits.q), cut(logits.p), cut(logits.inside))
+    return few, cut(q), cut(p)
 
 
 def distorted(logits: Logits, setting: Setting) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -170,10 +203,14 @@ class Columns:
 def calibrate(
     logits: Logits, q: list, p: list, fit: dict, chosen: np.ndarray, spec: FeatureSpec, setting: Setting
 ) -> dict[str, PairCalibration]:
-    """Temperature, vector scaling and isotonic regression of both models, on the fitting examples."""
+    """Temperature, vector scaling and isotonic regression of both models, on the examples the head is fitted on."""
     sides: dict[str, dict[str, Any]] = {}
     for side, values in (("q", q), ("p", p)):
         read = 1.0 if side == "q" or setting.verifier_read is None else setting.verifier_read
+        untouched = values is getattr(logits, side)
+        if untouched and (id(values), read) in logits.calibrated:
+            sides[side] = logits.calibrated[id(values), read]
+            continue
 
         def again(values: list = values, read: float = read) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for batch, each in zip(logits.batches, values, strict=True):
@@ -186,6 +223,8 @@ def calibrate(
         confidence = fit["features"][:, spec.names.index(f"max_{side}")]
         found["isotonic"] = calibration.fit_isotonic(confidence, fit[f"hit_{side}"])
         sides[side] = found
+        if untouched:
+            logits.calibrated[id(values), read] = found
     return {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in _LEVELS}
 
 
@@ -208,22 +247,23 @@ def corpus_of(pair: generate.LoadedPair, flags: argparse.Namespace, sampled: boo
 
 
 def run_setting(
-    experiment: str, setting: Setting, logits: Logits, columns: Columns, spec: FeatureSpec, flags: argparse.Namespace,
+    experiment: str, setting: Setting, logits: Logits, collect: Columns, spec: FeatureSpec, flags: argparse.Namespace,
     classes: np.ndarray, examples: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Fits, calibrates and evaluates under one distortion."""
     q, p = distorted(logits, setting)
     splits = deferral_data.split(examples, _SHARES, 0)
-    plain = columns(logits, q, p, setting, {})
+    plain = collect(logits, q, p, setting, {})
     at = lambda found, name: {k: v[np.isin(found["example"], splits[name])] for k, v in found.items()}  # noqa: E731
-    fit, held_out = at(plain, "fit"), at(plain, "held_out")
+    held_out = at(plain, "held_out")
+    fit, chosen = columns.joined(at(plain, "fit"), held_out), np.union1d(splits["fit"], splits["held_out"])
     config = HeadConfig("prefix", spec, flags.loss)
     how = fitting.FitConfig(
         objective=flags.objective, steps=flags.steps, batch_size=flags.minibatch, seeds=tuple(range(flags.seeds))
     )
-    best = fitting.fit_head(config, how, fit, held_out, classes)[0]
-    fitted = calibrate(logits, q, p, fit, splits["fit"], spec, setting)
-    test = at(columns(logits, q, p, setting, fitted), "test")
+    best = fitting.fit_head(config, how, fit, classes)[0]
+    fitted = calibrate(logits, q, p, fit, chosen, spec, setting)
+    test = at(collect(*only(logits, q, p, splits["test"]), setting, fitted), "test")
     return deferral_report.evaluate(test, held_out, spec.names, flags.loss, best.head)
 
 
@@ -312,9 +352,9 @@ def main(argv: list[str]) -> None:
     for experiment in flags.experiments:
         corpus = corpus_of(pair, flags, sampled=experiment == "A")
         tell(f"{experiment}: {len(corpus)} examples, {int(corpus.target_lengths.sum())} tokens")
-        logits = score(scored, corpus, marks, flags.batch)
+        logits, kept = score(scored, corpus, marks, flags.batch), []
         tell(f"{experiment}: both models scored them")
-        columns = Columns(scored, spec, classes, known=experiment == "A")
+        collect = Columns(scored, spec, classes, known=experiment == "A")
         for setting in settings(experiment, classes, marks):
             if flags.only not in setting.name:
                 continue
@@ -324,8 +364,10 @@ def main(argv: list[str]) -> None:
             if setting.trained is not None:
                 role, train = setting.trained
                 member = train(pair, Path(flags.models) / "-".join(words), flags.train_steps)
-                own = score(dataclasses.replace(scored, **{role: member}), corpus, marks, flags.batch)
-            report = run_setting(experiment, setting, own, columns, spec, flags, classes, len(corpus))
+                side = {"drafter": "q", "verifier": "p"}[role]
+                own = dataclasses.replace(logits, **{side: logits_of(member, logits.batches, scored)})
+                kept.append(own)  # so that no later list gets the id its calibrations are known by
+            report = run_setting(experiment, setting, own, collect, spec, flags, classes, len(corpus))
             deferral_report.write(folder, report, f"{experiment}: {setting.name}")
             rows.append(line(experiment, setting, report))
             tell(rows[-1])

@@ -40,7 +40,8 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   OUTPUT_DIR, PAIR, TASK, CACHED, SPLIT, LIMIT, KIND, LOSS, OBJECTIVE, STEPS, BATCH_SIZE
   train_deferral.Data.shares, inputs_len, targets_len, batches_per_part, seed
   train_deferral.HeadOptions.hidden, top, width, layers
-  fitting.FitConfig.seeds, learning_rate, weight_decay, batch_size, eval_every, patience, alphas, softness
+  fitting.FitConfig.seeds, folds, learning_rate, weight_decay, batch_size, eval_every, patience, alphas,
+    softness
   train_deferral.train_deferral.calibrations, temperature, devices
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
@@ -78,7 +79,10 @@ def _report(trained: train_deferral.Trained, output_dir: Path) -> None:
     """Evaluates a prefix head on the test split and prints what matters; a token head gives no gap to evaluate."""
     for each in trained.summary["seeds"]:
         early = ", stopped early" if each["stopped_early"] else ""
-        print(f"seed {each['seed']}: held-out loss {records.shown(each['held_out'])}, {each['steps']} steps{early}")
+        losses = f"{records.shown(each['held_out'])} (at first {records.shown(each['first'])})"
+        print(f"seed {each['seed']}: left-out loss {losses} after {each['kept_at']} of {each['steps']} steps{early}")
+    if trained.summary["remark"]:
+        print(f"nothing was learnt: {trained.summary['remark']}")
     config = trained.head.config
     if config.kind != "prefix":
         return

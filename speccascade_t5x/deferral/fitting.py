@@ -1,4 +1,9 @@
-"""Fits heads with optax on collected columns: a plain loop over arrays, with early stopping on held-out examples.
+"""Fits heads with optax on collected columns: a plain loop over arrays, stopped early by cross-validation.
+
+A gap is learnt from the positions where the two models choose different tokens: one in a hundred of a good pair. A
+held-out share of so few says little, so the examples are dealt into folds, and one head per fold is fitted without it,
+in step with the head that is kept, which sees them all. What each head loses on the fold it has not seen, over all
+folds, says after how many updates to stop.
 
 Minibatches are a pure function of (seed, step), so a run that was killed continues at its newest checkpoint with the
 same bits. Nothing here knows of files: a `Store` keeps states, an observer is told what happens.
@@ -17,16 +22,13 @@ import numpy as np
 import optax
 
 from speccascade_t5x import trees
-from speccascade_t5x.deferral import labels
+from speccascade_t5x.deferral import columns as columns_lib
+from speccascade_t5x.deferral.columns import Columns
 from speccascade_t5x.deferral.features import Candidates
 from speccascade_t5x.deferral.head import Head, HeadConfig, fresh, network, with_statistics
 from speccascade_t5x.interfaces import Array, PyTree, UserError
 
 OBJECTIVES = ("squared", "surrogate", "co_llm", "likelihood")
-_LABEL_COLUMNS = ("log_q", "log_p", "hit_q", "hit_p", "distance")
-_CANDIDATE_COLUMNS = ("candidate_ids", "candidate_valid", "candidate_features", "candidate_log_p", "candidate_log_rest")
-
-Columns = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,14 @@ class FitConfig:
       softness: of the surrogate, in units of the loss: width of the sigmoid.
       steps: updates at most.
       batch_size: positions of a minibatch.
-      learning_rate: of AdamW, falling to a tenth by a cosine.
+      learning_rate: of AdamW, falling to a tenth by a cosine. Small: on few positions the best head is found after
+        some dozens of updates, and a larger rate steps over it.
       weight_decay: of AdamW.
-      eval_every: updates between looks at the held-out split; also between checkpoints.
-      patience: looks without a better held-out loss after which a fit stops.
-      seeds: one fit each; the one with the best held-out loss is kept.
+      folds: parts of the examples; as many further heads are fitted, each without its part. Five leave four fifths of
+        the data to each and cost six fits in one program.
+      eval_every: updates between looks at the left-out folds; also between checkpoints. Few, for the same reason.
+      patience: looks without a better left-out loss after which a fit stops.
+      seeds: one fit each; the one with the best left-out loss is kept.
       keep: checkpoints of each seed that stay.
     """
 
@@ -54,10 +59,11 @@ class FitConfig:
     softness: float = 0.05
     steps: int = 3000
     batch_size: int = 1024
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
-    eval_every: int = 100
-    patience: int = 8
+    folds: int = 5
+    eval_every: int = 10
+    patience: int = 30
     seeds: tuple[int, ...] = (0,)
     keep: int = 2
 
@@ -74,6 +80,8 @@ class FitConfig:
                 raise UserError(f"{name} is empty: give one or more")
         if not self.softness > 0 or not self.learning_rate > 0:
             raise UserError("softness and learning_rate must be above 0")
+        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 2:
+            raise UserError(f"folds={self.folds!r} must be a whole number of 2 or more")
 
 
 class Observer:
@@ -93,8 +101,10 @@ class FitState:
 
     Attributes:
       step: int32, updates made.
-      params: {"now", "best"}: of the head; {"best_loss", "worse"}: its held-out loss, and looks since.
-      opt_state: of AdamW.
+      params: {"now"}: of all heads, [folds + 1, ...], the last of which sees all folds; {"best"}: of that one after
+        the best number of updates; {"best_loss", "best_step", "worse"}: the left-out loss there, its step, and looks
+        since.
+      opt_state: of AdamW, likewise for all heads.
     """
 
     step: Array
@@ -123,9 +133,12 @@ class Fit:
     """A finished fit of one seed.
 
     Attributes:
-      head: with the parameters of the best held-out loss.
+      head: fitted on all folds, for as many updates as were best for the folds left out.
       seed: its seed.
-      held_out: that loss.
+      held_out: that left-out loss, a mean over positions (those where the models' choices differ, if the head speaks
+        at no others).
+      first: the same loss of the head the fit began with.
+      kept_at: updates the kept head has seen; 0: it is the one the fit began with, see `remark`.
       steps: updates made in all.
       stopped_early: whether patience ended it.
       history: each look.
@@ -134,58 +147,38 @@ class Fit:
     head: Head
     seed: int
     held_out: float
+    first: float
+    kept_at: int
     steps: int
     stopped_early: bool
     history: list[dict[str, float]]
 
 
-def check_columns(columns: Columns, held_out: Columns, config: HeadConfig) -> None:
-    """Refuses data nothing can be learnt from.
-
-    Raises:
-      UserError: an empty split, columns that are not finite, or labels that are all the same.
-    """
-    for name, part in (("fitting", columns), ("held-out", held_out)):
-        if not len(part["features"]):
-            raise UserError(f"the {name} split holds no position: collect more examples, or give it a larger share")
-        for column in ("features", "log_q", "log_p", "distance"):
-            if not np.isfinite(part[column]).all():
-                raise UserError(f"the {name} split holds NaN or infinite {column}: a model's logits were not finite")
-    if config.kind == "prefix":
-        gap = labels.gap(columns, config.loss)
-        if gap.min() == gap.max():
-            raise UserError(
-                f"every label of the fitting split is the same: drafter and verifier lose {gap.flat[0]:+.3g} apart at "
-                "every token, so there is nothing to learn when to defer by; use another loss, or collect more examples"
-            )
-
-
 def objective(config: HeadConfig, fit: FitConfig, variables: PyTree, batch: Mapping[str, Array]) -> Array:
-    """Mean loss of a minibatch (named columns, N on axis 0), a scalar."""
+    """The loss of each position of a minibatch (named columns, N on axis 0), [N]."""
     hidden = batch.get("hidden")
     if config.kind == "token":
-        found = Candidates(*(batch[name] for name in _CANDIDATE_COLUMNS))
+        found = Candidates(*(batch[name] for name in columns_lib.CANDIDATES))
         logs = network(config).apply(variables, batch["features"], found, hidden)
         is_label = (found.ids == batch["tokens"][:, None]) & found.valid
         other = ~jnp.any(is_label, axis=-1, keepdims=True)
-        return -jnp.mean(jnp.sum(jnp.where(jnp.concatenate([is_label, other], axis=-1), logs, 0.0), axis=-1))
+        return -jnp.sum(jnp.where(jnp.concatenate([is_label, other], axis=-1), logs, 0.0), axis=-1)
     score = network(config).apply(variables, batch["features"], hidden)
     if fit.objective == "co_llm":
         keeps = jax.nn.log_sigmoid(-score) + batch["log_q"]
-        return -jnp.mean(jnp.logaddexp(keeps, jax.nn.log_sigmoid(score) + batch["log_p"]))
+        return -jnp.logaddexp(keeps, jax.nn.log_sigmoid(score) + batch["log_p"])
     if fit.objective == "squared":
-        return jnp.mean(jnp.square(score - (batch["loss_q"] - batch["loss_p"])))
+        return jnp.square(score - (batch["loss_q"] - batch["loss_p"]))
     alphas = jnp.asarray(fit.alphas, jnp.float32)[:, None]
     toll = alphas * batch["distance"]
     defers = jax.nn.sigmoid((score - toll) / fit.softness)
-    return jnp.mean((1.0 - defers) * batch["loss_q"] + defers * (batch["loss_p"] + toll))
+    return jnp.mean((1.0 - defers) * batch["loss_q"] + defers * (batch["loss_p"] + toll), axis=0)
 
 
 def fit_head(
     config: HeadConfig,
     fit: FitConfig,
     columns: Columns,
-    held_out: Columns,
     classes: np.ndarray | None = None,
     store: Callable[[int], Store | None] | None = None,
     observer: Observer | None = None,
@@ -196,14 +189,14 @@ def fit_head(
       config: of the head; its objective is `fit`'s.
       fit: how.
       columns: of the fitting split, see `labels.Labels` and `features`: features [N, F], tokens, log_q, log_p, hit_q,
-        hit_p, distance [N], hidden [N, D] where the head reads it, candidate_* [N, K, ...] for a token head.
-      held_out: of the examples early stopping looks at.
+        hit_p, distance, example [N], hidden_* [N, D] where the head reads them, candidate_* [N, K, ...] for a token
+        head.
       classes: [V] class of each token, which the head carries.
       store: seed -> where its states are kept; None keeps none.
       observer: told what happens.
 
     Returns:
-      One Fit per seed, the best first.
+      One Fit per seed, the best left-out loss first.
 
     Raises:
       UserError: data nothing can be learnt from, or a loss that became NaN; checkpoints before it stay.
@@ -212,8 +205,9 @@ def fit_head(
         able = "likelihood" if config.kind == "token" else "squared, surrogate or co_llm"
         raise UserError(f"objective={fit.objective!r} does not fit a {config.kind} head: use {able}")
     config = dataclasses.replace(config, objective=fit.objective)
-    check_columns(columns, held_out, config)
-    run = _Run(config, fit, _device_columns(columns, config), _device_columns(held_out, config), columns)
+    columns_lib.check(columns, config)
+    said = columns_lib.heard(columns, config)
+    run = _Run(config, fit, {name: values[said] for name, values in columns.items()})
     found = []
     for seed in fit.seeds:
         kept = store(seed) if store else None
@@ -228,29 +222,37 @@ def fit_head(
 
 
 class _Run:
-    """Fits of one head on one set of columns."""
+    """Fits of one head on one set of columns: a head per fold that is left out, and the last one on all of them."""
 
-    def __init__(self, config: HeadConfig, fit: FitConfig, data: dict, held_out: dict, columns: Columns):
-        self.config, self.fit_config, self.data, self.held_out, self.columns = config, fit, data, held_out, columns
+    def __init__(self, config: HeadConfig, fit: FitConfig, columns: Columns):
+        self.config, self.fit_config, self.columns = config, fit, columns
+        self.data = columns_lib.on_device(columns, config)
+        # Neighbours in a corpus are alike, so they are dealt to different folds: each is a sample of the whole.
+        dealt = np.unique(columns["example"], return_inverse=True)[1].ravel() % fit.folds
+        self.fold = jnp.asarray(dealt, jnp.int32)
+        parts = [np.flatnonzero(dealt == number) for number in range(fit.folds)]
+        longest = max(len(part) for part in parts)
+        padded = np.stack([np.pad(part, (0, longest - len(part))) for part in parts])
+        self.left_out = {name: column[padded] for name, column in self.data.items()}
+        self.counts = jnp.asarray(np.arange(longest) < np.array([len(part) for part in parts])[:, None])
         rate = optax.cosine_decay_schedule(fit.learning_rate, fit.steps, alpha=0.1)
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=fit.weight_decay))
         self._advance = jax.jit(self._some_steps)
-        self._look = jax.jit(self._whole_loss)
+        self._look = jax.jit(self._left_out)
 
     def fit(self, seed: int, store: Store | None, observer: Observer) -> tuple[PyTree, dict[str, Any]]:
-        """Returns the variables of the best held-out loss and the fields of Fit that follow from the run."""
+        """Returns the variables of the kept head and the fields of Fit that follow from the run."""
         config = self.fit_config
         variables = self._begin(seed)
         statistics = variables["statistics"]
         state = self._fresh_state(variables["params"])
+        first = float(self._look(state.params["now"], statistics))
+        state.params["best_loss"] = jnp.float32(first)
         if store is not None and store.latest() is not None:
             state = store.restore(state)
         step, history = int(state.step), []
         observer.started(seed, step, config.steps)
         key = jax.random.key(seed)
-        if not step:
-            first = float(self._look({"params": state.params["now"], "statistics": statistics}))
-            state.params["best_loss"] = jnp.float32(first)
         while step < config.steps and int(state.params["worse"]) < config.patience:
             count = min(config.eval_every, config.steps - step)
             before = state
@@ -258,16 +260,14 @@ class _Run:
                 state.params["now"], state.opt_state, statistics, key, step + jnp.arange(count)
             )
             step += count
-            metrics = {
-                "fit": float(jnp.mean(losses)),
-                "held_out": float(self._look({"params": now, "statistics": statistics})),
-            }
+            metrics = {"fit": float(jnp.mean(losses)), "held_out": float(self._look(now, statistics))}
             self._check_finite(metrics, now, step, store)
             better = metrics["held_out"] < float(before.params["best_loss"])
             params = {
                 "now": now,
-                "best": now if better else before.params["best"],
+                "best": jax.tree.map(lambda leaf: leaf[-1], now) if better else before.params["best"],
                 "best_loss": jnp.float32(metrics["held_out"]) if better else before.params["best_loss"],
+                "best_step": jnp.int32(step) if better else before.params["best_step"],
                 "worse": jnp.int32(0 if better else int(before.params["worse"]) + 1),
             }
             state = FitState(jnp.int32(step), params, opt_state)
@@ -278,6 +278,8 @@ class _Run:
             observer.looked(seed, step, metrics)
         stats = {
             "held_out": float(state.params["best_loss"]),
+            "first": first,
+            "kept_at": int(state.params["best_step"]),
             "steps": step,
             "stopped_early": step < config.steps,
             "history": history,
@@ -289,7 +291,7 @@ class _Run:
         variables = fresh(self.config, jax.random.fold_in(jax.random.key(seed), 1), width)
         columns = {"normalise": self.columns["features"]}
         if self.config.features.hidden:
-            columns["normalise_hidden"] = _hidden(self.columns, self.config)
+            columns["normalise_hidden"] = columns_lib.hidden(self.columns, self.config)
         if self.config.kind == "token":
             valid = np.asarray(self.columns["candidate_valid"])
             columns["normalise_candidate"] = np.asarray(self.columns["candidate_features"])[valid]
@@ -297,29 +299,47 @@ class _Run:
 
     def _fresh_state(self, params: PyTree) -> FitState:
         own = jax.tree.map(jnp.asarray, params)
-        all_params = {"now": own, "best": own, "best_loss": jnp.float32(math.inf), "worse": jnp.int32(0)}
-        return FitState(jnp.int32(0), all_params, self.optimizer.init(own))
+        heads = self.fit_config.folds + 1
+        now = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (heads, *leaf.shape)), own)
+        counts = {"best_step": jnp.int32(0), "worse": jnp.int32(0)}
+        all_params = {"now": now, "best": own, "best_loss": jnp.float32(math.inf), **counts}
+        return FitState(jnp.int32(0), all_params, jax.vmap(self.optimizer.init)(now))
 
     def _some_steps(self, params: PyTree, opt_state: PyTree, statistics: PyTree, key: Array, steps: Array):
-        """Updates of the given step numbers, in one program."""
+        """Updates of the given step numbers, in one program; and the last head's loss at each."""
         size, total = self.fit_config.batch_size, len(self.data["features"])
+        numbers = jnp.arange(self.fit_config.folds + 1)
 
         def update(carry, step):
-            params, opt_state = carry
             chosen = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, total)
             batch = {name: column[chosen] for name, column in self.data.items()}
-            whole = lambda params: {"params": params, "statistics": statistics}  # noqa: E731
-            loss, grads = jax.value_and_grad(
-                lambda params: objective(self.config, self.fit_config, whole(params), batch)
-            )(params)
-            updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+
+            def one(number, params, opt_state):
+                seen = (self.fold[chosen] != number).astype(jnp.float32)
+
+                def loss(params):
+                    each = objective(self.config, self.fit_config, {"params": params, "statistics": statistics}, batch)
+                    return jnp.sum(seen * each) / jnp.maximum(jnp.sum(seen), 1.0)
+
+                value, grads = jax.value_and_grad(loss)(params)
+                updates, opt_state = self.optimizer.update(grads, opt_state, params)
+                return optax.apply_updates(params, updates), opt_state, value
+
+            params, opt_state, losses = jax.vmap(one)(numbers, *carry)
+            return (params, opt_state), losses[-1]
 
         (params, opt_state), losses = jax.lax.scan(update, (params, opt_state), steps)
         return params, opt_state, losses
 
-    def _whole_loss(self, variables: PyTree) -> Array:
-        return objective(self.config, self.fit_config, variables, self.held_out)
+    def _left_out(self, params: PyTree, statistics: PyTree) -> Array:
+        """Mean loss over all positions, each by the head that was fitted without its fold, a scalar."""
+        without = jax.tree.map(lambda leaf: leaf[:-1], params)
+        each = jax.vmap(
+            lambda params, rows: objective(
+                self.config, self.fit_config, {"params": params, "statistics": statistics}, rows
+            )
+        )(without, self.left_out)
+        return jnp.sum(jnp.where(self.counts, each, 0.0)) / jnp.sum(self.counts)
 
     def _check_finite(self, metrics: Mapping[str, float], params: PyTree, step: int, store: Store | None) -> None:
         fine = all(math.isfinite(value) for value in metrics.values())
@@ -332,29 +352,12 @@ class _Run:
         )
 
 
-def _hidden(columns: Columns, config: HeadConfig) -> np.ndarray:
-    parts = [columns[name] for name in ("hidden_q", "hidden_p") if getattr(config.features, name)]
-    return np.concatenate(parts, axis=-1).astype(np.float32)
-
-
-def _device_columns(columns: Columns, config: HeadConfig) -> dict[str, Array]:
-    """What the objective reads, on the device."""
-    of_q, of_p = labels.losses(columns, config.loss)
-    names = ["features", "tokens", *_LABEL_COLUMNS] + (list(_CANDIDATE_COLUMNS) if config.kind == "token" else [])
-    found = {name: jnp.asarray(columns[name]) for name in names}
-    found = {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in found.items()}
-    found |= {"loss_q": jnp.asarray(of_q, jnp.float32), "loss_p": jnp.asarray(of_p, jnp.float32)}
-    if config.features.hidden:
-        found["hidden"] = jnp.asarray(_hidden(columns, config))
-    return found
-
-
 def scores(head: Head, columns: Columns, chunk: int = 65_536) -> np.ndarray:
     """g_hat of a prefix head at collected positions, [N]."""
     apply = jax.jit(lambda variables, read, hidden: network(head.config).apply(variables, read, hidden))
     found = []
     for begin in range(0, len(columns["features"]), chunk):
         part = {name: values[begin : begin + chunk] for name, values in columns.items()}
-        hidden = jnp.asarray(_hidden(part, head.config)) if head.config.features.hidden else None
+        hidden = jnp.asarray(columns_lib.hidden(part, head.config)) if head.config.features.hidden else None
         found.append(np.asarray(apply(head.variables, jnp.asarray(part["features"]), hidden)))
     return np.concatenate(found) if found else np.zeros(0, np.float32)

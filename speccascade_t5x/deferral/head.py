@@ -143,6 +143,12 @@ class Head:
 
     per_input: ClassVar[bool] = False  # whatever the shapes of its arrays, it is one for all rows of a decode
 
+    @property
+    def unfitted(self) -> bool:
+        """Whether it says what a head says before its first update: its last layers are still zero."""
+        last = [self.variables["params"][name] for name in ("gap", "score", "rest") if name in self.variables["params"]]
+        return not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(last))
+
     def gap(self, pair: Pair) -> Array:
         """g_hat at each position, [...].
 
@@ -178,6 +184,20 @@ class Head:
 
 
 trees.register(Head, static=["config"])
+
+
+def remark(head: Head) -> str:
+    """What to know of a head that learnt nothing, in words; empty for any other."""
+    if not head.unfitted:
+        return ""
+    if head.config.kind == "token":
+        what = "it says what the verifier says, so learned_token equals the plug-in test of the same name"
+    else:
+        what = "it sees no gap anywhere, so learned_gap is lossless at alpha < 0 and the drafter's law at alpha >= 0"
+    return (
+        f"the kept head is the one the fit began with, since no update lowered the left-out loss: {what}; "
+        "collect more examples (LIMIT, SPLIT), lower fitting.FitConfig.learning_rate, or try another OBJECTIVE or LOSS"
+    )
 
 
 def fresh(config: HeadConfig, key: Array, candidate_width: int = 0) -> PyTree:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.deferral import calibration, fitting, labels, objective
-from speccascade_t5x.deferral.head import Head
+from speccascade_t5x.deferral.head import Head, remark
 from speccascade_t5x.deferral.objective import Positions
 from speccascade_t5x.evaluation import deferral_plots, statistics
 from speccascade_t5x.interfaces import UserError
@@ -147,6 +147,7 @@ def evaluate(
         "gap_ece": {name: objective.gap_error(score, gap) for name, score in scores.items() if name != ORACLE},
         "reliability": reliability(test, names),
         "recovered": recovered(found),
+        "remark": remark(head) if head is not None else "",
     }
     return report
 
@@ -204,6 +205,8 @@ def page(report: Mapping[str, Any], title: str, plots: list[str]) -> str:
     """The report for people, in Markdown."""
     sizes = f"{report['examples']} examples, {report['tokens']:,} tokens; loss: {report['loss']}."
     lines = [f"# {title}", "", sizes, ""]
+    if report["remark"]:
+        lines += [f"**Nothing was learnt:** {report['remark']}.", ""]
     lines += objective_table(report)
     if report["recovered"]:
         lines += ["", "Share of the way from plug-in OPT to the exact Bayes rule, over all alphas:", ""]

@@ -4,7 +4,7 @@
 <output_dir>/columns/{fit,held_out,test}    features and labels, see `runtime.deferral_data`
 <output_dir>/<kind>-<objective>/seed-<n>    Orbax checkpoints of each fit
 <output_dir>/calibration.npz                temperature, vector scaling, isotonic regression
-<output_dir>/deferral-metrics.jsonl         every look at the held-out split
+<output_dir>/deferral-metrics.jsonl         every look at the folds left out
 <output_dir>/deferral-summary.json          what came out
 <output_dir>/bundle                         the pair with head and calibrations, to decode with
 
@@ -25,10 +25,11 @@ from jax.sharding import Mesh
 from speccascade_t5x.checkpoints import bundle as bundles
 from speccascade_t5x.checkpoints import deferral_files
 from speccascade_t5x.deferral import calibration, fitting, labels
+from speccascade_t5x.deferral import columns as columns_lib
 from speccascade_t5x.deferral.calibration import Calibration, PairCalibration
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.deferral.fitting import FitConfig
-from speccascade_t5x.deferral.head import Head, HeadConfig
+from speccascade_t5x.deferral.head import Head, HeadConfig, remark
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.runtime import (
     deferral_data,
@@ -59,7 +60,8 @@ class Data:
       inputs_len, targets_len: longest inputs and targets; longer ones are cut, their EOS kept.
       batch_size: rows scored together.
       batches_per_part: batches of a file: what a kill can cost.
-      shares: of examples, relative: to fit on, to stop by, to evaluate on.
+      shares: of examples, relative: to fit on, to evaluate on ("test"), and ("held_out") to fix the alphas and
+        thresholds of the report by, which are no part of a head, so that it is fitted on them too.
       seed: of who goes where.
     """
 
@@ -209,8 +211,9 @@ def train_deferral(
     config = HeadConfig(head.kind, spec, head.loss, fit.objective, head.width, head.layers)
     job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
     columns = {name: job.collect(name) for name in ("fit", "held_out")}
-    fits = job.fit(columns["fit"], columns["held_out"])
-    fitted_calibrations = job.calibrate(calibrations, columns["fit"])
+    both = columns_lib.joined(columns["fit"], columns["held_out"])
+    fits = job.fit(both)
+    fitted_calibrations = job.calibrate(calibrations, both)
     test = job.collect("test", fitted_calibrations)
     manifest = bundles.read_manifest(source)
     about = {
@@ -273,7 +276,7 @@ class _Job:
         )
         return deferral_data.read(folder)
 
-    def fit(self, columns: dict[str, np.ndarray], held_out: dict[str, np.ndarray]) -> list[fitting.Fit]:
+    def fit(self, columns: dict[str, np.ndarray]) -> list[fitting.Fit]:
         """Fits every seed, each with checkpoints of its own."""
         name = f"{self.config.kind}-{self.fit_config.objective}"
         plain = dataclasses.asdict(self.fit_config)
@@ -281,24 +284,26 @@ class _Job:
         identity = {
             "head": dataclasses.asdict(self.config),
             "fit": plain,
-            "columns": json.loads((self.folder / "columns" / "fit" / deferral_data.IDENTITY).read_text("utf-8")),
+            "columns": {name: self._identity(name) for name in ("fit", "held_out")},
         }
         place, keep = self.folder / name, self.fit_config.keep
         stores = lambda seed: deferral_store.OrbaxStore(place / f"seed-{seed}", identity, keep)  # noqa: E731
         curves = deferral_store.Curves(self.folder / METRICS_FILE, self.observer)
-        return fitting.fit_head(
-            self.config, self.fit_config, columns, held_out, self.classes, store=stores, observer=curves
-        )
+        return fitting.fit_head(self.config, self.fit_config, columns, self.classes, store=stores, observer=curves)
+
+    def _identity(self, split: str) -> dict[str, Any]:
+        return json.loads((self.folder / "columns" / split / deferral_data.IDENTITY).read_text("utf-8"))
 
     def calibrate(self, kinds: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, PairCalibration]:
-        """Fits calibrations on the fitting split, or reads those an earlier part of this run has fitted."""
+        """Fits calibrations on what the head is fitted on, or reads those an earlier part of this run has fitted."""
         place = self.folder / CALIBRATION_FILE
         if place.is_file():
             found = deferral_store.read_calibrations(place)
             if set(found) == set(kinds):
                 return found
         sides: dict[str, dict[str, Calibration]] = {}
-        lengths, chosen = (self.data.inputs_len, self.data.targets_len), self.splits["fit"].tolist()
+        lengths = (self.data.inputs_len, self.data.targets_len)
+        chosen = np.union1d(self.splits["fit"], self.splits["held_out"]).tolist()
         for side, which in (("q", "drafter"), ("p", "verifier")):
             found: dict[str, Calibration] = {}
             batches = calibration.remembered(
@@ -348,16 +353,17 @@ def _summary(
     if "temperature" in calibrations:
         both = calibrations["temperature"]
         temperatures = {side: float(getattr(both, side).values["temperature"]) for side in "qp"}
-    gap = labels.gap(columns["fit"], job.config.loss)
+    both = columns_lib.joined(columns["fit"], columns["held_out"])
+    gap, said = labels.gap(both, job.config.loss), columns_lib.heard(both, job.config)
+    shown = ("seed", "held_out", "first", "kept_at", "steps", "stopped_early")
     return {
         "examples": {name: len(chosen) for name, chosen in job.splits.items()},
         "positions": {name: len(found["tokens"]) for name, found in columns.items()},
         "head": dataclasses.asdict(job.config),
-        "label_mean": float(gap.mean()),
-        "label_variance": float(gap.var()),
-        "seeds": [
-            {"seed": each.seed, "held_out": each.held_out, "steps": each.steps, "stopped_early": each.stopped_early}
-            for each in fits
-        ],
+        "positions_learnt_from": int(said.sum()),
+        "label_mean": float(gap[said].mean()),
+        "label_variance": float(gap[said].var()),
+        "seeds": [{name: getattr(each, name) for name in shown} for each in fits],
+        "remark": remark(fits[0].head),
         "temperatures": temperatures,
     }

@@ -23,11 +23,15 @@ def test_a_packaged_task_into_a_bundle_that_infer_reads(corpus, capsys):
     small_pair.write(Path("pair"), table=False)
     flags = ["--task=restore_de", "--pair=pair", "--output_dir=out", "--loss=log", "--steps=2", "--batch_size=2"]
     flags += ["--gin.train_deferral.Data.shares={'fit': 0.5, 'held_out': 0.25, 'test': 0.25}"]
-    flags += ["--gin.train_deferral.HeadOptions.width=4"]
+    # Steps this large lose on the folds left out, whatever the tiny pair says: nothing is learnt, and that is said.
+    flags += ["--gin.train_deferral.HeadOptions.width=4", "--gin.fitting.FitConfig.learning_rate=30.0"]
     flags += ["--gin.train_deferral.train_deferral.calibrations=('temperature',)"]
     assert cli.main(["train_deferral", *flags]) == 0
     out, err = capsys.readouterr()
-    assert "seed 0: held-out loss" in out and "learned gap" in out and "wrote out/bundle" in out
+    assert "seed 0: left-out loss" in out and "learned gap" in out and "wrote out/bundle" in out
+    assert "nothing was learnt: the kept head is the one the fit began with" in out
+    assert "lossless at alpha < 0 and the drafter's law at alpha >= 0; collect more examples" in out
+    assert "**Nothing was learnt:** the kept head is the one" in Path("out/deferral-report.md").read_text()
     assert "collected fit: 2 examples" in err and "Traceback" not in err
     report = json.loads(Path("out/deferral-report.json").read_text())
     assert len(report["alphas"]) == 10 and "label oracle (unreachable)" in report["curves"]

@@ -1,0 +1,72 @@
+"""Collected columns as a fit reads them: checked, cut to the positions that count, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from speccascade_t5x.deferral import labels
+from speccascade_t5x.deferral.head import HeadConfig
+from speccascade_t5x.interfaces import Array, UserError
+
+_LABELS = ("log_q", "log_p", "hit_q", "hit_p", "distance")
+CANDIDATES = ("candidate_ids", "candidate_valid", "candidate_features", "candidate_log_p", "candidate_log_rest")
+
+Columns = Mapping[str, np.ndarray]
+
+
+def check(columns: Columns, config: HeadConfig) -> None:
+    """Refuses data nothing can be learnt from.
+
+    Raises:
+      UserError: no position, a single example, columns that are not finite, or labels that are all the same.
+    """
+    if not len(columns["features"]):
+        raise UserError("the fitting split holds no position: collect more examples, or give it a larger share")
+    if len(np.unique(columns["example"])) < 2:
+        raise UserError("the fitting split holds one example only, and cross-validation needs 2 or more: collect more")
+    for column in ("features", "log_q", "log_p", "distance"):
+        if not np.isfinite(columns[column]).all():
+            raise UserError(f"the fitting split holds NaN or infinite {column}: a model's logits were not finite")
+    if config.kind == "prefix":
+        gap = labels.gap(columns, config.loss)
+        if gap.min() == gap.max():
+            raise UserError(
+                f"every label of the fitting split is the same: drafter and verifier lose {gap.flat[0]:+.3g} apart at "
+                "every token, so there is nothing to learn when to defer by; use another loss, or collect more examples"
+            )
+
+
+def joined(*parts: Columns) -> dict[str, np.ndarray]:
+    """The positions of several splits as one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def heard(columns: Columns, config: HeadConfig) -> np.ndarray:
+    """[N] bool: positions where the head has a say. A gated one is 0 by construction where both argmaxes agree.
+
+    The others would only thin the minibatches out, and set the scales of features by positions nobody asks about.
+    """
+    if not config.gated:
+        return np.ones(len(columns["features"]), bool)
+    return columns["features"][:, config.features.names.index("agree")] == 0
+
+
+def hidden(columns: Columns, config: HeadConfig) -> np.ndarray:
+    """Both hidden states a head reads, side by side, [N, D]."""
+    parts = [columns[name] for name in ("hidden_q", "hidden_p") if getattr(config.features, name)]
+    return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def on_device(columns: Columns, config: HeadConfig) -> dict[str, Array]:
+    """What an objective reads, on the device."""
+    of_q, of_p = labels.losses(columns, config.loss)
+    names = ["features", "tokens", *_LABELS] + (list(CANDIDATES) if config.kind == "token" else [])
+    found = {name: jnp.asarray(columns[name]) for name in names}
+    found = {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in found.items()}
+    found |= {"loss_q": jnp.asarray(of_q, jnp.float32), "loss_p": jnp.asarray(of_p, jnp.float32)}
+    if config.features.hidden:
+        found["hidden"] = jnp.asarray(hidden(columns, config))
+    return found
