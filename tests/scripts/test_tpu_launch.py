@@ -127,6 +127,16 @@ def wait_for(path: Path, text: str = "") -> None:
     raise AssertionError(f"{path.name} never came")
 
 
+def wait_for_end(pid: int) -> None:
+    for _ in range(600):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} still runs")
+
+
 @pytest.fixture
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     fake = Cloud(tmp_path)
@@ -308,7 +318,7 @@ def test_a_failed_job_leaves_its_logs_and_its_exit_code(cloud: Cloud):
 def test_a_failure_that_stops_the_others_is_no_preemption(cloud: Cloud):
     """Hosts that miss one of theirs exit with 69: what that one failed at by itself, it would fail at again."""
     cloud.job("[ $worker = 1 ] && exit 1; sleep 0.1; exit 69")
-    assert cloud.launch(kind="v4-16").returncode == 1
+    assert cloud.launch("--grace_seconds=5", kind="v4-16").returncode == 1  # a busy machine may take that long
     assert cloud.steps() == ONCE and not cloud.billed
 
 
@@ -324,8 +334,7 @@ def test_workers_that_hang_after_one_has_failed_are_ended(cloud: Cloud):
     done = cloud.launch(kind="v4-16")
     assert done.returncode == 9
     assert cloud.steps() == [*ONCE[:-1], "stop", "delete"] and not cloud.billed
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((cloud.folder / "workers/1-0/pid").read_text()), 0)
+    wait_for_end(int((cloud.folder / "workers/1-0/pid").read_text()))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
