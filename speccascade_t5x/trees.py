@@ -23,8 +23,14 @@ def register(cls: type[_Class], static: Sequence[str] | None = None) -> type[_Cl
       cls: a dataclass whose constructor takes its fields by name.
       static: fields that are compared and hashed as part of the structure; by default those with the metadata
         {"static": True}. All others are children.
+
+    Raises:
+      ValueError: `static` names what is no field.
     """
     fields = dataclasses.fields(cls)
+    unknown = set(static or ()) - {f.name for f in fields}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
     meta = tuple(f.name for f in fields if f.metadata.get("static")) if static is None else tuple(static)
     data = tuple(f.name for f in fields if f.name not in meta)
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)

@@ -80,3 +80,12 @@ def test_a_rule_round_trips(name):
     rule = rules.get(name)(alpha=jnp.float32(0.5))
     leaves, structure = jax.tree.flatten(rule)
     assert jax.tree.unflatten(structure, leaves) == rule
+
+
+def test_a_static_name_must_be_a_field():
+    @dataclasses.dataclass
+    class Node:
+        value: object
+
+    with pytest.raises(ValueError, match="Node has no field size"):
+        trees.register(Node, static=["size"])

@@ -79,7 +79,7 @@ def _report(trained: train_deferral.Trained, output_dir: Path) -> None:
     """Evaluates a prefix head on the test split and prints what matters; a token head gives no gap to evaluate."""
     for each in trained.summary["seeds"]:
         early = ", stopped early" if each["stopped_early"] else ""
-        losses = f"{records.shown(each['held_out'])} (at first {records.shown(each['first'])})"
+        losses = f"{records.shown(each['left_out'])} (at first {records.shown(each['first'])})"
         print(f"seed {each['seed']}: left-out loss {losses} after {each['kept_at']} of {each['steps']} steps{early}")
     if trained.summary["remark"]:
         print(f"nothing was learnt: {trained.summary['remark']}")

@@ -91,7 +91,7 @@ class Observer:
         """The fit of a seed begins after `step` updates."""
 
     def looked(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Losses {"fit", "held_out", "best"} after `step` updates."""
+        """Losses {"fit", "left_out", "best"} after `step` updates."""
 
 
 @trees.register
@@ -135,7 +135,7 @@ class Fit:
     Attributes:
       head: fitted on all folds, for as many updates as were best for the folds left out.
       seed: its seed.
-      held_out: that left-out loss, a mean over positions (those where the models' choices differ, if the head speaks
+      left_out: that left-out loss, a mean over positions (those where the models' choices differ, if the head speaks
         at no others).
       first: the same loss of the head the fit began with.
       kept_at: updates the kept head has seen; 0: it is the one the fit began with, see `remark`.
@@ -146,7 +146,7 @@ class Fit:
 
     head: Head
     seed: int
-    held_out: float
+    left_out: float
     first: float
     kept_at: int
     steps: int
@@ -218,7 +218,7 @@ def fit_head(
                 kept.close()
         carried = None if classes is None else jnp.asarray(classes, jnp.int32)
         found.append(Fit(Head(config, variables, carried), seed, **stats))
-    return sorted(found, key=lambda each: each.held_out)
+    return sorted(found, key=lambda each: each.left_out)
 
 
 class _Run:
@@ -260,13 +260,13 @@ class _Run:
                 state.params["now"], state.opt_state, statistics, key, step + jnp.arange(count)
             )
             step += count
-            metrics = {"fit": float(jnp.mean(losses)), "held_out": float(self._look(now, statistics))}
+            metrics = {"fit": float(jnp.mean(losses)), "left_out": float(self._look(now, statistics))}
             self._check_finite(metrics, now, step, store)
-            better = metrics["held_out"] < float(before.params["best_loss"])
+            better = metrics["left_out"] < float(before.params["best_loss"])
             params = {
                 "now": now,
                 "best": jax.tree.map(lambda leaf: leaf[-1], now) if better else before.params["best"],
-                "best_loss": jnp.float32(metrics["held_out"]) if better else before.params["best_loss"],
+                "best_loss": jnp.float32(metrics["left_out"]) if better else before.params["best_loss"],
                 "best_step": jnp.int32(step) if better else before.params["best_step"],
                 "worse": jnp.int32(0 if better else int(before.params["worse"]) + 1),
             }
@@ -277,7 +277,7 @@ class _Run:
                 store.save(step, state)
             observer.looked(seed, step, metrics)
         stats = {
-            "held_out": float(state.params["best_loss"]),
+            "left_out": float(state.params["best_loss"]),
             "first": first,
             "kept_at": int(state.params["best_step"]),
             "steps": step,

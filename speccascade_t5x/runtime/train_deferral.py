@@ -218,7 +218,7 @@ def train_deferral(
     manifest = bundles.read_manifest(source)
     about = {
         config.kind: {
-            "fit": dataclasses.asdict(fit), "loss": config.loss, "held_out": fits[0].held_out, "seed": fits[0].seed,
+            "fit": dataclasses.asdict(fit), "loss": config.loss, "left_out": fits[0].left_out, "seed": fits[0].seed,
             "examples": {name: len(chosen) for name, chosen in job.splits.items()},
         }
     }  # fmt: skip
@@ -355,7 +355,7 @@ def _summary(
         temperatures = {side: float(getattr(both, side).values["temperature"]) for side in "qp"}
     both = columns_lib.joined(columns["fit"], columns["held_out"])
     gap, said = labels.gap(both, job.config.loss), columns_lib.heard(both, job.config)
-    shown = ("seed", "held_out", "first", "kept_at", "steps", "stopped_early")
+    shown = ("seed", "left_out", "first", "kept_at", "steps", "stopped_early")
     return {
         "examples": {name: len(chosen) for name, chosen in job.splits.items()},
         "positions": {name: len(found["tokens"]) for name, found in columns.items()},

@@ -65,7 +65,7 @@ def test_squared_error_finds_the_gap():
     (found,) = fitting.fit_head(CONFIG, FIT, FITTING)
     wanted = 0.3 + 0.5 * HELD_OUT["features"][:, SPEC.names.index("max_q")]
     assert np.abs(gap_of(found) - wanted).mean() < 0.08
-    assert found.held_out < 0.06 and found.head.config.objective == "squared"  # 0.04 is the noise
+    assert found.left_out < 0.06 and found.head.config.objective == "squared"  # 0.04 is the noise
 
 
 @pytest.mark.parametrize("objective", ["surrogate", "co_llm"])
@@ -73,7 +73,7 @@ def test_other_objectives_defer_where_it_pays(objective):
     fit = dataclasses.replace(FIT, objective=objective, alphas=(0.5,))
     (found,) = fitting.fit_head(CONFIG, fit, FITTING)
     start = found.history[0]["fit"] if found.history else None
-    assert start is not None and found.held_out < start
+    assert start is not None and found.left_out < start
     score = gap_of(found)
     if objective == "co_llm":
         assert (score > 0).mean() > 0.95  # the verifier is likelier right everywhere
@@ -115,9 +115,9 @@ def test_patience_ends_a_fit_and_seeds_are_ranked():
     fit = dataclasses.replace(FIT, steps=400, patience=1, eval_every=10, learning_rate=0.05, seeds=(0, 1))
     found = fitting.fit_head(CONFIG, fit, FITTING)
     assert all(each.stopped_early and each.steps < 400 for each in found)
-    assert found[0].held_out <= found[1].held_out
+    assert found[0].left_out <= found[1].left_out
     for each in found:
-        assert each.held_out == pytest.approx(min(row["held_out"] for row in each.history))
+        assert each.left_out == pytest.approx(min(row["left_out"] for row in each.history))
 
 
 GATED = dataclasses.replace(CONFIG, loss="zero_one", width=64, layers=2)
@@ -137,7 +137,7 @@ def test_three_hundred_disagreements_are_enough_for_their_mean(learnt):
     assert 250 < differs.sum() < 350 and not gap[~differs].any()
     assert 0.25 < gap[differs].mean() < 0.55
     # The mean alone takes 0.16 of 1 away, were it known; what is learnt holds on folds that were left out.
-    assert found.first == pytest.approx(1.0) and found.held_out < 0.92
+    assert found.first == pytest.approx(1.0) and found.left_out < 0.92
     assert 0 < found.kept_at < found.steps and not found.head.unfitted and remark(found.head) == ""
 
 
@@ -154,8 +154,8 @@ def test_a_fold_is_judged_by_a_head_that_has_not_seen_it():
     fit = dataclasses.replace(SHORT, steps=300, patience=300, eval_every=30, learning_rate=0.01)
     (found,) = fitting.fit_head(GATED, fit, few_disagreements(0.0))
     last = found.history[-1]
-    assert last["fit"] < 0.6 < 1.2 < last["held_out"]  # 1 is what the head it began with loses
-    assert found.kept_at == 0 and found.held_out == found.first
+    assert last["fit"] < 0.6 < 1.2 < last["left_out"]  # 1 is what the head it began with loses
+    assert found.kept_at == 0 and found.left_out == found.first
     assert found.head.unfitted and "lossless at alpha < 0 and the drafter's law at alpha >= 0" in remark(found.head)
 
 
