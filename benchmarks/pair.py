@@ -1,6 +1,6 @@
 """What a pair for `restore_de` is worth: likelihood, calibration, agreement of the two models, quality on novel text.
 
-    SPECCASCADE_L10N_DIR=corpus python benchmarks/pair.py [--pair restore_de_pair] [--output pair.json]
+    SPECCASCADE_L10N_DIR=corpus python benchmarks/pair.py [--pair restore_de_pair] [--against OTHER] [--output FILE]
 
 Two parts, printed as Markdown:
 
@@ -9,6 +9,9 @@ Two parts, printed as Markdown:
    speculation at temperature 1, and the share of bytes at which both rank the same byte first.
 2. Greedy outputs on the test split: whole strings right, by the similarity of the nearest training item
    (`test_nearest.tsv.gz` of the corpus), for both models and for the input given back as it is.
+
+--against, with a second pair of the same vocabulary (another seed of the recipe, say), prints both and what the first
+is above the second, with paired 95 % intervals over texts.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import machine
 import numpy as np
 
 from speccascade_t5x.deferral import calibration
+from speccascade_t5x.evaluation import statistics
 from speccascade_t5x.interfaces import Array, Bound
 from speccascade_t5x.runtime import generate
 from speccascade_t5x.runtime.vocabulary import Vocabulary
@@ -35,6 +39,7 @@ from speccascade_t5x.tasks.folding import fold
 
 BINS = ((0.0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
 Rows = Sequence[tuple[str, float]]  # German text, similarity of the nearest training item
+Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # of every validation byte; of every test string
 
 
 def rows(split: str, longest: int, limit: int | None) -> Rows:
@@ -73,7 +78,7 @@ def score(drafter: Any, verifier: Any, params: Any, encoder: Array, targets: Arr
 
 
 def teacher_forced(pair: generate.LoadedPair, texts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
-    """`score` over texts: every counted byte, in one row; "target" beside it."""
+    """`score` over texts: every counted byte, in one row; "target" beside it, and "text", its text's number."""
     lengths, pieces = pair.feature_lengths, pair.vocabulary
     encoder = padded([fold(text) for text in texts], pieces, lengths["inputs"], True)
     targets = padded(texts, pieces, lengths["targets"], True)
@@ -87,7 +92,8 @@ def teacher_forced(pair: generate.LoadedPair, texts: Sequence[str], batch: int) 
         parts.append(score(models["drafter"].model, models["verifier"].model, params, *inputs))
     found = {name: np.concatenate([np.asarray(part[name]) for part in parts])[: len(texts)] for name in parts[0]}
     counted = targets > 0
-    return {name: value[counted] for name, value in found.items()} | {"target": targets[counted]}
+    about = {"target": targets[counted], "text": np.nonzero(counted)[0]}
+    return {name: value[counted] for name, value in found.items()} | about
 
 
 def likelihood(found: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -106,15 +112,19 @@ def likelihood(found: dict[str, np.ndarray]) -> dict[str, Any]:
     return about
 
 
-def restored(pair: generate.LoadedPair, texts: Rows, batch: int) -> dict[str, Any]:
-    """Share of whole strings right of each model's greedy output, by similarity bin."""
+def restored(pair: generate.LoadedPair, texts: Rows, batch: int) -> dict[str, np.ndarray]:
+    """Which whole strings are right, [texts] bool: of each model's greedy output, and of the inputs as they are."""
     inputs = [fold(text) for text, _ in texts]
     outputs = {"input as it is": inputs}
     for method in ("drafter", "verifier"):
         records = pair.generate(inputs, method=method, temperature=0.0, batch_size=batch, truncate=True)
         outputs[method] = [record["prediction"] for record in records]
+    return {name: np.asarray([a == b for a, (b, _) in zip(o, texts, strict=True)]) for name, o in outputs.items()}
+
+
+def by_similarity(right: dict[str, np.ndarray], texts: Rows) -> dict[str, Any]:
+    """Shares of `restored` by similarity bin, and of all."""
     near = np.asarray([similarity for _, similarity in texts])
-    right = {name: np.asarray([a == b for a, (b, _) in zip(o, texts, strict=True)]) for name, o in outputs.items()}
     parts = {f"{low:g} to {min(high, 1):g}": (near >= low) & (near < high) for low, high in BINS}
     parts = {name: inside for name, inside in parts.items() if inside.any()} | {"all": np.ones(len(texts), bool)}
     return {
@@ -123,36 +133,66 @@ def restored(pair: generate.LoadedPair, texts: Rows, batch: int) -> dict[str, An
     }
 
 
+def differences(ours: Measured, theirs: Measured) -> dict[str, statistics.Estimate]:
+    """Our figures minus theirs, each with its paired interval over texts."""
+    (found, right), (others, other_right) = ours, theirs
+    texts = found["text"].max() + 1
+    held_out, tests = statistics.Bootstrap(texts), statistics.Bootstrap(len(right["verifier"]))
+    made = {}
+    for name in ("verifier", "drafter"):
+        nll = np.bincount(found["text"], found[f"{name}_nll"] - others[f"{name}_nll"], texts)
+        made[f"{name}: NLL per byte"] = held_out.ratio(nll, np.bincount(found["text"]))
+    overlap = np.bincount(found["text"], found["overlap"] - others["overlap"], texts)
+    made["E[sum min(p, q)]"] = held_out.ratio(overlap, np.bincount(found["text"]))
+    for name in ("verifier", "drafter"):
+        gained = right[name].astype(float) - other_right[name].astype(float)
+        made[f"{name}: whole test strings right"] = tests.mean(gained)
+    return made
+
+
+def measured(name: str, limit: int | None, batch: int) -> tuple[Measured, dict[str, Any]]:
+    """Measures one pair and prints it. Returns what was found of every byte and text, and the figures."""
+    pair = generate.load(name)
+    longest = pair.feature_lengths["inputs"]
+    validation, tests = (rows(split, longest, limit) for split in ("validation", "test"))
+    found = teacher_forced(pair, [text for text, _ in validation], batch)
+    about = likelihood(found)
+    print(f"Validation, {len(validation):,} texts, {about['bytes']:,} bytes:\n")
+    print("| | NLL per byte (nats) | accuracy per byte | calibration error |\n|---|---|---|---|")
+    for who in ("verifier", "drafter"):
+        figures = about[who]
+        print(f"| {who} | {figures['nll']:.4f} | {figures['accuracy']:.2%} | {figures['ece']:.4f} |")
+    print(f"\nE[sum min(p, q)] {about['overlap']:.4f}; both put the same byte first {about['same_first']:.2%}")
+    alone = [f"{who} {about[f'{who}_alone_right']:.2%}" for who in ("drafter", "verifier")]
+    print(f"right where the other is wrong: {', '.join(alone)}\n")
+    right = restored(pair, tests, batch)
+    table = by_similarity(right, tests)
+    print("Test, whole strings right, by similarity of the nearest training item:\n")
+    print(f"| similarity | texts | {' | '.join(right)} |\n|{'---|' * (len(right) + 2)}")
+    for part, cells in table.items():
+        print(f"| {part} | {cells['items']} | {' | '.join(f'{cells[who]:.1%}' for who in right)} |")
+    return (found, right), {"likelihood": about, "restored": table}
+
+
 def main() -> None:
     """Measures, prints, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="restore_de_pair", help="a bundle's folder, or the name of a packaged one")
+    parser.add_argument("--against", help="a second pair, to compare with")
     parser.add_argument("--limit", type=int, help="only the first so many texts of each split")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()
-    pair = generate.load(options.pair)
-    longest = pair.feature_lengths["inputs"]
-    validation = rows("validation", longest, options.limit)
     print(f"{machine.name()}\n")
-    about = likelihood(teacher_forced(pair, [text for text, _ in validation], options.batch))
-    print(f"Validation, {len(validation):,} texts, {about['bytes']:,} bytes:\n")
-    print("| | NLL per byte (nats) | accuracy per byte | calibration error |\n|---|---|---|---|")
-    for name in ("verifier", "drafter"):
-        figures = about[name]
-        print(f"| {name} | {figures['nll']:.4f} | {figures['accuracy']:.2%} | {figures['ece']:.4f} |")
-    print(f"\nE[sum min(p, q)] {about['overlap']:.4f}; both put the same byte first {about['same_first']:.2%}")
-    alone = [f"{name} {about[f'{name}_alone_right']:.2%}" for name in ("drafter", "verifier")]
-    print(f"right where the other is wrong: {', '.join(alone)}\n")
-    tests = rows("test", longest, options.limit)
-    table = restored(pair, tests, options.batch)
-    print("Test, whole strings right, by similarity of the nearest training item:\n")
-    names = [name for name in next(iter(table.values())) if name != "items"]
-    print(f"| similarity | texts | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
-    for name, cells in table.items():
-        print(f"| {name} | {cells['items']} | {' | '.join(f'{cells[who]:.1%}' for who in names)} |")
+    found, figures = measured(options.pair, options.limit, options.batch)
+    figures = {"machine": machine.name(), **figures}
+    if options.against:
+        print(f"\n{options.against}\n")
+        others, figures["against"] = measured(options.against, options.limit, options.batch)
+        print(f"\n| {options.pair} minus {options.against} | difference | 95 % interval |\n|---|---|---|")
+        for name, each in differences(found, others).items():
+            print(f"| {name} | {each.value:+.4f} | {each.low:+.4f} to {each.high:+.4f} |")
     if options.output:
-        figures = {"machine": machine.name(), "likelihood": about, "restored": table}
         options.output.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 

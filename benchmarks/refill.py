@@ -1,9 +1,9 @@
 """Tokens/s of refilled rows against lockstep batches, on a real task with the packaged pair.
 
     SPECCASCADE_L10N_DIR=FOLDER python benchmarks/refill.py [--limit 512] [--repeats 5] [--batch_sizes 16,64]
-        [--rule lossless] [--output refill.json]
+        [--methods speculative,verifier] [--output refill.json]
 
-Decodes the first examples of restore_de's test split in both ways, in turn, so that drift of the machine hits both
+Decodes restore_de's test split (or its first examples) in both ways, in turn, so that drift of the machine hits both
 alike; every repeat gives one ratio of tokens/s, refilled over lockstep. Compiling is done before and not counted;
 reading inputs (encoders), the loop, moving rows and fetching records all are. That the records are the same is checked
 in every repeat. Beside the ratio stands what bounds it: rounds a row took over rounds its batch took in lockstep (the
@@ -13,6 +13,7 @@ share of rows at work), which needs no clock.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -55,18 +56,20 @@ def rows_at_work(batches: list[Batch], records: dict[int, dict[str, Any]]) -> fl
     return sum(map(sum, rounds)) / sum(max(found) * width for found in rounds)
 
 
-def measure(pair: LoadedPair, settings: Settings, limit: int, repeats: int) -> dict[str, Any]:
+def measure(pair: LoadedPair, settings: Settings, limit: int | None, repeats: int) -> dict[str, Any]:
     """Both arms at one batch size."""
     runner = Runner(pair, settings)
-    batches = runner.batches(read_dataset(runner, "restore_de", "test", None, limit).prompts)
+    prompts = read_dataset(runner, "restore_de", "test", None, limit).prompts
+    batches = runner.batches(prompts)
     arms = {name: Arm(pair, settings, batches, name == "refilled") for name in ("lockstep", "refilled")}
     speeds = machine.interleave(arms, repeats)
     if arms["lockstep"].records != arms["refilled"].records:
         raise SystemExit("the records differ")
     ratios = np.array(speeds["refilled"]) / np.array(speeds["lockstep"])
     return {
+        "method": settings.method,
         "batch_size": settings.batch_size,
-        "examples": limit,
+        "examples": len(prompts),
         "batches": len(batches),
         "rows_at_work_in_lockstep": rows_at_work(batches, arms["lockstep"].records),
         "tokens_per_s": speeds,
@@ -76,26 +79,24 @@ def measure(pair: LoadedPair, settings: Settings, limit: int, repeats: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=512)
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_sizes", default="16,64")
-    parser.add_argument("--rule", default="lossless")
-    parser.add_argument("--alpha", type=float)
+    parser.add_argument("--methods", default="speculative,verifier")
     parser.add_argument("--output", type=Path)
     flags = parser.parse_args()
     gin_flags.load(["runs/infer_restore_de.gin"], [])  # registers the task, with the rows the pair was trained on
     pair = generate.load("restore_de_pair")
     print(machine.name(), f"| load average {machine.load_average():.2f}")
-    print(f"{'batch':>5} {'rows at work':>12} {'lockstep tok/s':>15} {'refilled tok/s':>15}   ratio (least to most)")
+    widths = "{:<12} {:>5} {:>12} {:>15} {:>15}   {}"
+    print(widths.format("method", "batch", "rows at work", "lockstep tok/s", "refilled tok/s", "ratio (least to most)"))
     found = []
-    for size in map(int, flags.batch_sizes.split(",")):
-        settings = Settings(rule=flags.rule, alpha=flags.alpha, batch_size=size, truncate=True)
-        result = measure(pair, settings, flags.limit, flags.repeats)
+    for method, size in itertools.product(flags.methods.split(","), map(int, flags.batch_sizes.split(","))):
+        result = measure(pair, Settings(method=method, batch_size=size, truncate=True), flags.limit, flags.repeats)
         found.append(result)
-        lockstep, refilled = (machine.spread(result["tokens_per_s"][name])[0] for name in ("lockstep", "refilled"))
-        middle, least, most = result["ratio"]
-        shown = f"{size:>5} {result['rows_at_work_in_lockstep']:>12.3f} {lockstep:>15.1f} {refilled:>15.1f}"
-        print(f"{shown}   {middle:.2f} ({least:.2f} to {most:.2f})")
+        speeds = [f"{machine.spread(result['tokens_per_s'][name])[0]:.1f}" for name in ("lockstep", "refilled")]
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*result["ratio"])
+        print(widths.format(method, size, f"{result['rows_at_work_in_lockstep']:.3f}", *speeds, ratio), flush=True)
     if flags.output:
         flags.output.write_text(json.dumps({"machine": machine.name(), "results": found}, indent=1) + "\n", "utf-8")
 

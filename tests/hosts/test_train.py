@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from corpora import ROWS, write_split
 from hosts.commands import SILENT, Command, alone, running, until
 from hosts.jobs import EVERY, TRAIN, check_parameters, losses, newest
 from speccascade_t5x.cli import hosts, preemption
@@ -32,9 +33,9 @@ def test_two_hosts_train_as_one(training, whole):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
 
 
-def kill_host_1(training, out):
+def kill_host_1(training, out, argv=LONG):
     """Begins a run whose host 1 dies in the middle, which the other one says and ends."""
-    with running(training, 2, *LONG, f"--output_dir={out.name}") as job:
+    with running(training, 2, *argv, f"--output_dir={out.name}") as job:
         job.until(lambda: newest(out) >= 2 * EVERY)
         os.kill(job.hosts[1].worker, signal.SIGKILL)
         assert job.hosts[0].wait(SILENT + 60) == hosts.EXIT_CODE, job.said
@@ -43,10 +44,10 @@ def kill_host_1(training, out):
     assert 2 * EVERY <= newest(out) < STEPS
 
 
-def finish(training, out):
+def finish(training, out, argv=LONG):
     """Starts the run again, to its end."""
     begun = newest(out)
-    with running(training, 2, *LONG, f"--output_dir={out.name}") as job:
+    with running(training, 2, *argv, f"--output_dir={out.name}") as job:
         job.wait()
         assert f"continues after step {begun}" in job.hosts[0].said
         assert "continues" not in job.hosts[1].said and "loss" not in job.hosts[1].said  # one host speaks for all
@@ -58,6 +59,27 @@ def test_a_host_dies_and_the_bits_are_those_of_an_undisturbed_run(training, whol
     kill_host_1(training, out)
     finish(training, out)
     check_parameters(out, whole)
+
+
+@pytest.mark.slow
+def test_hosts_that_tokenise_a_task_survive_a_death_too(training, corpus):
+    (training / "task.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom speccascade_t5x.tasks import l10n\n"
+        f"l10n.data_dir.path = '{corpus}'\n", "utf-8"
+    )  # fmt: skip
+    cached = ("--cached=corpus", "--inputs_len=16", "--targets_len=16")
+    argv = (*(flag for flag in LONG if flag not in cached), "--gin_file=task.gin", "--task=restore_de")
+    argv += ("--inputs_len=64", "--targets_len=64")
+    for split in ("train", "validation"):
+        write_split(corpus, split, ROWS * 4)
+    with running(training, 2, *argv, "--output_dir=task_whole") as job:
+        job.wait()
+    out = training / "task_killed"
+    kill_host_1(training, out, argv)
+    finish(training, out, argv)
+    check_parameters(out, training / "task_whole")
+    assert losses(out) == losses(training / "task_whole")
+    assert not (out / "tokenised").exists()
 
 
 @pytest.mark.slow
