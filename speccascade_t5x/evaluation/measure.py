@@ -350,6 +350,16 @@ def _turns(arms: Sequence[Arm], grids: Mapping[str, Sequence[float]]) -> Iterato
                 yield each, grids[each.name][place]
 
 
+def _qualities(metrics: Sequence[Mapping[str, float]], metric: str) -> list[float] | None:
+    """What a curve is judged by, of each cell: its likelihood, else `metric`; None where some cell has neither."""
+    # The NLL of the law has no sampling noise, which a bend of a metric's curve may be made of. Executions without a
+    # law per token have none, and a sweep over texts without references has no other metric.
+    for found in ([-each.get(NLL, np.nan) for each in metrics], [each.get(metric, np.nan) for each in metrics]):
+        if not np.isnan(found).any():
+            return found
+    return None
+
+
 def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[float]]) -> None:
     """Adds alphas where curves bend, one to each arm in turn, judged on the half alphas are chosen on."""
     main, seed = choices.conditions[0], choices.seeds[0]
@@ -363,10 +373,9 @@ def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[fl
                 continue
             rows = [measurement.store.row(Cell(each, alpha, main, seed).id) for alpha in grids[each.name]]
             rows = [row for row in rows if row]
-            # The NLL of the law has no sampling noise, which a bend of a metric's curve may be made of.
-            quality = [-row["metrics"][CHOOSE].get(NLL, np.nan) for row in rows]
-            if np.isnan(quality).any():
-                quality = [row["metrics"][CHOOSE][choices.metric] for row in rows]
+            quality = _qualities([row["metrics"][CHOOSE] for row in rows], choices.metric)
+            if quality is None:
+                continue
             calls = [row["rates"][CHOOSE]["verifier_calls_per_token"] for row in rows]
             alpha = grid.refined([row["alpha"] for row in rows], calls, quality)
             if alpha is not None and alpha not in grids[each.name]:  # it is, where its cell has failed

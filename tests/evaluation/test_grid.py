@@ -91,6 +91,13 @@ def test_thresholds_of_a_sequence_cascade_part_the_outputs_evenly():
         grid.default_alphas(grid.arm("sequence_cascade"), 3)
 
 
+def test_a_curve_is_judged_by_likelihood_where_every_cell_has_one():
+    with_law, without = {"nll": 0.5, "exact": 0.25}, {"exact": 0.75}
+    assert measure._qualities([with_law, with_law], "exact") == [-0.5, -0.5]
+    assert measure._qualities([with_law, without], "exact") == [0.25, 0.75]
+    assert measure._qualities([with_law, without], "nll") is None  # texts without references
+
+
 def test_refinement_goes_where_the_curve_bends():
     alphas = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     costs = [1 - a for a in alphas]

@@ -83,7 +83,8 @@ def check_parameters(folder: Path, other: Path) -> None:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """The curve; no step is reported twice."""
-    rows = [json.loads(line) for line in (folder / "train-metrics.jsonl").read_text("utf-8").splitlines()]
+    """The curve of training; no step is reported twice."""
+    lines = (folder / "train-metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     assert len({row["step"] for row in rows}) == len(rows)
     return {row["step"]: row["loss"] for row in rows}

@@ -1,7 +1,8 @@
 """A T5 pair whose weights and caches are larger, shard by shard, than anything a decode step may send.
 
 With B rows, T positions of a block, M devices of a group and H x K = 256, what may travel is [B, T, D] or [B, T, V],
-and a shard of a kernel has D * 256 / M elements; so B * T < 256 / M tells the two apart.
+and a shard of a kernel has D * 256 / M elements; so B * T < 256 / M tells the two apart. A cumulative sum over a split
+vocabulary travels padded to 128 entries, [B, 128]: the embedding, V * D, is larger than that too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from speccascade_t5x.interfaces import Bound
 from speccascade_t5x.models import T5, T5Config, init_params
 from speccascade_t5x.runtime.partitioning import Partitioning
 
-VOCAB, WIDTH, ROWS, DRAFT_LEN = 32, 32, 8, 2
+VOCAB, WIDTH, ROWS, DRAFT_LEN = 32, 64, 8, 2
 LARGEST_SENT = 4 * ROWS * (DRAFT_LEN + 1) * WIDTH  # bytes
 CONFIG = T5Config(
     vocab_size=VOCAB,
