@@ -42,7 +42,7 @@ TEST = [
     "build>=1.2,<2",
     "chex>=0.1.91,<0.2",
     "pytest>=8.3,<10",
-    "pytest-xdist>=3.7,<4",
+    "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
     "safetensors>=0.5,<1",  # the reference for our own reader
     # The packaging test builds without isolation, so that it needs no network.

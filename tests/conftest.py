@@ -25,16 +25,6 @@ from corpora import ROWS, write_split
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 
-# Folders whose files take longest, or wait for processes: begun first, so that no worker is left alone with one.
-_FIRST = ("hosts", "evaluation", "cli", "runtime", "sharding", "scripts", "decoding", "deferral", "drafting")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files by their folders; inside one nothing moves."""
-    rank = {name: place for place, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
-
-
 @pytest.fixture(scope="session")
 def devices() -> list[jax.Device]:
     """The eight simulated devices."""
