@@ -136,17 +136,19 @@ def by_similarity(right: dict[str, np.ndarray], texts: Rows) -> dict[str, Any]:
 def differences(ours: Measured, theirs: Measured) -> dict[str, statistics.Estimate]:
     """Our figures minus theirs, each with its paired interval over texts."""
     (found, right), (others, other_right) = ours, theirs
-    texts = found["text"].max() + 1
-    held_out, tests = statistics.Bootstrap(texts), statistics.Bootstrap(len(right["verifier"]))
+    if not np.array_equal(found["text"], others["text"]) or len(right["verifier"]) != len(other_right["verifier"]):
+        raise SystemExit("the two pairs do not read the same texts: their vocabularies or longest inputs differ")
+    texts, counts = np.unique(found["text"], return_counts=True)
     made = {}
+    for label, column in (
+        ("verifier: NLL per byte", "verifier_nll"),
+        ("drafter: NLL per byte", "drafter_nll"),
+        ("E[sum min(p, q)]", "overlap"),
+    ):
+        gained = np.bincount(found["text"], found[column] - others[column])
+        made[label] = statistics.Bootstrap(len(texts)).ratio(gained, counts)
     for name in ("verifier", "drafter"):
-        nll = np.bincount(found["text"], found[f"{name}_nll"] - others[f"{name}_nll"], texts)
-        made[f"{name}: NLL per byte"] = held_out.ratio(nll, np.bincount(found["text"]))
-    overlap = np.bincount(found["text"], found["overlap"] - others["overlap"], texts)
-    made["E[sum min(p, q)]"] = held_out.ratio(overlap, np.bincount(found["text"]))
-    for name in ("verifier", "drafter"):
-        gained = right[name].astype(float) - other_right[name].astype(float)
-        made[f"{name}: whole test strings right"] = tests.mean(gained)
+        made[f"{name}: whole test strings right"] = statistics.paired_difference(right[name], other_right[name])
     return made
 
 

@@ -20,11 +20,11 @@ INFER = ("infer", "--pair=pair", "--input=lines.txt", "--batch_size=2", "--gin.i
 _RECORDS = "lines-predict.jsonl-00000-of-00001"
 
 EVERY = 10  # steps between checkpoints
-TRAIN = (
-    *("train", "--gin_file=runs/train.gin", "--gin_file=small.gin", "--cached=corpus", "--no_tensorboard"),
-    *("--inputs_len=16", "--targets_len=16", "--batch_size=4", f"--checkpoint_every={EVERY}", f"--log_every={EVERY}"),
-    "--gin.train_loop.TrainConfig.keep=2",
+TRAINING = (  # on whatever data is named
+    *("train", "--gin_file=runs/train.gin", "--gin_file=small.gin", "--no_tensorboard", "--batch_size=4"),
+    *(f"--checkpoint_every={EVERY}", f"--log_every={EVERY}", "--gin.train_loop.TrainConfig.keep=2"),
 )
+TRAIN = (*TRAINING, "--cached=corpus", "--inputs_len=16", "--targets_len=16")
 _SMALL = """
 from __gin__ import dynamic_registration
 from speccascade_t5x.models import t5

@@ -10,7 +10,7 @@ import pytest
 
 from corpora import ROWS, write_split
 from hosts.commands import SILENT, Command, alone, running, until
-from hosts.jobs import EVERY, TRAIN, check_parameters, losses, newest
+from hosts.jobs import EVERY, TRAIN, TRAINING, check_parameters, losses, newest
 from speccascade_t5x.cli import hosts, preemption
 from speccascade_t5x.runtime.hosts import LOST
 
@@ -67,9 +67,8 @@ def test_hosts_that_tokenise_a_task_survive_a_death_too(training, corpus):
         "from __gin__ import dynamic_registration\nfrom speccascade_t5x.tasks import l10n\n"
         f"l10n.data_dir.path = '{corpus}'\n", "utf-8"
     )  # fmt: skip
-    cached = ("--cached=corpus", "--inputs_len=16", "--targets_len=16")
-    argv = (*(flag for flag in LONG if flag not in cached), "--gin_file=task.gin", "--task=restore_de")
-    argv += ("--inputs_len=64", "--targets_len=64")
+    data = ("--gin_file=task.gin", "--task=restore_de", "--inputs_len=64", "--targets_len=64")
+    argv = (*TRAINING, *data, f"--steps={STEPS}")
     for split in ("train", "validation"):
         write_split(corpus, split, ROWS * 4)
     with running(training, 2, *argv, "--output_dir=task_whole") as job:
