@@ -31,7 +31,7 @@ _MACROS = {
     "pairs": (gin_flags.names, "with commas between: of pairs/, FAMILY_SIZE_SIZE, DRAFTER:VERIFIER of models/; or all"),
     "topologies": (gin_flags.names, "slices, with commas between, such as v4:2x2x1; or all"),
     "output_dir": (str, "where tables and results go; a run there is continued"),
-    "batch_size": (int, "inputs decoded at a time by the whole slice (default: 16)"),
+    "batch_size": (int, "inputs decoded at a time by the whole slice (default: 16, or one for each group of chips)"),
     "input_len": (int, "encoder positions (default: 512)"),
     "max_len": (int, "output tokens (default: 128)"),
     "draft_len": (int, "tokens drafted per round (default: 5)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from speccascade_t5x.runtime import options
 from speccascade_t5x.runtime.partitioning import STANDARD_RULES, Rules, Topology
 from speccascade_t5x.tpu import hardware, shapes
 
+_BATCH_SIZE = 16  # where none is named and no more is needed
 # What is compiled for a cell, in this order.
 PROGRAMS = ("encoder", "loop", "train_drafter", "train_verifier")
 
@@ -24,7 +26,7 @@ class Options:
     """What is compiled: sizes, which are those of the whole slice, and how they are shared.
 
     Attributes:
-      batch_size: inputs decoded at a time.
+      batch_size: inputs decoded at a time; None takes 16, or as many more as give every group of chips the same.
       input_len: encoder positions.
       max_len: output tokens.
       draft_len: tokens drafted per round.
@@ -40,7 +42,7 @@ class Options:
       drafter_rules: those of drafters; None takes `rules`.
     """
 
-    batch_size: int = 16
+    batch_size: int | None = None
     input_len: int = 512
     max_len: int = 128
     draft_len: int = 5
@@ -56,12 +58,13 @@ class Options:
     drafter_rules: Rules | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "input_len", "max_len", "num_samples", "train_batch_size", "targets_len"):
+        for name in ("input_len", "max_len", "num_samples", "train_batch_size", "targets_len"):
             options.whole(name, getattr(self, name), 1)
         options.whole("draft_len", self.draft_len, 0)
         options.whole("microbatches", self.microbatches, 1)
-        if self.model is not None:
-            options.whole("model", self.model, 1)
+        for name in ("batch_size", "model"):
+            if getattr(self, name) is not None:
+                options.whole(name, getattr(self, name), 1)
         object.__setattr__(self, "programs", options.sequence("programs", self.programs))
         for name in self.programs:
             if name not in PROGRAMS:
@@ -81,7 +84,7 @@ class Cell:
       drafter: architecture.
       verifier: architecture.
       topology: name of the slice.
-      options: what is compiled; `model` is settled.
+      options: what is compiled; `batch_size` and `model` are settled.
     """
 
     pair: str
@@ -122,6 +125,8 @@ def make(pair: str, drafter: T5Config, verifier: T5Config, topology: str, wanted
     if model is None:
         model = fewest_sharing(on, [drafter, verifier])
     groups = hardware.groups(on, model)
+    batch_size = wanted.batch_size or groups * math.ceil(_BATCH_SIZE / groups)
+    wanted = dataclasses.replace(wanted, model=model, batch_size=batch_size)
     if drafter.vocab_size != verifier.vocab_size:
         raise UserError(
             f"the drafter of {pair} has {drafter.vocab_size} logits and the verifier {verifier.vocab_size}: "
@@ -136,7 +141,7 @@ def make(pair: str, drafter: T5Config, verifier: T5Config, topology: str, wanted
                 f"{name}={getattr(wanted, name)} cannot be shared by the {share} parts that {topology} with "
                 f"model={model} needs: choose one that {share} divides, or another model"
             )
-    return Cell(pair, drafter, verifier, topology, dataclasses.replace(wanted, model=model))
+    return Cell(pair, drafter, verifier, topology, wanted)
 
 
 def fewest_sharing(on: hardware.Slice, models: list[T5Config]) -> int:

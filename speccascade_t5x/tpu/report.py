@@ -8,16 +8,16 @@ from typing import Any
 from speccascade_t5x.tpu.hardware import GIB
 
 _HEAD = (
-    *("pair", "slice", "mesh", "program", "fits", "needed", "weights", "caches", "arguments", "temporaries", "idle"),
-    *("collectives", "sent", "cycles", "est. time", "compile"),
+    *("pair", "slice", "mesh", "batch", "program", "fits", "needed", "weights", "caches", "arguments", "temporaries"),
+    *("idle", "collectives", "sent", "cycles", "est. time", "compile"),
 )
 _NOTE = """\
-Sizes are GiB on each chip. *needed* = arguments + outputs - aliased + temporaries + code + idle; *weights* and *caches*
-are parts of it; *idle* are parameters that this program does not read and that stay in memory all the same. *cycles*
-(millions) and *est. time* come from the compiler's `estimated_cycles`, loops multiplied out, with the cheapest and with
-the dearest branch of every conditional; they hold no waiting for other chips. Figures of `loop` are those of one round;
-collectives and what they send (MiB, results on one chip) are those of a round, or of a run of the other programs.
-*compile* is wall time, in brackets the seconds of processors it took.
+*batch* is that of the whole slice. Sizes are GiB on each chip. *needed* = arguments + outputs - aliased + temporaries +
+code + idle; *weights* and *caches* are parts of it; *idle* are parameters that this program does not read and that stay
+in memory all the same. *cycles* (millions) and *est. time* come from the compiler's `estimated_cycles`, loops
+multiplied out, with the cheapest and with the dearest branch of every conditional; they hold no waiting for other
+chips. Figures of `loop` are those of one round; collectives and what they send (MiB, results on one chip) are those of
+a round, or of a run of the other programs. *compile* is wall time, in brackets the seconds of processors it took.
 """
 
 
@@ -50,8 +50,10 @@ def gib(nbytes: int | float | None) -> str:
 def _row(cell: Mapping[str, Any], program: Mapping[str, Any]) -> tuple[str, ...]:
     memory, costs = program.get("memory", {}), program.get("costs", {})
     part = costs.get("round", costs.get("run"))
+    batch = cell["options"]["train_batch_size" if program["program"].startswith("train") else "batch_size"]
     return (
-        *(cell["pair"], cell["topology"], f"model={cell['options']['model']}", program["program"], _fits(program)),
+        *(cell["pair"], cell["topology"], f"model={cell['options']['model']}", str(batch), program["program"]),
+        _fits(program),
         gib(program.get("needed")),
         *(gib(memory.get(name)) for name in ("parameters", "caches", "arguments", "temporaries", "idle")),
         *_costs(part),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ from speccascade_t5x.runtime.partitioning import Partitioning
 _CACHES = ("verifier_cache", "drafter_state")
 
 
+@functools.cache  # a second of tracing for large models, and a table asks for every slice
 def parameter_bytes(config: T5Config) -> int:
     """Bytes of a model's parameters, all of them."""
     return sum(_nbytes(leaf) for leaf in jax.tree.leaves(param_shapes(config)))

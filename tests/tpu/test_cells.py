@@ -74,6 +74,17 @@ def test_the_fewest_chips_that_hold_the_weights():
             assert cells.fewest_sharing(on, [TINY, TINY]) == expected
 
 
+def test_a_batch_nobody_named_fits_every_slice():
+    for name in hardware.SLICES:
+        chips = hardware.named(name).chips
+        for model in (size for size in (1, 2, 4) if chips % size == 0):
+            found = make(name, model=model).options
+            assert found.batch_size == max(16, chips // model)
+    assert make("v4:4x4x4", model=1).key == make("v4:4x4x4", model=1, batch_size=64).key  # settled in what is kept
+    with pytest.raises(UserError, match="batch_size=16 cannot be shared by the 64 parts"):
+        make("v4:4x4x4", model=1, batch_size=16)
+
+
 @pytest.mark.sharding
 def test_shapes_lower_to_the_program_the_runtime_compiles(devices):
     """The abstract program has the structure, the shapes and the shardings of the real one."""

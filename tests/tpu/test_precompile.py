@@ -98,11 +98,11 @@ def result(program: dict, pair: str = "a") -> dict:
 def test_a_row_says_what_fits_and_what_it_costs():
     (row,) = report.rows([result(FITS)])
     assert row == (
-        *("a", "v4:2x2x1", "model=1", "loop", "yes, of 32.00", "1.75", "1.00", "0.00", "1.00", "0.50", "0.25"),
+        *("a", "v4:2x2x1", "model=1", "16", "loop", "yes, of 32.00", "1.75", "1.00", "0.00", "1.00", "0.50", "0.25"),
         *("7 all-reduce, 1 all-gather", "3.00", "2 to 3", "2 to 3 ms", "12 s (20)"),
     )
     large = {**FITS, "status": "too large", "over": 2**31, "capacity": 2**34}
-    assert report.rows([result(large)])[0][4] == "no: 2.00 over 16.00"
+    assert report.rows([result(large)])[0][5] == "no: 2.00 over 16.00"
     bare = {"program": "loop", "status": "crashed", "message": "it burnt", "compile_s": 3.0}
     shown = report.markdown([result(FITS), result(bare, "b")])
     assert shown.count("\n| ") == 2 and shown.startswith("| pair |")
