@@ -7,10 +7,15 @@ import os
 from pathlib import Path
 
 # Read when JAX and TensorFlow load, so they stand before any import that could bring them in.
-# Compiling is most of what the suite does: LLVM's higher levels cost more than they bring, but level 0 makes the tests
-# that sample whole laws four times slower. XLA's own passes stay. Name a level in XLA_FLAGS to test with another (3 is
-# what users have).
-_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 1}
+# Compiling is three quarters of what the suite does, so LLVM optimizes nothing and fused loops are written by XLA's
+# older emitters, which takes a third of the time; XLA's own passes stay. What runs for long is compiled by
+# `optimized.optimized_jit`. To test what users have, name them: XLA_FLAGS="--xla_backend_optimization_level=3
+# --xla_cpu_use_fusion_emitters=true".
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_backend_optimization_level": 0,
+    "--xla_cpu_use_fusion_emitters": "false",
+}
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import numpy as np
 
 from decoding.tables import EOS, exact_law, inputs, random_tables, tally
+from optimized import optimized_jit
 from oracles import sampler
 from oracles.tables import agreement, lookup
 from speccascade_t5x import decoding
@@ -75,7 +77,12 @@ def sequence(threshold=-0.8, config=None, sampling=None, confidence: str = "mean
 
 
 def decode(program: decoding.Program, rows: int = ROWS, seed: int = 0) -> decoding.Output:
-    return decoding.decode(program, inputs(rows), jax.random.key(seed), np.arange(rows))
+    return _decoder(rows)(program, jax.random.key(seed))
+
+
+@functools.cache
+def _decoder(rows: int):
+    return optimized_jit(lambda program, key: decoding.decode(program, inputs(rows), key, np.arange(rows)))
 
 
 def check(program, law: dict, output=None) -> decoding.Output:

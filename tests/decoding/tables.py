@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections import Counter
 
-import jax
 import numpy as np
 
+from optimized import optimized_jit
 from oracles import rules as oracle_rules
 from oracles import tables as oracle_tables
 from speccascade_t5x import decoding
@@ -74,7 +74,7 @@ def decoder(config: decoding.DecodeConfig, rule: str, rows: int):
     """A compiled decode (alpha, drafter, verifier, sampling, key) -> Output of `rows` independent rows."""
     takes_alpha = rules.get(rule).alpha_range is not None
 
-    @jax.jit
+    @optimized_jit
     def run(alpha, drafter, verifier, sampling, key):
         return decoding.speculative(
             drafter=bigram(drafter),

@@ -35,6 +35,7 @@ import pytest
 from decoding import executions
 from decoding.executions import ALPHAS, MAX_LEN, TABLES, TRUNCATIONS, config_of, rule_of, sampling_of
 from decoding.tables import exact_law, inputs, outputs, random_tables, tally
+from optimized import optimized_jit
 from oracles.tables import agreement
 from speccascade_t5x import decoding
 from speccascade_t5x.core import probs, rules, stopping, verify
@@ -55,7 +56,7 @@ def fresh(program: decoding.Program, rows: int, seed: int = 3) -> decoding.Outpu
         program = loop.per_row(program, state.done.shape[0])
         return decoding.finish(program.config, loop.run(program, state, program.max_rounds))
 
-    return jax.jit(decode)(program, jax.random.key(seed))
+    return optimized_jit(decode)(program, jax.random.key(seed))
 
 
 # Checks: each returns whether what it looks at is in order.

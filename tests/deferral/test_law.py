@@ -19,6 +19,7 @@ from core import cases, round_probe
 from decoding.tables import EOS, inputs, random_tables, tally
 from deferral import fitted_rules
 from deferral.fitted_rules import ALPHAS, VOCAB
+from optimized import optimized_jit
 from oracles import tables as oracle_tables
 from oracles import verify as oracle
 from speccascade_t5x import decoding
@@ -113,7 +114,7 @@ def test_branches_and_law_of_a_round(name, how):
 def decoder(draft_len: int, how: str):
     config = decoding.DecodeConfig(MAX_LEN, draft_len, eos_id=EOS, verification=how)
 
-    @jax.jit
+    @optimized_jit
     def run(rule, drafter, verifier, sampling, key):
         return decoding.speculative(
             drafter=bigram(drafter), verifier=bigram(verifier), rule=rule, inputs=inputs(ROWS), config=config,

@@ -13,6 +13,7 @@ import pytest
 
 from decoding.tables import EOS, tally
 from drafting import cascades
+from optimized import optimized_jit
 from oracles import rules as rule_oracle
 from oracles import sampler
 from oracles.tables import agreement, output_law
@@ -41,7 +42,7 @@ SETTINGS = [(1.0, {}), (0.5, {"top_p": 0.85}), (0.0, {})]
 def decoder(name: str, lenience: float | None, reads: int | None, rule: str, how: str):
     config = decoding.DecodeConfig(MAX_LEN, cascades.length(name), eos_id=EOS, verification=how)
 
-    @jax.jit
+    @optimized_jit
     def run(lenient, sampling, key):
         return decoding.speculative(
             drafter=cascades.bound(name, None if lenience is None else lenient, sampling, reads),
