@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 # Read when JAX and TensorFlow load, so they stand before any import that could bring them in.
-# Compiling is three quarters of what the suite does, so LLVM optimizes nothing and fused loops are written by XLA's
-# older emitters, which takes a third of the time; XLA's own passes stay. What runs for long is compiled by
+# Compiling is three quarters of what tests of the decoder do, so LLVM optimizes nothing and fused loops are written by
+# XLA's older emitters, which takes a third of the time; XLA's own passes stay. What runs for long is compiled by
 # `optimized.optimized_jit`. To test what users have, name them: XLA_FLAGS="--xla_backend_optimization_level=3
 # --xla_cpu_use_fusion_emitters=true".
 _FLAGS = {
