@@ -11,7 +11,7 @@ import numpy as np
 
 from speccascade_t5x.core import rules
 from speccascade_t5x.core.probs import Sampling
-from speccascade_t5x.decoding import loop
+from speccascade_t5x.decoding import loop, queue
 from speccascade_t5x.decoding.config import DecodeConfig
 from speccascade_t5x.decoding.programs import (
     autoregressive_program,
@@ -151,6 +151,8 @@ start = jax.jit(loop.init)
 run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1)
 refill = jax.jit(loop.refill, donate_argnums=1)
 move = jax.jit(loop.move, donate_argnums=0)
+run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
+run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 finish = jax.jit(harvest, static_argnums=0)
 
 

@@ -1,18 +1,22 @@
-"""A decode compiled ahead of its first batch, so that compile time and decode time are told apart."""
+"""Decodes compiled ahead of their first batch, so that compile time and decode time are told apart."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from speccascade_t5x.decoding import api, loop, placing
+from speccascade_t5x.decoding import api, loop, placing, queue
 from speccascade_t5x.decoding.state import Output, Program, State
 from speccascade_t5x.interfaces import Array, PyTree
+
+# Of the inputs of a batch, one in so many move into places of a queue at a time. What a move copies does not depend on
+# how many there are to move, and several may follow one another.
+MOVED_AT_ONCE = 8
 
 
 def shape_key(program: Program, inputs: PyTree) -> tuple:
@@ -55,7 +59,7 @@ class Lowered:
     Attributes:
       state: shapes of what travels between them, with shardings where there is a layout.
       start: reads the inputs.
-      run: the loop; its state is donated.
+      run: the loop, that of `loop.run` or `queue.run_queue`; its state is donated.
     """
 
     state: State
@@ -63,7 +67,14 @@ class Lowered:
     run: jax.stages.Lowered
 
 
-def lower(program: Program, inputs: PyTree, key: Array, example_ids: Array, layout: Layout | None = None) -> Lowered:
+def lower(
+    program: Program,
+    inputs: PyTree,
+    key: Array,
+    example_ids: Array,
+    layout: Layout | None = None,
+    queued: bool = False,
+) -> Lowered:
     """Lowers a decode. Nothing is read of any argument but shapes and where they live.
 
     Args:
@@ -72,24 +83,33 @@ def lower(program: Program, inputs: PyTree, key: Array, example_ids: Array, layo
       key: likewise.
       example_ids: likewise.
       layout: of the mesh all of them live on; None for one device.
+      queued: the loop of a queue and not that of a batch.
     """
     state = jax.eval_shape(api.start, program, inputs, key, example_ids)
-    start, run = api.start, api.run
+    start, run, run_queue = api.start, api.run, api.run_queue
+    ids = jax.ShapeDtypeStruct(example_ids.shape, jnp.int32)
     if layout is not None:
         where = layout.state(state)
-        state = shapes(state, where)
+        state, ids = shapes(state, where), shapes(ids, layout.whole)
         start = jax.jit(loop.init, out_shardings=where)
         run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1, out_shardings=where)
+        whole = (where, layout.whole, layout.whole)
+        run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width", out_shardings=whole)
     begun = start.lower(program, inputs, key, example_ids)
+    if queued:
+        width = max(1, ids.shape[0] // MOVED_AT_ONCE)
+        return Lowered(state, begun, run_queue.lower(program, state, ids, state, ids, 1, width=width))
     return Lowered(state, begun, run.lower(program, state, program.max_rounds, state.done.shape[0]))
 
 
-class CompiledDecoder:
-    """The programs of a decode (read inputs, loop, cut), for one shape, one static config and one layout.
+class _Compiled:
+    """What begins and ends a decode, for one shape, one static config and one layout, and a loop.
 
     Attributes:
-      seconds: what lowering and compiling took so far.
+      seconds: what lowering and compiling took.
     """
+
+    _queued: ClassVar[bool]
 
     def __init__(self, program: Program, inputs: PyTree, layout: Layout | None = None):
         """Compiles.
@@ -105,12 +125,11 @@ class CompiledDecoder:
         if layout is not None:
             program, key = layout.program(program), shapes(key, layout.whole)
             inputs, ids = shapes(inputs, layout.rows), shapes(ids, layout.rows)
-        lowered = lower(program, inputs, key, ids, layout)
+        lowered = lower(program, inputs, key, ids, layout, self._queued)
         self._state = lowered.state
         self._start = lowered.start.compile()
-        self._run = lowered.run.compile()
+        self._loop = lowered.run.compile()
         self._finish = api.finish.lower(program.config, self._state).compile()
-        self._move: dict[int, jax.stages.Compiled] = {}
         self.seconds = time.perf_counter() - begin
 
     @property
@@ -121,42 +140,49 @@ class CompiledDecoder:
     def _rows(self, arrays: PyTree) -> PyTree:
         return arrays if self._layout is None else placing.put(arrays, self._layout.rows)
 
-    def __call__(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
-        """Decodes one batch. Arguments must have the shapes compiled for."""
-        return self.finish(self.run(program, self.start(program, inputs, key, example_ids)))
+    def _whole(self, arrays: PyTree) -> PyTree:
+        return arrays if self._layout is None else placing.put(arrays, self._layout.whole)
 
     def start(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> State:
         """Reads the inputs: encoders and caches."""
-        key = key if self._layout is None else placing.put(key, self._layout.whole)
-        return self._start(program, self._rows(inputs), key, self._rows(example_ids))
-
-    def run(self, program: Program, state: State, max_rounds: int | None = None, until: int | None = None) -> State:
-        """The loop, to the end of every row, of `until` rows, or for so many rounds. Consumes `state`."""
-        rounds = program.max_rounds if max_rounds is None else max_rounds
-        return self._run(program, state, rounds, self.rows if until is None else until)
+        return self._start(program, self._rows(inputs), self._whole(key), self._rows(example_ids))
 
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""
         return self._finish(state)
 
-    def move(self, state: State, waiting: State, source: Array, target: Array) -> State:
-        """Rows of `waiting` in the place of rows of `state`, see `decoding.move`. Consumes `state`.
-
-        The first call with so many rows compiles.
-        """
-        if len(source) not in self._move:
-            begin = time.perf_counter()
-            where = None if self._layout is None else jax.tree.map(lambda leaf: leaf.sharding, self._state)
-            move = api.move if where is None else jax.jit(loop.move, donate_argnums=0, out_shardings=where)
-            self._move[len(source)] = move.lower(self._state, self._state, source, target).compile()
-            self.seconds += time.perf_counter() - begin
-        return self._move[len(source)](state, waiting, source, target)
-
     def loop_text(self) -> str:
         """The compiled loop as HLO, for what is counted in it."""
-        return self._run.as_text()
+        return self._loop.as_text()
 
     def temporary_bytes(self) -> int:
         """Temporary memory of the loop beside its arguments, as the compiler plans it; 0 where it does not say."""
-        analysis = self._run.memory_analysis()
+        analysis = self._loop.memory_analysis()
         return analysis.temp_size_in_bytes if analysis else 0
+
+
+class CompiledDecoder(_Compiled):
+    """The programs of a decode that go through a batch: read inputs, loop, cut."""
+
+    _queued = False
+
+    def __call__(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
+        """Decodes one batch. Arguments must have the shapes compiled for."""
+        return self.finish(self.run(program, self.start(program, inputs, key, example_ids)))
+
+    def run(self, program: Program, state: State, max_rounds: int | None = None, until: int | None = None) -> State:
+        """The loop, to the end of every row, of `until` rows, or for so many rounds. Consumes `state`."""
+        rounds = program.max_rounds if max_rounds is None else max_rounds
+        return self._loop(program, state, rounds, self.rows if until is None else until)
+
+
+class CompiledQueue(_Compiled):
+    """The programs of a decode that go through a queue: read inputs, loop with refilled rows, cut."""
+
+    _queued = True
+
+    def run(
+        self, program: Program, state: State, ids: Array, waiting: State, coming: Array, patience: int
+    ) -> tuple[State, Array, queue.Ended]:
+        """The loop until every waiting input has found a place, see `queue.run_queue`. Consumes `state`."""
+        return self._loop(program, state, self._whole(ids), waiting, self._whole(coming), patience)

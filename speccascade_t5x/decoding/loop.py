@@ -8,7 +8,7 @@ Everything here is jittable and sees models only through their Protocols. Caller
     state = move(state, waiting, source, target)  # or rows of a second state, begun by `init` with the same shapes
     output = harvest(program.config, state)
 
-`decoding.start`, `run`, `refill`, `move` and `finish` are these five, jitted.
+`decoding.start`, `run`, `refill`, `move` and `finish` are these five, jitted. `queue` puts them together on device.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.core import accounting
-from speccascade_t5x.decoding.compiled import CompiledDecoder, shape_key
+from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
@@ -25,6 +25,8 @@ from speccascade_t5x.runtime import batching, hosts, methods, packaged, plans
 from speccascade_t5x.runtime.partitioning import Partitioning, Topology
 from speccascade_t5x.runtime.settings import Settings, make_settings
 from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
+
+_Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
 
 @dataclasses.dataclass
@@ -87,7 +89,7 @@ class LoadedPair:
         self.feature_lengths = dict(bundle.feature_lengths)
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
-        self._compiled: dict[tuple, CompiledDecoder] = {}
+        self._compiled: dict[tuple, CompiledDecoder | CompiledQueue] = {}
 
     def generate(self, texts: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
         """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
@@ -113,12 +115,14 @@ class LoadedPair:
         records = [{"inputs": text, **found[i]} for i, text in enumerate(texts)]
         return Generation(records, runner.timing, runner.totals)
 
-    def compiled(self, program: decoding.Program, inputs: Any) -> tuple[CompiledDecoder, float]:
+    def compiled(
+        self, program: decoding.Program, inputs: Any, kind: type[_Kind] = CompiledDecoder
+    ) -> tuple[_Kind, float]:
         """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
-        key = shape_key(program, inputs)
+        key = (kind, shape_key(program, inputs))
         if key in self._compiled:
             return self._compiled[key], 0.0
-        self._compiled[key] = CompiledDecoder(program, inputs, self.partitioning)
+        self._compiled[key] = kind(program, inputs, self.partitioning)
         return self._compiled[key], self._compiled[key].seconds
 
 
@@ -189,22 +193,21 @@ class Runner:
         """
         compiled = self.compiled(batch)
         begin = time.perf_counter()
-        output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(batch))))
+        output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(compiled, batch))))
         self.timing.decode_s += time.perf_counter() - begin
         places = np.flatnonzero(batch.valid).tolist()
         return {int(batch.example_ids[place]): self.record(output, place, batch.example_ids[place]) for place in places}
 
-    def compiled(self, batch: batching.Batch) -> CompiledDecoder:
+    def compiled(self, batch: batching.Batch, kind: type[_Kind] = CompiledDecoder) -> _Kind:
         """The decoder for batches of this shape; compiling it is counted in `timing`."""
-        compiled, seconds = self.pair.compiled(self.program, self._inputs(batch))
+        compiled, seconds = self.pair.compiled(self.program, self._inputs(batch), kind)
         self.timing.compile_s += seconds
         self.timing.compiled_shapes += seconds > 0
         return compiled
 
-    def start(self, batch: batching.Batch) -> decoding.State:
+    def start(self, compiled: CompiledDecoder | CompiledQueue, batch: batching.Batch) -> decoding.State:
         """The state of a batch before its first round."""
-        compiled, inputs = self.compiled(batch), self._inputs(batch)
-        return compiled.start(self.program, inputs, self.key, jnp.asarray(batch.example_ids))
+        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(batch.example_ids))
 
     def record(self, output: decoding.Output, place: int, index: int) -> dict[str, Any]:
         """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.

@@ -1,15 +1,10 @@
-"""Decoding a queue of batches without waiting for the slowest row: finished rows are refilled between segments.
+"""Decoding batches as a queue: rows that have ended are refilled instead of waiting for the slowest of their batch.
 
-A batch in lockstep lasts as long as its longest output, and rows that end early only wait. Here the loop pauses as soon
-as a few rows are done, hands their records out, and goes on with new examples in their place:
-
-    running   [ a  b  c  d ]   the state the loop works on
-    waiting   [ e  f  g  h ]   the next batch, its inputs read already
-
-The waiting batch is read by the program that would begin it in lockstep, so nothing is compiled but the copy of rows
-from one state to the other, and an example's encoder output has the same bits. Noise depends on the example alone. So
-every record is what lockstep gives, where a row of a matrix product does not depend on its place in the batch:
-so on CPU, bit for bit (tests/runtime/test_refill.py). The price is a second state in memory.
+The next batch is read as it would be in lockstep, and its rows wait in a second state. `decoding.queue` runs the loop
+and moves them in; the host has one turn per batch. An example's encoder output has the same bits as in lockstep, and its
+noise depends on the example alone. So every record is what lockstep gives, where a row of a matrix product does not
+depend on its place in the batch: so on CPU, bit for bit (tests/runtime/test_refill.py). The price is the second state in
+memory.
 
 Examples of one encoder length (bucket) make one queue; the queues run one after another.
 """
@@ -17,6 +12,7 @@ Examples of one encoder length (bucket) make one queue; the queues run one after
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,14 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from speccascade_t5x.decoding import State
-from speccascade_t5x.decoding.compiled import CompiledDecoder
+from speccascade_t5x.decoding import Output, State
+from speccascade_t5x.decoding.compiled import CompiledQueue
+from speccascade_t5x.decoding.queue import NOBODY
 from speccascade_t5x.runtime.batching import Batch
 from speccascade_t5x.runtime.generate import Runner
 
-# The loop pauses once one in so many rows can be refilled. A pause costs the host's turn and a copy of rows, waiting
-# costs rounds in which those rows stand idle.
-PAUSE_AT = 8
+# A pause of the loop (a copy of rows) takes about as long as so many rounds of the packaged pair on two CPU cores.
+# Until the first outputs have come, the loop pauses once one in FIRST_PAUSE inputs has ended.
+PAUSE_ROUNDS, FIRST_PAUSE = 0.15, 8
 
 Records = dict[int, dict[str, Any]]
 
@@ -50,7 +47,11 @@ def decode(runner: Runner, batches: Sequence[Batch]) -> Iterator[Records]:
       UserError: a model produced NaN.
     """
     for _, queue in itertools.groupby(batches, key=lambda batch: batch.bucket):
-        yield from _Queue(runner, list(queue)).run()
+        batches = list(queue)
+        if len(batches) == 1:  # nothing waits
+            yield runner.decode(batches[0])
+        else:
+            yield from _Queue(runner, batches).run()
 
 
 class _Queue:
@@ -58,67 +59,46 @@ class _Queue:
 
     def __init__(self, runner: Runner, batches: list[Batch]):
         self.runner, self.batches = runner, batches
-        self.samples = runner.settings.num_samples
-        self.size = len(batches[0].valid)
-        self.width = max(1, self.size // PAUSE_AT)  # inputs copied at a time
-        self.waiting: State | None = None
-        self.ready: list[tuple[int, int]] = []  # (input of `waiting`, example)
+        self.compiled = runner.compiled(batches[0], CompiledQueue)
+        self.ended = self.rounds = 0  # rows handed out, and the rounds they took
 
     def run(self) -> Iterator[Records]:
         """See `decode`."""
-        runner = self.runner
-        decoder = runner.compiled(self.batches[0])
+        runner, program = self.runner, self.runner.program
         begin = time.perf_counter()
-        self._read()
-        state, self.waiting = self.waiting, None
-        inside, self.ready = dict(self.ready), []  # input of `state` -> the example in it
-        done = np.zeros((self.size, self.samples), bool)
-        while inside or self.ready or self.batches:
-            state = self._refill(decoder, state, inside, done)
-            # With nothing left to read a pause would bring nothing: the rest runs to its end.
-            more = self.width * self.samples if self.ready or self.batches else done.size
-            state = decoder.run(runner.program, state, until=min(int(done.sum()) + more, done.size))
-            done = np.array(state.done).reshape(done.shape)
-            finished = [place for place in inside if done[place].all()]
-            if not finished:  # of several samples, some
-                continue
-            output = jax.device_get(decoder.finish(state))
+        state, ids = self._read(self.batches[0])
+        waiting = None
+        for batch in self.batches[1:]:
+            del waiting  # before the next takes memory
+            waiting, coming = self._read(batch)
+            state, ids, ended = self.compiled.run(program, state, ids, waiting, coming, self._patience(len(coming)))
+            ended = jax.device_get(ended)
             runner.timing.decode_s += time.perf_counter() - begin
-            yield {inside[place]: runner.record(output, place, inside.pop(place)) for place in finished}
+            yield self._records(ended.output, ended.example_ids)
             begin = time.perf_counter()
+        nobody = np.full_like(coming, NOBODY)
+        state, ids, _ = self.compiled.run(program, state, ids, waiting, nobody, len(nobody))
+        output, ids = jax.device_get((self.compiled.finish(state), ids))
+        runner.timing.decode_s += time.perf_counter() - begin
+        yield self._records(output, ids)
 
-    def _read(self) -> None:
-        """Begins the next batch in the waiting state."""
-        batch = self.batches.pop(0)
-        self.waiting = self.runner.start(batch)
-        self.ready = [(place, int(batch.example_ids[place])) for place in np.flatnonzero(batch.valid).tolist()]
+    def _read(self, batch: Batch) -> tuple[State, np.ndarray]:
+        """The state of a batch, and the example in each of its places."""
+        return self.runner.start(self.compiled, batch), np.where(batch.valid, batch.example_ids, NOBODY)
 
-    def _refill(self, decoder: CompiledDecoder, state: State, inside: dict[int, int], done: np.ndarray) -> State:
-        """Moves waiting examples into the free places of the state, as far as there are any; updates the rest."""
-        free = [place for place in range(self.size) if place not in inside]
-        while free and (self.ready or self.batches):
-            if not self.ready:
-                self._read()
-            count = min(self.width, len(free), len(self.ready))
-            places, free = free[:count], free[count:]
-            coming, self.ready = self.ready[:count], self.ready[count:]
-            source = self._rows([place for place, _ in coming], nowhere=0)
-            state = self._move(decoder, state, source, self._rows(places, nowhere=self.size))
-            inside.update(zip(places, (index for _, index in coming), strict=True))
-            done[places] = False
-        return state
+    def _patience(self, inputs: int) -> int:
+        """How many inputs shall have ended before the loop pauses.
 
-    def _rows(self, places: list[int], nowhere: int) -> np.ndarray:
-        """Rows of all samples of these inputs, filled up to the width of a move with those of `nowhere`."""
-        inputs = np.array(places + [nowhere] * (self.width - len(places)), np.int32)
-        return (inputs[:, None] * self.samples + np.arange(self.samples, dtype=np.int32)).reshape(-1)
+        Of B rows that take R rounds each, B / R end in a round. Waiting until k have ended leaves (k - 1) / 2 idle on
+        average, and shares a pause between k rows; the time of both is least at k = B sqrt(2 c / R), where a pause
+        takes as long as c rounds.
+        """
+        share = math.sqrt(2 * PAUSE_ROUNDS * self.ended / self.rounds) if self.ended else 1 / FIRST_PAUSE
+        return max(1, min(round(share * inputs), inputs))
 
-    def _move(self, decoder: CompiledDecoder, state: State, source: np.ndarray, target: np.ndarray) -> State:
-        """One move; what compiling it took counts as compiling."""
-        before, begin = decoder.seconds, time.perf_counter()
-        state = decoder.move(state, self.waiting, source, target)
-        spent = decoder.seconds - before
-        if spent:
-            self.runner.timing.compile_s += spent
-            self.runner.timing.decode_s -= min(spent, time.perf_counter() - begin)
-        return state
+    def _records(self, output: Output, ids: np.ndarray) -> Records:
+        """Records of the places of an output that hold an example."""
+        places = np.flatnonzero(ids != NOBODY).tolist()
+        rounds = output.counts.rounds.reshape(len(ids), -1)[places]
+        self.ended, self.rounds = self.ended + rounds.size, self.rounds + int(rounds.sum())
+        return {int(ids[place]): self.runner.record(output, place, int(ids[place])) for place in places}

@@ -1,10 +1,11 @@
-"""Refilled rows: the records of lockstep, byte for byte, with nothing compiled but a copy of rows."""
+"""Refilled rows: the records of lockstep, byte for byte, with one loop compiled."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from speccascade_t5x.decoding import api
@@ -41,8 +42,6 @@ def batches(pair: LoadedPair, settings: Settings):
 
 def test_the_files_are_those_of_lockstep(pair, lines, tmp_path):
     lockstep = infer(pair, Settings(**SHAPE), tmp_path / "lockstep", input=lines, batches_per_chunk=2)
-    (decoder,) = pair._compiled.values()
-    traced = [function._cache_size() for function in (api.start, api.run, api.finish, api.move)]
     seen = []
     refilled = infer(
         pair, Settings(**SHAPE), tmp_path / "refilled", input=lines, batches_per_chunk=2, refill=True,
@@ -51,13 +50,34 @@ def test_the_files_are_those_of_lockstep(pair, lines, tmp_path):
     assert predictions(tmp_path / "refilled") == predictions(tmp_path / "lockstep")
     assert refilled.metrics == lockstep.metrics
     assert len({len(record["tokens"]) for record in refilled.records}) > 5  # or nothing was ever refilled
-    assert sum(seen) == len(LINES) and len(seen) > 2 * len(LINES) / SHAPE["batch_size"]  # handed out as they end
-    # The decoder of lockstep served, with one more program: the copy of rows.
-    assert list(pair._compiled.values()) == [decoder] and list(decoder._move) == [1]
-    assert refilled.timing["compiled_shapes"] == 0
-    assert [function._cache_size() for function in (api.start, api.run, api.finish, api.move)] == traced
+    assert sum(seen) == len(LINES) and len(seen) == -(-len(LINES) // SHAPE["batch_size"])  # one turn per batch
+    assert (lockstep.timing["compiled_shapes"], refilled.timing["compiled_shapes"]) == (1, 1)
+    traced = [function._cache_size() for function in (api.start, api.run, api.run_queue, api.finish)]
     again = infer(pair, Settings(**SHAPE, seed=1), input=lines, refill=True)
     assert again.timing["compile_s"] == 0 and again.records != refilled.records
+    assert [function._cache_size() for function in (api.start, api.run, api.run_queue, api.finish)] == traced
+
+
+def test_rows_move_before_the_slowest_has_ended(pair):
+    """The first records that come are not those of the first batch, but for a batch that fills no second one."""
+    runner, queue = batches(pair, Settings(**SHAPE))
+    first, *_ = refill.decode(runner, queue)
+    assert set(first) != set(queue[0].example_ids.tolist()) and len(first) == SHAPE["batch_size"]
+    alone = list(refill.decode(runner, queue[:1]))
+    assert [set(records) for records in alone] == [set(queue[0].example_ids.tolist())]
+    assert alone[0] == runner.decode(queue[0])
+
+
+def test_patience_grows_with_what_a_pause_costs_beside_an_output(pair):
+    """k = B sqrt(2 c / R) is where (k - 1) / 2 rows idle, shared pauses and the rest are least."""
+    runner, batched = batches(pair, Settings(**SHAPE))
+    queue = refill._Queue(runner, batched)
+    assert queue._patience(64) == 8 and queue._patience(4) == 1  # nothing known yet
+    for rounds in (2, 7, 37):
+        queue.ended, queue.rounds = 10, 10 * rounds
+        k = np.arange(1, 65)
+        cost = (k - 1) / 2 + refill.PAUSE_ROUNDS * (64 / rounds) * 64 / k  # idle rows of a round, plus pauses in rows
+        assert abs(queue._patience(64) - k[np.argmin(cost)]) <= 1
 
 
 def test_a_refilled_run_told_to_stop_continues_to_the_same_bytes(pair, lines, tmp_path):
