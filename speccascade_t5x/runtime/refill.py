@@ -1,10 +1,10 @@
 """Decoding batches as a queue: rows that have ended are refilled instead of waiting for the slowest of their batch.
 
 The next batch is read as it would be in lockstep, and its rows wait in a second state. `decoding.queue` runs the loop
-and moves them in; the host has one turn per batch. An example's encoder output has the same bits as in lockstep, and its
-noise depends on the example alone. So every record is what lockstep gives, where a row of a matrix product does not
-depend on its place in the batch: so on CPU, bit for bit (tests/runtime/test_refill.py). The price is the second state in
-memory.
+and moves them in; the host has one turn per batch. An example's encoder output has the same bits as in lockstep, and
+its noise depends on the example alone. So every record is what lockstep gives, where a row of a matrix product does not
+depend on its place in the batch: so on CPU, bit for bit (tests/runtime/test_refill.py). The price is the second state
+in memory.
 
 Examples of one encoder length (bucket) make one queue; the queues run one after another.
 """
