@@ -36,7 +36,7 @@ _MACROS = {
     "max_len": (int, "output tokens (default: 128)"),
     "draft_len": (int, "tokens drafted per round (default: 5)"),
     "model": (int, "chips that share the weights (default: the fewest that hold the pair)"),
-    "programs": (gin_flags.names, "with commas between: encoder, loop, train_drafter, train_verifier (default: all)"),
+    "programs": (gin_flags.names, "of encoder, loop, refill, train_drafter, train_verifier (default: all but refill)"),
     "timeout_s": (float, "most seconds for the process of a cell (default: 3600)"),
 }
 _EPILOG = """\

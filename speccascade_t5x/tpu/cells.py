@@ -17,8 +17,9 @@ from speccascade_t5x.runtime.partitioning import STANDARD_RULES, Rules, Topology
 from speccascade_t5x.tpu import hardware, shapes
 
 _BATCH_SIZE = 16  # where none is named and no more is needed
-# What is compiled for a cell, in this order.
-PROGRAMS = ("encoder", "loop", "train_drafter", "train_verifier")
+# What can be compiled for a cell, and what is unless programs are named, in this order.
+PROGRAMS = ("encoder", "loop", "refill", "train_drafter", "train_verifier")
+_USUAL = tuple(name for name in PROGRAMS if name != "refill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Options:
     train_batch_size: int = 64
     targets_len: int = 128
     microbatches: int = 1
-    programs: tuple[str, ...] = PROGRAMS
+    programs: tuple[str, ...] = _USUAL
     rules: Rules = STANDARD_RULES
     drafter_rules: Rules | None = None
 

@@ -75,7 +75,7 @@ class Compiler:
 
     def __init__(self, cell: Cell, place: Partitioning | None = None):
         self.cell, self.place = cell, place or partitioning(cell)
-        self._decode: compiled.Lowered | None = None
+        self._lowered: dict[bool, compiled.Lowered] = {}
 
     def report(self, name: str) -> dict[str, Any]:
         """Compiles one program. Returns what is known of it, as JSON types; see docs/precompile.md.
@@ -84,7 +84,7 @@ class Compiler:
           name: of `cells.PROGRAMS`.
         """
         begin = time.perf_counter()
-        lowered, held = getattr(self, f"_{name}")() if name in ("encoder", "loop") else self._train(name)
+        lowered, held = self._train(name) if name.startswith("train_") else getattr(self, f"_{name}")()
         found: dict[str, Any] = {"program": name, "lower_s": round(time.perf_counter() - begin, 2)}
         begin, worked = time.perf_counter(), time.process_time()
         try:
@@ -96,13 +96,13 @@ class Compiler:
         spent = {"compile_s": time.perf_counter() - begin, "cpu_s": time.process_time() - worked}
         return found | {name: round(seconds, 2) for name, seconds in spent.items()}
 
-    def _decoding(self) -> compiled.Lowered:
-        if self._decode is None:
+    def _decoding(self, queued: bool = False) -> compiled.Lowered:
+        if queued not in self._lowered:
             cell, wanted = self.cell, self.cell.options
             program = shapes.program(cell.drafter, cell.verifier, wanted, self.place)
             inputs = shapes.decode_inputs(wanted.batch_size, wanted.input_len, self.place)
-            self._decode = compiled.lower(program, *inputs, self.place)
-        return self._decode
+            self._lowered[queued] = compiled.lower(program, *inputs, self.place, queued=queued)
+        return self._lowered[queued]
 
     def _parameters(self) -> int:
         """Bytes per chip of both models' parameters, which stay there between programs."""
@@ -113,11 +113,14 @@ class Compiler:
         made = self._decoding()
         return made.start, {"parameters": self._parameters(), "caches": shapes.cache_bytes_per_chip(made.state)}
 
-    def _loop(self) -> tuple[jax.stages.Lowered, dict[str, int]]:
-        made = self._decoding()
-        state = shapes.bytes_per_chip(made.state)
-        caches = shapes.cache_bytes_per_chip(made.state)
-        return made.run, {"parameters": self._parameters(), "caches": caches, "state": state}
+    def _loop(self, queued: bool = False) -> tuple[jax.stages.Lowered, dict[str, int]]:
+        made = self._decoding(queued)
+        states = 1 + queued  # that of the batch that waits
+        held = {"caches": shapes.cache_bytes_per_chip(made.state), "state": shapes.bytes_per_chip(made.state)}
+        return made.run, {"parameters": self._parameters(), **{name: states * size for name, size in held.items()}}
+
+    def _refill(self) -> tuple[jax.stages.Lowered, dict[str, int]]:
+        return self._loop(queued=True)
 
     def _train(self, name: str) -> tuple[jax.stages.Lowered, dict[str, int]]:
         wanted, config = self.cell.options, getattr(self.cell, name.removeprefix("train_"))

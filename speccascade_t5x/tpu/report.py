@@ -16,8 +16,9 @@ _NOTE = """\
 code + idle; *weights* and *caches* are parts of it; *idle* are parameters that this program does not read and that stay
 in memory all the same. *cycles* (millions) and *est. time* come from the compiler's `estimated_cycles`, loops
 multiplied out, with the cheapest and with the dearest branch of every conditional; they hold no waiting for other
-chips. Figures of `loop` are those of one round; collectives and what they send (MiB, results on one chip) are those of
-a round, or of a run of the other programs. *compile* is wall time, in brackets the seconds of processors it took.
+chips. Figures of `loop` are those of one round, of `refill` those of a round and a pause; collectives and what they
+send (MiB, results on one chip) likewise, or of a run of the other programs. *compile* is wall time, in brackets the
+seconds of processors it took.
 """
 
 

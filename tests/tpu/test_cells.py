@@ -51,7 +51,7 @@ def test_files_differ_where_cells_do():
         ({"model": 0}, "model=0 is outside its range"),
         ({"batch_size": 6, "model": 1}, "batch_size=6 cannot be shared by the 4 parts that v4:2x2x1 with model=1"),
         ({"microbatches": 5, "model": 1}, "train_batch_size=64 cannot be shared by the 20 parts"),
-        ({"programs": ("sing",)}, "there is no program 'sing' to compile: known are encoder, loop, train_drafter"),
+        ({"programs": ("sing",)}, "there is no program 'sing' to compile: known are encoder, loop, refill"),
         ({"rule": "chow", "alpha": 7.0}, "alpha"),
         ({"verifier": dataclasses.replace(TINY, vocab_size=64)}, "has 32 logits and the verifier 64"),
     ],
