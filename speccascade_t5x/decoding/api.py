@@ -150,7 +150,6 @@ def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> 
 start = jax.jit(loop.init)
 run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1)
 refill = jax.jit(loop.refill, donate_argnums=1)
-move = jax.jit(loop.move, donate_argnums=0)
 run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 finish = jax.jit(harvest, static_argnums=0)

@@ -99,7 +99,7 @@ def lower(
     if queued:
         width = max(1, ids.shape[0] // MOVED_AT_ONCE)
         return Lowered(state, begun, run_queue.lower(program, state, ids, state, ids, 1, width=width))
-    return Lowered(state, begun, run.lower(program, state, program.max_rounds, state.done.shape[0]))
+    return Lowered(state, begun, run.lower(program, state, program.max_rounds))
 
 
 class _Compiled:
@@ -170,10 +170,9 @@ class CompiledDecoder(_Compiled):
         """Decodes one batch. Arguments must have the shapes compiled for."""
         return self.finish(self.run(program, self.start(program, inputs, key, example_ids)))
 
-    def run(self, program: Program, state: State, max_rounds: int | None = None, until: int | None = None) -> State:
-        """The loop, to the end of every row, of `until` rows, or for so many rounds. Consumes `state`."""
-        rounds = program.max_rounds if max_rounds is None else max_rounds
-        return self._loop(program, state, rounds, self.rows if until is None else until)
+    def run(self, program: Program, state: State, max_rounds: int | None = None) -> State:
+        """The loop, to the end of every row or for so many rounds. Consumes `state`."""
+        return self._loop(program, state, program.max_rounds if max_rounds is None else max_rounds)
 
 
 class CompiledQueue(_Compiled):

@@ -8,7 +8,7 @@ Everything here is jittable and sees models only through their Protocols. Caller
     state = move(state, waiting, source, target)  # or rows of a second state, begun by `init` with the same shapes
     output = harvest(program.config, state)
 
-`decoding.start`, `run`, `refill`, `move` and `finish` are these five, jitted. `queue` puts them together on device.
+`decoding.start`, `run`, `refill` and `finish` are these, jitted. `queue` moves rows inside a loop on the device.
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ def run(
     program: Program,
     state: State,
     max_rounds: int | Array,
-    until: int | Array | None = None,
     loop: Literal["lax", "python"] = "lax",
 ) -> State:
     """Runs rounds until every row is done, or `max_rounds` of them.
@@ -110,20 +109,18 @@ def run(
       program: what runs.
       state: from `init`, `refill`, `move` or an earlier `run`.
       max_rounds: bound for this call; traced.
-      until: stop as soon as so many rows are done; traced. None waits for all.
       loop: "python" runs the same round eagerly, for breakpoints and tests.
     """
-    batch = state.done.shape[0]
-    program, until = per_row(program, batch), batch if until is None else until
+    program = per_row(program, state.done.shape[0])
     if loop == "python":
         for _ in range(int(max_rounds)):
-            if int(jnp.sum(state.done)) >= int(until):
+            if bool(jnp.all(state.done)):
                 break
             state = program.execution.round(program, state)
         return state
 
     def unfinished(carry: tuple[Array, State]) -> Array:
-        return (carry[0] < max_rounds) & (jnp.sum(carry[1].done) < until)
+        return (carry[0] < max_rounds) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         return carry[0] + 1, program.execution.round(program, carry[1])
