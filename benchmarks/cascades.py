@@ -182,9 +182,7 @@ def figures(arms: dict[str, Arm], costs: dict[str, list[float]]) -> dict[str, di
         }
         # A copying drafter has no model, and the verifier alone no drafter: the convention counts what was called.
         charged = {key: each[: len(calls)] for key, each in costs.items()}
-        row["standardised"] = {
-            key: accounting.standardised_improvement(total, each) for key, each in charged.items()
-        }
+        row["standardised"] = {key: accounting.standardised_improvement(total, each) for key, each in charged.items()}
         found[name] = row
     return found
 

@@ -134,9 +134,7 @@ def blocks(rates: Rates, model: Bound, repeats: int) -> tuple[Chip, list[dict[st
     return chip, rows
 
 
-def rounds(
-    rates: Rates, drafter: Bound, verifier: Bound, batch: int, draft_len: int, repeats: int
-) -> dict[str, Any]:
+def rounds(rates: Rates, drafter: Bound, verifier: Bound, batch: int, draft_len: int, repeats: int) -> dict[str, Any]:
     """Part 2 for one pair: tokens/s of rounds after the first, measured and predicted."""
     config = decoding.DecodeConfig(max_len=ROUNDS_LEN, draft_len=draft_len)
     plain = decoding.Sampling(jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0))
@@ -172,8 +170,10 @@ def main() -> None:
     verifier, tiny = (Bound(T5(c), init_params(c, jax.random.key(i))) for i, c in enumerate((decode.T5_SMALL, TINY)))
     rates = Rates()
     chip, found = blocks(rates, verifier, options.repeats)
-    print(f"reads {chip.hbm_bandwidth / 1e9:.1f} GB/s, repacking {chip.block_bandwidth / 1e9:.1f} GB/s, "
-          f"multiplies {chip.flops / 1e9:.1f} GFLOP/s, normalises {chip.law_bandwidth / 1e9:.1f} GB/s\n")
+    print(
+        f"reads {chip.hbm_bandwidth / 1e9:.1f} GB/s, repacking {chip.block_bandwidth / 1e9:.1f} GB/s, "
+        f"multiplies {chip.flops / 1e9:.1f} GFLOP/s, normalises {chip.law_bandwidth / 1e9:.1f} GB/s\n"
+    )
     print("batch  block  measured ms  predicted ms  predicted / measured")
     for row in found:
         print(f"{row['batch']:>5}  {row['block']:>5}  {1e3 * row['measured_s']:>11.2f}  " + compared(row))

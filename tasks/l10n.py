@@ -107,8 +107,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{file} is not a whole gzip file, reading stopped after line {number} ({error}); "
-            "copy it again."
+            f"{file} is not a whole gzip file, reading stopped after line {number} ({error}); copy it again."
         ) from error
 
 
@@ -219,10 +218,7 @@ def translation_vocabulary() -> seqio.SentencePieceVocabulary:
         special ids are not T5's.
     """
     named = _configured(vocabulary_file)()
-    how = (
-        "bind `l10n.vocabulary_file.path` in gin to a SentencePiece model with pad id 0, eos id 1 "
-        "and unk id 2"
-    )
+    how = "bind `l10n.vocabulary_file.path` in gin to a SentencePiece model with pad id 0, eos id 1 and unk id 2"
     if not named:
         raise UserError(f"No vocabulary is set for l10n_en_de: {how}.")
     file = Path(named).expanduser()

@@ -18,8 +18,7 @@ from speccascade_t5x.interfaces import UserError
 def _check(targets: Sequence[str], predictions: Sequence[str]) -> None:
     if len(targets) != len(predictions):
         raise UserError(
-            f"A metric needs one prediction per target, got {len(targets)} targets and "
-            f"{len(predictions)} predictions."
+            f"A metric needs one prediction per target, got {len(targets)} targets and {len(predictions)} predictions."
         )
     if not targets:
         raise UserError("A metric needs at least one example, got none.")
@@ -34,9 +33,7 @@ def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]
       UserError: no example, or not as many predictions as targets.
     """
     _check(targets, predictions)
-    score = sacrebleu.corpus_bleu(
-        list(predictions), [list(targets)], tokenize="13a", smooth_method="exp"
-    )
+    score = sacrebleu.corpus_bleu(list(predictions), [list(targets)], tokenize="13a", smooth_method="exp")
     return {"bleu": float(score.score)}
 
 
@@ -138,7 +135,5 @@ def _accuracy(
     units = sum(map(len, references))
     if not units:
         raise UserError(f"The targets hold no {unit}, so {unit} accuracy is not defined.")
-    edits = sum(
-        edit_distance(r, split(p)) for r, p in zip(references, predictions, strict=True)
-    )
+    edits = sum(edit_distance(r, split(p)) for r, p in zip(references, predictions, strict=True))
     return 100.0 * max(0.0, 1.0 - edits / units)

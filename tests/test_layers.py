@@ -210,8 +210,6 @@ def test_the_library_loads_no_heavy_module():
         "        importlib.import_module(found.name)",
         f"print([name for name in {HEAVY!r} if name in sys.modules])",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

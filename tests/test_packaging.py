@@ -56,9 +56,7 @@ def copy_checkout(target: Path) -> Path:
 def run(*command: str, cwd: Path, **environment: str) -> str:
     """Runs a command with no PYTHONPATH but the one given, and returns what it printed."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -88,9 +88,7 @@ def _report(trained: train_deferral.Trained, output_dir: Path) -> None:
         return
     from speccascade_t5x.evaluation import deferral_report
 
-    report = deferral_report.evaluate(
-        trained.test, trained.held_out, config.features.names, config.loss, trained.head
-    )
+    report = deferral_report.evaluate(trained.test, trained.held_out, config.features.names, config.loss, trained.head)
     page = deferral_report.write(output_dir, report, "Learned deferral")
     for name, auc in report["auc"].items():
         gained = sum(each.value for each in report["curves"][name].against) / len(report["alphas"])

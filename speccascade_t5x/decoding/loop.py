@@ -66,9 +66,7 @@ def _empty_trace(batch: int, width: int) -> Trace:
     return Trace(nan, nan, nan, nan, nan, nan, nan)
 
 
-def refill(
-    program: Program, state: State, rows: Array, inputs: PyTree, key: Array, example_ids: Array
-) -> State:
+def refill(program: Program, state: State, rows: Array, inputs: PyTree, key: Array, example_ids: Array) -> State:
     """Replaces rows by fresh ones. Input shapes must be those of `init`, so that nothing recompiles.
 
     Args:

@@ -87,9 +87,7 @@ def curves(
 ) -> dict[str, Curve]:
     """The realised objective of each rule at each alpha. One bootstrap serves all, so differences are paired."""
     boot = statistics.Bootstrap(len(np.unique(positions.example)), draws)
-    tests = {
-        name: [score > alpha * positions.distance for alpha in alphas] for name, score in scores.items()
-    }
+    tests = {name: [score > alpha * positions.distance for alpha in alphas] for name, score in scores.items()}
     if diff_thresholds is not None:
         tests["diff"] = [scores[PLUG_IN] > threshold for threshold in diff_thresholds]
     tests |= {"always defer": [np.ones(len(positions.distance), bool)] * len(alphas)}

@@ -259,9 +259,7 @@ def _config(pair: LoadedPair, base: Settings, dataset: infer.Dataset, choices: C
     }
 
 
-def _measure_times(
-    measurement: Measurement, choices: Choices, items: int, repeats: int, most: int, tell: Tell
-) -> None:
+def _measure_times(measurement: Measurement, choices: Choices, items: int, repeats: int, most: int, tell: Tell) -> None:
     """Wall times of the points that matter, and the step costs the cost model needs."""
     store, pair, base = measurement.store, measurement.pair, measurement.base
     costs = store.folder / "costs.json"

@@ -51,9 +51,7 @@ class Attention(nn.Module):
         return self._split(self.key(x)), self._split(self.value(x))
 
     @nn.compact
-    def __call__(
-        self, x: Array, keys: Array, values: Array, bias: Array, deterministic: bool = True
-    ) -> Array:
+    def __call__(self, x: Array, keys: Array, values: Array, bias: Array, deterministic: bool = True) -> Array:
         """Attends.
 
         Args:
@@ -72,7 +70,5 @@ class Attention(nn.Module):
         weights = self.weights_dropout(weights, deterministic=deterministic)
         mixed = jnp.einsum("BHTS,BHSK->BHTK", weights, values.astype(weights.dtype))
         joined = mixed.swapaxes(-3, -2).reshape(x.shape[:-1] + (self.heads * self.width,))
-        out = Dense(
-            x.shape[-1], ("joined_kv", "embed"), kernel_init=attention_init, dtype=self.dtype, name="out"
-        )
+        out = Dense(x.shape[-1], ("joined_kv", "embed"), kernel_init=attention_init, dtype=self.dtype, name="out")
         return out(joined)

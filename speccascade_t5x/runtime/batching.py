@@ -56,9 +56,7 @@ class Batch:
 def default_buckets(feature_length: int) -> tuple[int, ...]:
     """32, 64, 128, ... up to `feature_length`, which is always the last."""
     if feature_length < 1:
-        raise UserError(
-            f"The feature length of the inputs must be at least 1, not {feature_length}."
-        )
+        raise UserError(f"The feature length of the inputs must be at least 1, not {feature_length}.")
     buckets = []
     length = _SMALLEST_BUCKET
     while length < feature_length:
@@ -121,10 +119,7 @@ def make_batches(
 def _check_buckets(buckets: tuple[int, ...], feature_length: int) -> None:
     increasing = all(a < b for a, b in itertools.pairwise(buckets))
     if not buckets or buckets[0] < 1 or not increasing or buckets[-1] != feature_length:
-        raise UserError(
-            f"The length buckets {buckets} must increase and end with the feature length "
-            f"{feature_length}."
-        )
+        raise UserError(f"The length buckets {buckets} must increase and end with the feature length {feature_length}.")
 
 
 def _batch(rows: list[tuple[int, np.ndarray]], batch_size: int, bucket: int, pad_id: int) -> Batch:

@@ -100,9 +100,7 @@ class Batch:
     ids: np.ndarray
 
 
-def batches(
-    corpus: shards.Corpus, chosen: Sequence[int], batch_size: int, lengths: tuple[int, int]
-) -> list[Batch]:
+def batches(corpus: shards.Corpus, chosen: Sequence[int], batch_size: int, lengths: tuple[int, int]) -> list[Batch]:
     """Batches of like lengths over the chosen examples, a pure function of its arguments."""
     for name, value in (("batch_size", batch_size), ("inputs_len", lengths[0]), ("targets_len", lengths[1])):
         options.whole(name, value, 1)

@@ -92,6 +92,4 @@ def read_calibrations(path: Path) -> dict[str, PairCalibration]:
                 values.setdefault(kind, {}).setdefault(side, {})[part] = jnp.asarray(file[name])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
-    return {
-        kind: PairCalibration(*(Calibration(kind, sides[side]) for side in "qp")) for kind, sides in values.items()
-    }
+    return {kind: PairCalibration(*(Calibration(kind, sides[side]) for side in "qp")) for kind, sides in values.items()}

@@ -185,9 +185,7 @@ def _worth_measuring(ranked: Sequence[Candidate], most: int) -> list[int]:
     return sorted([*sorted(first.values()), *(i for i in drafting_ones if i not in first.values())][:most])
 
 
-def rank_measured(
-    found: probing.Measured, models: int, reads: bool, lenience: float | None = None
-) -> list[Candidate]:
+def rank_measured(found: probing.Measured, models: int, reads: bool, lenience: float | None = None) -> list[Candidate]:
     """Every candidate with the gain predicted from measurements, corrected by what the probe of its kind gained."""
     lengths = found.alone.lengths
     ranked = rank(found.acceptance, found.costs, models, reads, lengths)

@@ -97,9 +97,7 @@ def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
         partial = None
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"Cannot write {path}: {error.strerror or error}; nothing of it was kept."
-        ) from error
+        raise UserError(f"Cannot write {path}: {error.strerror or error}; nothing of it was kept.") from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
@@ -175,17 +173,11 @@ class RecordWriter:
             return
         changes = [
             line
-            for line in difflib.unified_diff(
-                found.splitlines(), settings.splitlines(), lineterm="", n=0
-            )
+            for line in difflib.unified_diff(found.splitlines(), settings.splitlines(), lineterm="", n=0)
             if not line.startswith(("---", "+++", "@@"))
         ]
         shown = "\n".join(f"  {line}" for line in changes[:_MOST_DIFFERENCES])
-        more = (
-            f"\n  and {len(changes) - _MOST_DIFFERENCES} more"
-            if len(changes) > _MOST_DIFFERENCES
-            else ""
-        )
+        more = f"\n  and {len(changes) - _MOST_DIFFERENCES} more" if len(changes) > _MOST_DIFFERENCES else ""
         raise UserError(
             f"{self.output_dir} holds records of {self._stem!r} made with other settings; "
             "choose another output "
@@ -205,9 +197,7 @@ class RecordWriter:
     def write_chunk(self, chunk: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Stores the records of one chunk; once it returns, a restart skips this chunk."""
         if not 0 <= chunk < self.num_chunks:
-            raise UserError(
-                f"Chunk {chunk} does not exist; this run has chunks 0 to {self.num_chunks - 1}."
-            )
+            raise UserError(f"Chunk {chunk} does not exist; this run has chunks 0 to {self.num_chunks - 1}.")
         lines = [(to_json(record) + "\n").encode("utf-8") for record in records]
         write_bytes(self._chunk_path(chunk), lines)
 
@@ -225,8 +215,7 @@ class RecordWriter:
             missing = sorted(set(range(self.num_chunks)) - set(self.done_chunks()))
             if missing:
                 raise UserError(
-                    f"Cannot finish {self.path}: chunk {missing[0]} of {self.num_chunks} has "
-                    "not been written."
+                    f"Cannot finish {self.path}: chunk {missing[0]} of {self.num_chunks} has not been written."
                 )
             chunks = (self._chunk_path(i).read_bytes() for i in range(self.num_chunks))
             if order is not None:
@@ -240,9 +229,7 @@ class RecordWriter:
 
     def read_all(self) -> Iterator[dict[str, Any]]:
         """The records written so far, in order."""
-        paths = (
-            [self.path] if self.path.exists() else [self._chunk_path(i) for i in self.done_chunks()]
-        )
+        paths = [self.path] if self.path.exists() else [self._chunk_path(i) for i in self.done_chunks()]
         for path in paths:
             yield from read_records(path)
 
@@ -273,9 +260,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not a JSON record ({error.msg})."
-                    ) from error
+                    raise UserError(f"{path}, line {number}: not a JSON record ({error.msg}).") from error
     except OSError as error:
         raise UserError(f"Cannot read the records {path}: {error.strerror}.") from error
 

@@ -73,9 +73,7 @@ class Data:
     targets_len: int = 128
     batch_size: int = 32
     batches_per_part: int = 8
-    shares: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"fit": 0.7, "held_out": 0.1, "test": 0.2}
-    )
+    shares: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"fit": 0.7, "held_out": 0.1, "test": 0.2})
     seed: int = 0
 
     def __post_init__(self) -> None:

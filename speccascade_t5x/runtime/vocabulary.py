@@ -139,9 +139,7 @@ class SentencePieceVocabulary:
         self.extra_ids = extra_ids
         self._processor = _load_sentencepiece(self.path, extra_ids)
         if self._processor.eos_id() < 0:
-            raise UserError(
-                f"The SentencePiece model {self.path} has no EOS piece, which decoding needs."
-            )
+            raise UserError(f"The SentencePiece model {self.path} has no EOS piece, which decoding needs.")
 
     @property
     def vocab_size(self) -> int:
@@ -221,9 +219,7 @@ def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> 
             raise UserError("A SentencePiece vocabulary needs its model file; none was given.")
         vocabulary = SentencePieceVocabulary(model_file, extra_ids)
     else:
-        raise UserError(
-            f"Unknown vocabulary kind {kind!r}; known kinds are 'byte' and 'sentencepiece'."
-        )
+        raise UserError(f"Unknown vocabulary kind {kind!r}; known kinds are 'byte' and 'sentencepiece'.")
     if spec.get("fingerprint") != vocabulary.fingerprint():
         raise UserError(
             f"The vocabulary of {vocabulary.vocab_size} ids ({model_file or kind}) is not the "
@@ -234,9 +230,7 @@ def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> 
     return vocabulary
 
 
-def check_same(
-    a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")
-) -> None:
+def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")) -> None:
     """Checks that two vocabularies give every id the same meaning.
 
     One may end in extra ids the other lacks: no text uses them.

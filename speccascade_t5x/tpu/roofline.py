@@ -373,4 +373,3 @@ def stops_paying(predicted: Sequence[Predicted]) -> int | None:
             break
         stopped = batch
     return stopped
-

@@ -31,9 +31,7 @@ def bound(config: T5Config, partitioning: Partitioning, drafter: bool = False) -
     return Bound(model, shapes(param_shapes(config), partitioning.params(model, drafter)))
 
 
-def program(
-    drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Partitioning
-) -> decoding.Program:
+def program(drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Partitioning) -> decoding.Program:
     """The speculative program that the runtime would compile, with shapes for leaves.
 
     Args:

@@ -45,9 +45,7 @@ def calibration(kind: str) -> PairCalibration:
             {"scale": jnp.array(s, jnp.float32), "bias": jnp.array(b, jnp.float32)}
             for s, b in (([1.5, 0.7, 1.0, 0.4], [0.2, -0.6, 0.0, 0.5]), ([0.5, 1.1, 2.0, 0.9], [0.0, 0.4, -0.3, 0.1]))
         ],
-        "isotonic": [
-            {"knots": jnp.array([0.3, 0.5, 0.9]), "levels": jnp.array([0.2, y, 0.8])} for y in (0.3, 0.7)
-        ],
+        "isotonic": [{"knots": jnp.array([0.3, 0.5, 0.9]), "levels": jnp.array([0.2, y, 0.8])} for y in (0.3, 0.7)],
     }[kind]
     return PairCalibration(*(Calibration(kind, each) for each in values))
 

@@ -39,9 +39,7 @@ KINDS = {
     "1.0-untied": T5Config(**SMALLER, mlp_activations=("relu",)),
     "1.1-tied": T5Config(**SMALLER, mlp_activations=("gelu", "linear"), logits_via_embedding=True),
     "1.1-untied": T5Config(**TINY, mlp_activations=("gelu", "linear")),
-    "table-per-layer": T5Config(
-        **TINY, mlp_activations=("gelu", "linear"), relative_position_tables="per_layer"
-    ),
+    "table-per-layer": T5Config(**TINY, mlp_activations=("gelu", "linear"), relative_position_tables="per_layer"),
 }
 
 
@@ -51,9 +49,7 @@ def tiny(kind: str):
     config = KINDS[kind]
     params = init_params(config, jax.random.key(0))
     rng = np.random.default_rng(1)
-    shaken = jax.tree.map(
-        lambda x: x + np.asarray(rng.normal(0, 0.3, x.shape), np.float32) * (x.ndim < 2), params
-    )
+    shaken = jax.tree.map(lambda x: x + np.asarray(rng.normal(0, 0.3, x.shape), np.float32) * (x.ndim < 2), params)
 
     def spread(path, x):
         table = path[-1].key == "rel_embedding"
@@ -78,9 +74,7 @@ def jitted(kind: str):
     model, params = tiny(kind)
     module = model.module
     start = jax.jit(
-        lambda tokens, size, room: model.start(
-            params, {"encoder_input_tokens": tokens}, size, room
-        ),
+        lambda tokens, size, room: model.start(params, {"encoder_input_tokens": tokens}, size, room),
         static_argnums=(1, 2),
     )
     extend = jax.jit(lambda cache, tokens, at: model.extend(params, cache, tokens, at))
@@ -107,9 +101,7 @@ def feed(kind, encoder, decoder, blocks, room=LENGTH, at=None, cache=None):
     return np.concatenate(scores, axis=1), cache
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"), [*((kind, 3) for kind in KINDS), ("1.1-untied", 1)], ids=str
-)
+@pytest.mark.parametrize(("kind", "rows"), [*((kind, 3) for kind in KINDS), ("1.1-untied", 1)], ids=str)
 def test_block_step_and_forward_agree(kind, rows):
     """One row and several rows take different write paths."""
     encoder, decoder = batch(rows)
@@ -156,9 +148,7 @@ def test_rollback_overwrites(rows):
             1,
         )
         logits, cache = extend(cache, block, at)
-        np.testing.assert_allclose(
-            logits[:, :kept], wanted[:, committed : committed + kept], atol=1e-5, rtol=0
-        )
+        np.testing.assert_allclose(logits[:, :kept], wanted[:, committed : committed + kept], atol=1e-5, rtol=0)
         if kept < block.shape[1]:
             different = np.abs(logits[:, kept:] - wanted[:, committed + kept : committed + 4])
             assert different.max() > 1e-2  # the garbage did matter where it stood

@@ -39,9 +39,7 @@ def arguments(expected: dict, prefix: str = "") -> list[np.ndarray]:
 
 def test_logits(fixture):
     bound, expected = load(fixture)
-    np.testing.assert_allclose(
-        forward(bound, *arguments(expected)), expected["logits"], atol=TOLERANCE, rtol=0
-    )
+    np.testing.assert_allclose(forward(bound, *arguments(expected)), expected["logits"], atol=TOLERANCE, rtol=0)
 
 
 def test_logits_without_padding_mask_of_the_targets(fixture):
@@ -78,9 +76,7 @@ def test_every_relative_position_bucket(fixture):
     """Lengths 160 and 150 pass max_distance 128, and hit distances on the boundary of two buckets."""
     bound, expected = load(fixture)
     logits = forward(bound, *arguments(expected, "long_"))
-    np.testing.assert_allclose(
-        logits[:, expected["long_logits_positions"]], expected["long_logits"], atol=3e-5, rtol=0
-    )
+    np.testing.assert_allclose(logits[:, expected["long_logits_positions"]], expected["long_logits"], atol=3e-5, rtol=0)
 
 
 def test_bfloat16_activations(fixture):
@@ -96,9 +92,7 @@ def test_parameter_tree(fixture):
     wanted = json.loads((fixture / "params_tree.json").read_text())
     found = {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        for name, leaf in traverse_util.flatten_dict(
-            param_shapes(bound.model.config), sep="/"
-        ).items()
+        for name, leaf in traverse_util.flatten_dict(param_shapes(bound.model.config), sep="/").items()
     }
     assert found == wanted
 

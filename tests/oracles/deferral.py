@@ -92,9 +92,7 @@ def fitted_law(variables: Mapping, q, p, position: int, top: int, classes, class
     rest = math.exp(log(left) + float(dense(x, params["rest"])[0]))
     total = sum(weights.values()) + rest
     others = sum(p[v] for v in range(size) if v not in weights) or 1
-    return np.array(
-        [weights[v] / total if v in weights else rest / total * p[v] / others for v in range(size)]
-    )
+    return np.array([weights[v] / total if v in weights else rest / total * p[v] / others for v in range(size)])
 
 
 def rejected(law, p_raw, alpha: float, test: str) -> list[bool]:

@@ -25,9 +25,7 @@ def lookup(table: np.ndarray, prefix: Sequence[int], start_id: int = 0) -> np.nd
     return table[tuple(context[len(context) - order :])]
 
 
-def output_law(
-    law_at: LawAt, max_len: int, eos_id: int, prefix: Prefix = ()
-) -> dict[Prefix, float]:
+def output_law(law_at: LawAt, max_len: int, eos_id: int, prefix: Prefix = ()) -> dict[Prefix, float]:
     """{whole output: probability} of one token after another until EOS (kept) or `max_len` tokens."""
     if len(prefix) == max_len or (prefix and prefix[-1] == eos_id):
         return {prefix: 1.0}
@@ -77,9 +75,7 @@ class Agreement:
         )
 
 
-def agreement(
-    sample: Counter[Prefix], law: dict[Prefix, float], false_alarms: float = 1e-7
-) -> Agreement:
+def agreement(sample: Counter[Prefix], law: dict[Prefix, float], false_alarms: float = 1e-7) -> Agreement:
     """Compares independent whole outputs with their exact law, by two tests of proven error rate.
 
     Total variation of n draws from the law itself: the mean is at most half of sum sqrt(p (1 - p) / n)
@@ -100,9 +96,7 @@ def agreement(
         # A chance of 1 has rounding in its sum; the outputs of chance 0 are `impossible` anyway.
         if chance < 1.0 - 1e-12:
             smallest = min(smallest, 2.0 * min(below, above))
-    distance = 0.5 * math.fsum(
-        abs(sample.get(output, 0) / count - law.get(output, 0.0)) for output in {*sample, *law}
-    )
+    distance = 0.5 * math.fsum(abs(sample.get(output, 0) / count - law.get(output, 0.0)) for output in {*sample, *law})
     mean = 0.5 * math.fsum(math.sqrt(p * max(0.0, 1.0 - p) / count) for p in law.values())
     slack = math.sqrt(-math.log(false_alarms) / (2 * count))
     return Agreement(

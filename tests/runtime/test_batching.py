@@ -27,15 +27,11 @@ def test_every_example_is_in_one_valid_row_of_its_smallest_bucket():
     for batch in batches:
         assert batch.encoder_input_tokens.dtype == np.int32
         assert batch.encoder_input_tokens.shape == (2, batch.bucket)
-        for row, index, valid in zip(
-            batch.encoder_input_tokens, batch.example_ids, batch.valid, strict=True
-        ):
+        for row, index, valid in zip(batch.encoder_input_tokens, batch.example_ids, batch.valid, strict=True):
             if valid:
                 assert index not in seen
                 seen[int(index)] = batch.bucket
-                assert (row[: lengths[index]] == index + 1).all() and (
-                    row[lengths[index] :] == 0
-                ).all()
+                assert (row[: lengths[index]] == index + 1).all() and (row[lengths[index] :] == 0).all()
     assert seen == {0: 32, 1: 32, 2: 64, 3: 64, 4: 80, 5: 80, 6: 32, 7: 32, 8: 64}
     assert len({b.encoder_input_tokens.shape for b in batches}) == 3
 

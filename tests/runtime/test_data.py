@@ -25,9 +25,7 @@ def register(name: str, texts: list[dict[str, str]], **kwargs) -> None:
         return tf.data.Dataset.from_tensor_slices(columns)
 
     keys = texts[0] if texts else ("inputs", "targets")
-    kwargs.setdefault(
-        "preprocessors", [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
-    )
+    kwargs.setdefault("preprocessors", [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos])
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(source, splits=["test"]),
@@ -48,9 +46,9 @@ def tasks() -> Iterator[None]:
     register(
         "bare",
         texts[:1],
-        preprocessors=[lambda ds, output_features: seqio.preprocessors.tokenize(
-            ds, output_features, copy_pretokenized=False
-        )],
+        preprocessors=[
+            lambda ds, output_features: seqio.preprocessors.tokenize(ds, output_features, copy_pretokenized=False)
+        ],
     )
     seqio.MixtureRegistry.add("blend", ["tiny", "long"], default_rate=1)
     yield

@@ -89,9 +89,7 @@ def test_killed_runs_continue_and_end_in_the_same_bytes(tmp_path):
 
 def test_records_come_back_in_chunk_order(tmp_path):
     writer = RecordWriter(tmp_path, "a/b:c", CONFIG, 3)
-    rows = [
-        {"inputs": f"eingabe {i}\u2028ß", "log_prob": -i / 3, "tokens": [i, 1]} for i in range(5)
-    ]
+    rows = [{"inputs": f"eingabe {i}\u2028ß", "log_prob": -i / 3, "tokens": [i, 1]} for i in range(5)]
     writer.write_chunk(2, rows[4:])
     writer.write_chunk(0, rows[:3])
     assert writer.done_chunks() == [0, 2]
@@ -102,10 +100,7 @@ def test_records_come_back_in_chunk_order(tmp_path):
     path = writer.finish()
     assert path == tmp_path / "a_b_c-predict.jsonl-00000-of-00001"
     assert list(writer.read_all()) == rows
-    assert (
-        path.read_text("utf-8").split("\n")[0]
-        == '{"inputs": "eingabe 0\u2028ß", "log_prob": 0.0, "tokens": [0, 1]}'
-    )
+    assert path.read_text("utf-8").split("\n")[0] == '{"inputs": "eingabe 0\u2028ß", "log_prob": 0.0, "tokens": [0, 1]}'
     assert RecordWriter(tmp_path, "a/b:c", CONFIG, 3).done_chunks() == [0, 1, 2]
     assert writer.finish() == path
 
@@ -133,9 +128,7 @@ def test_records_of_unknown_origin_are_not_overwritten(tmp_path):
 
 
 def test_shards_do_not_touch_each_other(tmp_path):
-    first, second = (
-        RecordWriter(tmp_path, "task", CONFIG, 1, shard=i, num_shards=2) for i in range(2)
-    )
+    first, second = (RecordWriter(tmp_path, "task", CONFIG, 1, shard=i, num_shards=2) for i in range(2))
     second.write_chunk(0, [{"i": 1}])
     first.write_chunk(0, [{"i": 0}])
     first.finish()
@@ -194,9 +187,7 @@ def test_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path):
     """)
     target = tmp_path / "task-summary.md"
     target.write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=True)
     assert f"Cannot write {target}: File too large" in done.stdout
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["task-summary.md"]

@@ -71,8 +71,10 @@ def test_columns_are_the_models_own(place, trained):
         ids = found.targets(example)[None, :16]
         logits = np.asarray(deferral_scoring.scored_logits(bound, found.inputs(example)[None], ids)[0], np.float64)[0]
         logits[:, 259:] = -1e10  # ids beyond the vocabulary
-        logs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
-            -1, keepdims=True
+        logs = (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
         )
         wanted = logs[np.arange(mine.sum()), ids[0]]
         np.testing.assert_allclose(columns[f"log_{side}"][mine], np.maximum(wanted, -20), atol=2e-3)

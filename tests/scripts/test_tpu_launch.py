@@ -150,7 +150,7 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
 
 
 ONCE = ["create", "scp", "setup", "start", "follow", "delete"]
-WORDS = ["speccascade", "--gin.A='x y'", "$HOME;\"\\", "--two=lines\nhere"]
+WORDS = ["speccascade", "--gin.A='x y'", '$HOME;"\\', "--two=lines\nhere"]
 
 
 def test_a_job_runs_on_every_worker_and_nothing_is_left(cloud: Cloud):

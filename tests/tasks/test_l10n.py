@@ -59,9 +59,7 @@ def test_rows_are_filtered_by_the_bytes_of_the_german_side(corpus):
     assert limit > len(ROWS[1][1])
     configure(f"l10n.restore_de_rows.max_target_bytes = {limit}")
     found = data.examples("restore_de", "test", LENGTHS)
-    assert [e.targets_text for e in found] == [
-        de for (_, de, _), n in zip(ROWS, lengths, strict=True) if n <= limit
-    ]
+    assert [e.targets_text for e in found] == [de for (_, de, _), n in zip(ROWS, lengths, strict=True) if n <= limit]
     assert 1 < len(found) < len(ROWS)
 
 
@@ -156,9 +154,7 @@ def test_shards_cover_the_split_once(corpus):
     task = seqio.TaskRegistry.get("restore_de")
     seen = []
     for index in range(3):
-        shard = task.get_dataset(
-            None, "train", shuffle=False, shard_info=seqio.ShardInfo(index, num_shards=3)
-        )
+        shard = task.get_dataset(None, "train", shuffle=False, shard_info=seqio.ShardInfo(index, num_shards=3))
         seen += [ex["targets_pretokenized"].decode() for ex in shard.as_numpy_iterator()]
     assert sorted(seen) == sorted(de for _, de, _ in ROWS)
 

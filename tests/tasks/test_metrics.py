@@ -35,9 +35,7 @@ def test_wrong_counts_are_refused(metric):
 
 
 def test_exact_match_counts_whole_strings():
-    assert metrics.exact_match(["a b", "c", "d", "e"], ["a b", "C", "d ", "e"]) == {
-        "exact_match": 50.0
-    }
+    assert metrics.exact_match(["a b", "c", "d", "e"], ["a b", "C", "d ", "e"]) == {"exact_match": 50.0}
 
 
 def test_word_accuracy_by_hand():
@@ -45,9 +43,7 @@ def test_word_accuracy_by_hand():
     found = metrics.word_accuracy(["die alte Datei", "neue Farbe"], ["die Alte Datei", "Farbe"])
     assert found == {"word_accuracy": pytest.approx(60.0)}
     # one word too many shifts nothing: only that word counts
-    assert metrics.word_accuracy(["a b c d"], ["x a b c d"]) == {
-        "word_accuracy": pytest.approx(75.0)
-    }
+    assert metrics.word_accuracy(["a b c d"], ["x a b c d"]) == {"word_accuracy": pytest.approx(75.0)}
 
 
 def test_character_accuracy_by_hand():
@@ -76,9 +72,7 @@ def slow_edit_distance(a: str, b: str) -> int:
     table = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}
     for i, x in enumerate(a, 1):
         for j, y in enumerate(b, 1):
-            table[i, j] = min(
-                table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (x != y)
-            )
+            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (x != y))
     return table[len(a), len(b)]
 
 

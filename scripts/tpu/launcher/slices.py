@@ -50,9 +50,10 @@ def accelerator(name: str) -> Accelerator:
     """
     match = re.fullmatch(r"(\w+)-([1-9]\d*)", name)
     if not match or match[1] not in _GENERATIONS:
-        raise ValueError(f"{name!r} is no accelerator type known here; they are called like " + ", ".join(
-            f"{generation}-8" for generation in _GENERATIONS
-        ))
+        raise ValueError(
+            f"{name!r} is no accelerator type known here; they are called like "
+            + ", ".join(f"{generation}-8" for generation in _GENERATIONS)
+        )
     per_host, single_host, runtime_version = _GENERATIONS[match[1]]
     size = int(match[2])
     if size > single_host and size % per_host:
