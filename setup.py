@@ -88,7 +88,7 @@ setup(
     packages=packages(),
     package_dir={f"{NAME}.{folder}": folder for folder in INSIDE},
     package_data={
-        NAME: [f"data/{file}" for file in files_below(f"{NAME}/data", "*")],
+        NAME: [f"pretrained/{file}" for file in files_below(f"{NAME}/pretrained", "*")],
         f"{NAME}.gin_configs": files_below("gin_configs", "*.gin"),
         f"{NAME}.tasks": files_below("tasks", "*.txt", "*.tsv", "*.tsv.gz", "*.jsonl"),
     },

@@ -43,11 +43,12 @@ import machine
 import numpy as np
 
 from speccascade_t5x.core import accounting
+from speccascade_t5x.data import batching
 from speccascade_t5x.drafting import NGramTable, build_table
 from speccascade_t5x.evaluation.statistics import Bootstrap, Estimate
-from speccascade_t5x.runtime import batching, generate, measuring
-from speccascade_t5x.runtime.generate import LoadedPair
-from speccascade_t5x.runtime.settings import make_settings
+from speccascade_t5x.inference import generate, measuring
+from speccascade_t5x.inference.generate import LoadedPair
+from speccascade_t5x.inference.settings import make_settings
 from speccascade_t5x.tasks import l10n
 from speccascade_t5x.tasks.folding import fold
 

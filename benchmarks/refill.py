@@ -26,10 +26,10 @@ import machine
 import numpy as np
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import generate, refill
-from speccascade_t5x.runtime.batching import Batch
-from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
-from speccascade_t5x.runtime.infer import read_dataset
+from speccascade_t5x.data.batching import Batch
+from speccascade_t5x.inference import generate, refill
+from speccascade_t5x.inference.generate import LoadedPair, Runner, Settings
+from speccascade_t5x.inference.infer import read_dataset
 
 
 class Arm:

@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 import gin
 import sentencepiece
 
+# TensorFlow and seqio come through data.seqio_tasks, which loads them quietly and off accelerators.
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
-
-# TensorFlow and seqio come through runtime.data, which loads them quietly and off accelerators.
-from speccascade_t5x.runtime.data import seqio, tf
 from speccascade_t5x.tasks import metrics
 from speccascade_t5x.tasks.folding import fold
 

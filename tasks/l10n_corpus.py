@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options, records
 from speccascade_t5x.tasks import l10n_catalogs, l10n_cleaning, l10n_report
 
 SALT = "l10n-v1"
@@ -214,10 +214,10 @@ def write(corpus: Corpus, output: Path, readme: str) -> dict[str, Path]:
         if partial.exists():
             shutil.rmtree(partial)
         for split in SPLITS:
-            records.write_bytes(partial / f"{split}.tsv.gz", [_tsv(corpus.splits[split])])
+            storage.write_bytes(partial / f"{split}.tsv.gz", [_tsv(corpus.splits[split])])
         rows = [(f"{similarity:.4f}", source, target) for similarity, source, target in corpus.nearest]
-        records.write_bytes(partial / "test_nearest.tsv.gz", [_tsv(rows)])
-        records.write_text(partial / "README.md", readme)
+        storage.write_bytes(partial / "test_nearest.tsv.gz", [_tsv(rows)])
+        storage.write_text(partial / "README.md", readme)
         if output.is_dir():
             output.rmdir()  # it is empty
         partial.replace(output)
@@ -257,7 +257,7 @@ def _run(flags: argparse.Namespace) -> int:
     if not source or not target or source == target:
         raise UserError(f"--pair={flags.pair} names no two languages: write for example en-de, or fr-de")
     for name in ("test_pairs", "validation_pairs"):
-        options.whole(name, getattr(flags, name), 1)
+        checks.whole(name, getattr(flags, name), 1)
     output = Path(flags.output).expanduser()
     _check_free(output)
     defaults = [Path(root) for root in l10n_catalogs.DEFAULT_ROOTS if Path(root).is_dir()]

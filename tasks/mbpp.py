@@ -27,9 +27,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from speccascade_t5x.common import checks
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options
-from speccascade_t5x.runtime.data import seqio, tf
 from speccascade_t5x.tasks import few_shot, references, sandbox, text_task
 from speccascade_t5x.tasks.late import configured
 
@@ -76,7 +76,7 @@ def execution(
     Raises:
       UserError: no worker.
     """
-    options.whole("mbpp.execution.workers", workers, 1)
+    checks.whole("mbpp.execution.workers", workers, 1)
     return Execution(allow_code_execution, sandbox.Limits(seconds, memory_mb), workers)
 
 

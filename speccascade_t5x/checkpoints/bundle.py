@@ -9,7 +9,7 @@
 A bundle appears under its name only when it is whole. Packing a pair of npz folders:
 
     from speccascade_t5x import checkpoints
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     checkpoints.save_bundle(
         "restore_de_pair",
@@ -38,8 +38,8 @@ from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import vocabulary as vocabularies
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text import vocabulary as vocabularies
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary, Vocabulary
 
 FORMAT = "speccascade_t5x.bundle"
 VERSION = 1

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from speccascade_t5x.cli import accelerators, hosts
+from speccascade_t5x.cli import accelerators, host_processes
 from speccascade_t5x.interfaces import UserError
 
 # Verb -> what it does, in the order `speccascade --help` lists them.
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
     """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
-    return hosts.leave(_run(verb, argv, name))
+    return host_processes.leave(_run(verb, argv, name))
 
 
 def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
@@ -62,7 +62,7 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         sys.stdout.flush()  # here, where a reader that has left is no error
         return code
     except Exception as error:
-        code = hosts.failed(error, name)
+        code = host_processes.failed(error, name)
         if code is not None:
             return code
         if isinstance(error, BrokenPipeError):  # the reader of our output has left

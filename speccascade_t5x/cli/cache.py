@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import records
+from speccascade_t5x.common import storage
 
 # Short flag -> (type, help). These are macros of runs/cache.gin.
 _MACROS = {
@@ -62,14 +62,14 @@ def main(argv: list[str]) -> int:
 
     import gin
 
-    from speccascade_t5x.runtime import cache  # TensorFlow loads after the flags are known to be good
+    from speccascade_t5x.data import cache
 
     begin = "begin with a run file, such as --gin_file=runs/cache.gin"
     job = gin_flags.job(cache.cache, {"cache.cache.output_dir": begin, "OUTPUT_DIR/gin.macro.value": begin})
     output_dir = Path(gin.query_parameter("OUTPUT_DIR/gin.macro.value"))
     with _progress_line() as progress:
         found = job(config_text=config_text, progress=progress)
-    records.write_text(output_dir / "config.gin", config_text)
+    storage.write_text(output_dir / "config.gin", config_text)
     for cached in found:
         print(_line(cached))
     return 0

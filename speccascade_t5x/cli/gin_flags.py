@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import gin
 
+from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
 
 ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)

@@ -15,8 +15,9 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-from speccascade_t5x.cli import gin_flags, hosts, operating_point, preemption, settings_flags, topology
-from speccascade_t5x.runtime import records
+from speccascade_t5x.cli import gin_flags, host_processes, operating_point, preemption, settings_flags, topology
+from speccascade_t5x.common import storage
+from speccascade_t5x.inference import records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
 _MACROS = {
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade infer")
+    host_processes.join(flags, "speccascade infer")
     mesh_files, mesh_bindings = topology.configured(flags.topology)
     files = (flags.gin_file or [gin_flags.default_file("infer", flags.task)]) + mesh_files
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import infer  # JAX loads after the flags are known to be good
+    from speccascade_t5x.inference import infer
 
     begin = "begin with a run file, such as --gin_file=runs/infer.gin"
     job = gin_flags.job(infer.infer, {"infer.infer.pair": begin, "infer.infer.settings": begin})
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
         sentence = str(preempted).splitlines()[0]  # gin appends where it came from
         print(f"speccascade infer: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
-    if not hosts.first():
+    if not host_processes.first():
         return 0
     if result.predictions is None:
         for record in result.records:
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
             samples = [predictions] if isinstance(predictions, str) else predictions
             print("\t".join(" ".join(sample.splitlines()) for sample in samples))
         return 0
-    records.write_text(result.predictions.parent / "config.gin", config_text)
+    storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
         print(f"{name:<26} {records.shown(value)}")
     print(f"{'tokens/s':<26} {result.timing['tokens_per_s']:g}  (compile {result.timing['compile_s']:g} s apart)")
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_code_execution", action="store_true", help="measure pass@1: runs, in a sandbox, what the pair wrote"
     )
-    hosts.add_flags(parser)
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, settings_flags
-from speccascade_t5x.runtime import records
+from speccascade_t5x.common import storage
 
 
 def figures(text: str) -> tuple[tuple[float, ...], ...]:
@@ -73,13 +73,13 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or [gin_flags.default_file("plan", flags.task)]
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import plan  # JAX loads after the flags are known to be good
+    from speccascade_t5x.planning import plan
 
     begin = "begin with a run file, such as --gin_file=runs/plan.gin"
     job = gin_flags.job(plan.plan, {"plan.plan.settings": begin})
     found = job(progress=lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
     print("\n".join(lines(found)))
     return 0
 

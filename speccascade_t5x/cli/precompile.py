@@ -22,8 +22,8 @@ from typing import Any
 import gin
 
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths, storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths, records
 
 _ALL = "all"
 # Short flag -> (type, help). These are macros of runs/precompile.gin.
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     found = job(architectures=made, environment=environment(), before=check_compiler, progress=say)
     print(report.plain(found.results))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
         print(f"wrote {found.path}")
     return 0
 

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, precompile
-from speccascade_t5x.runtime import records
+from speccascade_t5x.common import storage
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or ["runs/slice_plan.gin"]
     bindings = bindings + gin_flags.literal(shorts)
     gin_flags.load(files, bindings, flags.gin_search_paths)
-    from speccascade_t5x.tpu import slice_plan  # JAX loads after the flags are known to be good
+    from speccascade_t5x.planning import slice_plan
 
     needed = {"slice_plan.slice_plan.pair": "begin with a run file, such as --gin_file=runs/slice_plan.gin"}
     gin_flags.job(slice_plan.slice_plan, needed)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     found = gin_flags.job(slice_plan.slice_plan, needed)(architectures=architectures)
     print(slice_plan.plain(found))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
         print(f"wrote {found.path}")
     return 0
 

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, hosts, settings_flags
-from speccascade_t5x.runtime import records
+from speccascade_t5x.cli import gin_flags, host_processes, settings_flags
+from speccascade_t5x.common import storage
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ A killed sweep started again with the same command continues at the first missin
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     result = run(argv)
-    if hosts.first():
+    if host_processes.first():
         print("\n".join(lines(result)))
     return 0
 
@@ -101,7 +101,7 @@ def run(argv: list[str]) -> Any:
     """Parses flags and runs the job. Returns its `SweepResult`."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade sweep")
+    host_processes.join(flags, "speccascade sweep")
     shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= {name: value for name, value in settings_flags.bindings(flags).items() if value is not None}
     files = flags.gin_file or [gin_flags.default_file("sweep", flags.task)]
@@ -113,8 +113,8 @@ def run(argv: list[str]) -> Any:
     job = gin_flags.job(sweep.sweep, {"sweep.sweep.pair": begin, "sweep.sweep.settings": begin})
     with _live() as progress:
         result = job(progress=progress, report_only=flags.report_only)
-    if hosts.first():
-        records.write_text(result.folder / "config.gin", config_text)
+    if host_processes.first():
+        storage.write_text(result.folder / "config.gin", config_text)
     return result
 
 
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = gin_flags.parser("sweep", usage, description, _EPILOG, _MACROS)
     parser.add_argument("--report_only", action="store_true", help="measure nothing: report the cells that are there")
     settings_flags.add_flags(parser, leave_out=[name for name in settings_flags.SETTINGS if name not in _SHARED])
-    hosts.add_flags(parser)
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 

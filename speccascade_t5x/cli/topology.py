@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
+from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
 
 HELP = "a mesh of devices: a file of gin_configs/topologies (v4_8, cpu_8, ...), or DATAxMODEL, such as 4x2"
 _FOLDER, _ANY = "topologies", "any"

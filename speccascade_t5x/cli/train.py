@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, hosts, preemption, topology
-from speccascade_t5x.runtime import paths, records, train_loop
+from speccascade_t5x.cli import gin_flags, host_processes, preemption, topology
+from speccascade_t5x.common import paths
+from speccascade_t5x.inference import records
+from speccascade_t5x.training import train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
 _MACROS = {
@@ -68,7 +70,7 @@ writes a checkpoint first and exits with code 75.
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade train")
+    host_processes.join(flags, "speccascade train")
     files = flags.gin_file or [gin_flags.default_file("train", flags.task)]
     if flags.model:
         files = [*files, f"models/{flags.model}.gin"]
@@ -77,8 +79,8 @@ def main(argv: list[str]) -> int:
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS} | mesh_bindings
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import train  # JAX loads after the flags are known to be good
-    from speccascade_t5x.runtime.hosts import Preempted
+    from speccascade_t5x.distributed.hosts import Preempted
+    from speccascade_t5x.training import train
 
     known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
     needed = {
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> int:
         sentence = str(preempted).splitlines()[0]  # gin appends where it came from
         print(f"speccascade train: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
-    if not hosts.first():
+    if not host_processes.first():
         return 0
     for name, value in summary.items():
         if not isinstance(value, dict):
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
     parser.add_argument("--topology", help=topology.HELP)
     parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
-    hosts.add_flags(parser)
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 
@@ -176,7 +178,7 @@ class Live(train_loop.Observer):
             return
         try:
             # First, because it loads TensorFlow quietly and keeps it off accelerators.
-            importlib.import_module("speccascade_t5x.runtime.data")
+            importlib.import_module("speccascade_t5x.data.seqio_tasks")
             from clu import metric_writers
         except ImportError as error:
             self._tensorboard = False

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import records, train_deferral
+from speccascade_t5x.inference import records
+from speccascade_t5x.training.deferral import train_deferral
 
 # Short flag -> (type, help). These are macros of runs/train_deferral.gin.
 _MACROS = {
@@ -147,7 +148,7 @@ class Live(train_deferral.Observer):
             return
         try:
             # First, because it loads TensorFlow quietly and keeps it off accelerators.
-            importlib.import_module("speccascade_t5x.runtime.data")
+            importlib.import_module("speccascade_t5x.data.seqio_tasks")
             from clu import metric_writers
         except ImportError as error:
             self._tensorboard = None

@@ -29,7 +29,7 @@ def shape_key(program: Program, inputs: PyTree) -> tuple:
 
 
 class Layout(Protocol):
-    """Where the arrays of a decode live on a mesh; see `runtime.partitioning.Partitioning`."""
+    """Where the arrays of a decode live on a mesh; see `distributed.partitioning.Partitioning`."""
 
     @property
     def rows(self) -> jax.sharding.Sharding:

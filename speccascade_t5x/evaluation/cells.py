@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
 
 FORMAT, VERSION = "speccascade_t5x.sweep", 1
 ROWS, DESCRIPTION = "cells.jsonl", "sweep.json"
@@ -57,7 +57,7 @@ class CellStore:
 
     def __init__(self, output_dir: str | Path, config: Mapping[str, Any], first: bool = True, reading: bool = False):
         self.folder, self._first, self._reading = Path(output_dir), first, reading
-        self.config = json.loads(records.to_json(dict(config)))
+        self.config = json.loads(storage.to_json(dict(config)))
         self._claim()
         self._rows: dict[str, dict[str, Any]] = {}
         self._read: dict[Path, int] = {}
@@ -82,7 +82,7 @@ class CellStore:
         if not path.exists():
             if (self.folder / ROWS).exists():
                 raise UserError(f"{self.folder} holds {ROWS} but no sweep.json that says of what: use another folder")
-            records.write_json(path, ours)
+            storage.write_json(path, ours)
             return
         try:
             found = json.loads(path.read_text("utf-8"))
@@ -90,7 +90,7 @@ class CellStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a sweep's description: use another output folder") from error
         changes = [
-            f"{name}: then {records.to_json(found.get(name))}, now {records.to_json(ours.get(name))}"
+            f"{name}: then {storage.to_json(found.get(name))}, now {storage.to_json(ours.get(name))}"
             for name in dict.fromkeys([*ours, *found])
             if found.get(name) != ours.get(name)
         ]
@@ -142,8 +142,8 @@ class CellStore:
     ) -> dict[str, Any]:
         before = self._rows.get(row["cell"])
         row["order"] = before["order"] if before else row.get("order", len(self._rows))
-        text = records.to_json({"row": row, "records": list(found), "references": references})
-        records.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
+        text = storage.to_json({"row": row, "records": list(found), "references": references})
+        storage.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
         self._rows[row["cell"]] = json.loads(text)["row"]
         self._write_rows()
         return self._rows[row["cell"]]
@@ -151,8 +151,8 @@ class CellStore:
     def _write_rows(self) -> None:
         if not self._first or (self._reading and (self.folder / ROWS).exists()):
             return
-        lines = [(records.to_json(row) + "\n").encode("utf-8") for row in self.rows]
-        records.write_bytes(self.folder / ROWS, lines)
+        lines = [(storage.to_json(row) + "\n").encode("utf-8") for row in self.rows]
+        storage.write_bytes(self.folder / ROWS, lines)
 
     def _path(self, cell: str) -> Path:
         return self.folder / "cells" / f"{cell}.json.gz"
@@ -175,4 +175,4 @@ class CellStore:
 
     def write_block(self, index: int, block: Mapping[str, Any]) -> None:
         """Stores a block of wall times."""
-        records.write_json(self.folder / "timing" / f"block-{index:05d}.json", block)
+        storage.write_json(self.folder / "timing" / f"block-{index:05d}.json", block)

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.deferral import calibration, fitting, labels, objective
 from speccascade_t5x.deferral.head import Head, remark
 from speccascade_t5x.deferral.objective import Positions
 from speccascade_t5x.evaluation import deferral_plots, statistics
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
-from speccascade_t5x.runtime.deferral_scoring import CLASSES
+from speccascade_t5x.training.deferral.pair_scores import CLASSES
 
 PLUG_IN, LEARNED, EXACT, ORACLE = "plug-in OPT", "learned gap", "exact Bayes", "label oracle (unreachable)"
 Columns = Mapping[str, np.ndarray]
@@ -194,9 +194,9 @@ def write(folder: str | Path, report: Mapping[str, Any], title: str) -> Path:
     """Writes JSON, a page and plots. Returns the page's path."""
     folder = Path(folder)
     plain = {**report, "curves": {name: curve.as_dict() for name, curve in report["curves"].items()}}
-    records.write_json(folder / "deferral-report.json", _without_nan(plain))
+    storage.write_json(folder / "deferral-report.json", _without_nan(plain))
     drawn = deferral_plots.draw(folder, report)
-    return records.write_text(folder / "deferral-report.md", page(report, title, drawn))
+    return storage.write_text(folder / "deferral-report.md", page(report, title, drawn))
 
 
 def page(report: Mapping[str, Any], title: str, plots: list[str]) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import rules
+from speccascade_t5x.inference import drafters, methods
+from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import drafters, methods, options
-from speccascade_t5x.runtime.settings import Settings, make_settings
 
 # Always measured in the same run: without them no figure of a rule means anything.
 BASELINES = (
@@ -56,7 +57,7 @@ class Arm:
 
     Attributes:
       name: what tables and files call it.
-      options: fields of `runtime.settings.Settings` that make the method; not alpha, nor sampling options.
+      options: fields of `inference.settings.Settings` that make the method; not alpha, nor sampling options.
       alphas: to measure at; None takes `default_alphas`.
     """
 
@@ -65,7 +66,7 @@ class Arm:
     alphas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        options.text("name", self.name)
+        checks.text("name", self.name)
         if not _FILE_NAME.fullmatch(self.name):
             raise UserError(
                 f"the method name {self.name!r} names files as well: use letters, digits, blanks and -+=@:.,() only"
@@ -75,7 +76,7 @@ class Arm:
             raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
         make_settings(**self.options)
         if self.alphas is not None:
-            object.__setattr__(self, "alphas", tuple(map(float, options.sequence("alphas", self.alphas))))
+            object.__setattr__(self, "alphas", tuple(map(float, checks.sequence("alphas", self.alphas))))
             for alpha in self.alphas:
                 check_alpha(self, alpha)
 
@@ -115,7 +116,7 @@ def arm(text: str | Arm) -> Arm:
     """
     if isinstance(text, Arm):
         return text
-    options.text("method", text)
+    checks.text("method", text)
     rest, _, drafter = text.partition("@")
     rest, _, verification = rest.partition("+")
     execution, _, rule = rest.rpartition(":")
@@ -251,12 +252,12 @@ def conditions(
       UserError: an empty list, or a value outside its range.
     """
     for name, values in (("draft_lens", draft_lens), ("temperatures", temperatures), ("top_ps", top_ps)):
-        if not options.sequence(name, values):
+        if not checks.sequence(name, values):
             raise UserError(f"{name} is empty: give it at least one value")
     for length in draft_lens:
-        options.whole("draft_lens", length, 1)
+        checks.whole("draft_lens", length, 1)
     for value in itertools.chain(temperatures, top_ps):
-        options.real("temperatures and top_ps", value, 0.0, 2.0)
+        checks.real("temperatures and top_ps", value, 0.0, 2.0)
     main = Condition(draft_lens[0], float(temperatures[0]), float(top_ps[0]))
     found = [main]
     found += [dataclasses.replace(main, draft_len=length) for length in draft_lens[1:]]
@@ -338,7 +339,7 @@ def arms(
       UserError: an unknown method, two methods of one name, alphas of a method that is not measured, or an alpha
         outside its range.
     """
-    wanted = [arm(text) for text in options.sequence("methods", named)]
+    wanted = [arm(text) for text in checks.sequence("methods", named)]
     found: dict[str, Arm] = {}
     for each in [*map(arm, baselines), *wanted]:
         for other in found.values():
@@ -349,5 +350,5 @@ def arms(
         found.setdefault(TRUNCATION, arm(TRUNCATION))
     for name, values in alphas.items():
         _known(name, found, "method with alphas")
-        found[name] = dataclasses.replace(found[name], alphas=tuple(options.sequence(f"alphas of {name}", values)))
+        found[name] = dataclasses.replace(found[name], alphas=tuple(checks.sequence(f"alphas of {name}", values)))
     return tuple(found.values())

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.evaluation import frontier, notes, page, plots
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.measure import NLL
 from speccascade_t5x.evaluation.notes import interval
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
-from speccascade_t5x.runtime import records
 
 _CAPTIONS = {
     "frontier": "Quality against time per item, on the half that alphas were not chosen on; bars are 95 % intervals. "
@@ -92,8 +92,8 @@ def write(folder: Path, groups: Sequence[Group], facts: Facts) -> dict[str, Path
     drawn = plots.draw_all(folder / "plots", groups, facts.quality, facts.reliability)
     sections = [_section(group, facts, i == 0) for i, group in enumerate(groups)]
     markdown = _markdown(sections, facts, drawn)
-    records.write_text(folder / "report.md", markdown)
-    records.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
+    storage.write_text(folder / "report.md", markdown)
+    storage.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
     return {"report": folder / "report.html", "report in Markdown": folder / "report.md", "plots": folder / "plots"}
 
 

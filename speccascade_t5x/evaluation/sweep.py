@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from speccascade_t5x.common import checks, storage
+from speccascade_t5x.distributed import hosts
 from speccascade_t5x.evaluation import calibrate as calibration
 from speccascade_t5x.evaluation import grid, operating_points, report, scoring, teacher_forced, timing, trace_page
 from speccascade_t5x.evaluation.analysis import Analyst, Group
@@ -19,10 +21,10 @@ from speccascade_t5x.evaluation.cells import DESCRIPTION, CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.measure import NLL, Choices, Measurement, Progress, Tell, measure_all
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.inference import infer, plan_files
+from speccascade_t5x.inference.generate import LoadedPair, Runner
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import hosts, infer, options, plans, records
-from speccascade_t5x.runtime.generate import LoadedPair, Runner
-from speccascade_t5x.runtime.settings import Settings
 
 _ALWAYS_TIMED = ("verifier", "drafter", "lossless")
 
@@ -118,8 +120,8 @@ def sweep(
         *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
         *(() if limit is None else (("limit", limit, 1),)),
     ):
-        options.whole(name, value, least)
-    options.real("quality_tolerance", quality_tolerance, 0.0)
+        checks.whole(name, value, least)
+    checks.real("quality_tolerance", quality_tolerance, 0.0)
     _check_seeds(seeds)
     if report_only:
         _check_report(output_dir, calibrate)
@@ -147,7 +149,7 @@ def sweep(
     measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
     if target is not None:
         found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
-        path = records.write_json(store.folder / "calibration.json", {"calibrated": found})
+        path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
         return SweepResult(store.folder, [], found, {"calibration": path})
     if not report_only:
         measure_all(measurement, choices)
@@ -162,15 +164,15 @@ def sweep(
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     """All of them: the cells of the first would be there before the second is read."""
-    for seed in options.sequence("seeds", seeds):
-        options.whole("seeds", seed, 0, 2**32 - 1)
+    for seed in checks.sequence("seeds", seeds):
+        checks.whole("seeds", seed, 0, 2**32 - 1)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
     """Arms that are not measured are passed over, but a name that stands for none is a mistake."""
-    for name in options.sequence("varied", varied):
+    for name in checks.sequence("varied", varied):
         if name not in {each.name for each in arms}:
             grid.arm(name)
 
@@ -266,7 +268,7 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
     if not costs.exists():
         widest = max(measurement.references.batches, key=lambda batch: batch.bucket)
         widths = sorted({condition.draft_len + 1 for condition in choices.conditions})
-        records.write_json(costs, timing.step_costs(pair, base, widest, widths))
+        storage.write_json(costs, timing.step_costs(pair, base, widest, widths))
     points = {}
     for row in matter(store.done, choices, most, _size_ratio(pair)):
         chosen = {name: value for name, value in row["settings"].items() if value is not None}
@@ -346,7 +348,7 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
             "cells.jsonl can be read, but nothing can be compared; run it further"
         )
     files = {"cells": store.folder / "cells.jsonl"}
-    identities = plans.identity(measurement.pair), infer.pair_identity(measurement.pair)
+    identities = plan_files.identity(measurement.pair), infer.pair_identity(measurement.pair)
     files["operating points"] = operating_points.write(store.folder, groups, choices.metric, *identities, tolerance)
     facts = report.Facts(
         name=measurement.dataset.name,
@@ -384,5 +386,5 @@ def _reliability(measurement: Measurement) -> dict[str, Any]:
         "drafter": teacher_forced.reliability(figures["max_q"], figures["right_q"]),
         "verifier": teacher_forced.reliability(figures["max_p"], figures["right_p"]),
     }
-    records.write_json(path, found)
+    storage.write_json(path, found)
     return found

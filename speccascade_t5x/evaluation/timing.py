@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.core import accounting
+from speccascade_t5x.data import batching
 from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.inference import measuring
+from speccascade_t5x.inference.generate import LoadedPair, Runner, program_config
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.runtime import batching, measuring
-from speccascade_t5x.runtime.generate import LoadedPair, Runner, program_config
-from speccascade_t5x.runtime.settings import Settings
 
 
 def timed_items(halves: Mapping[str, Sequence[int]], count: int) -> list[int]:

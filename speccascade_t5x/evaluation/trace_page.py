@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.evaluation import page, teacher_forced
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.measure import Measurement
 from speccascade_t5x.evaluation.scoring import REPORT
+from speccascade_t5x.inference.generate import Runner
 from speccascade_t5x.interfaces import (
     SOURCE_ACCEPTED,
     SOURCE_BONUS,
@@ -18,8 +20,6 @@ from speccascade_t5x.interfaces import (
     SOURCE_RESIDUAL,
     SOURCE_VERIFIER,
 )
-from speccascade_t5x.runtime import records
-from speccascade_t5x.runtime.generate import Runner
 
 _SOURCES = {
     SOURCE_ACCEPTED: "accepted draft",
@@ -73,7 +73,7 @@ def write(measurement: Measurement, group: Group, items: int) -> Path:
         parts.append(f'<div class="beside">{_grid(lines)}</div>')
         parts.append(_grid([(point.label, columns[point.name][place]) for point in rest]))
     path = measurement.store.folder / "trace.html"
-    return records.write_text(path, page.page("Who wrote which token", "\n".join(parts), _STYLE))
+    return storage.write_text(path, page.page("Who wrote which token", "\n".join(parts), _STYLE))
 
 
 def _grid(lines: list[tuple[str, str]]) -> str:

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import rules
+from speccascade_t5x.distributed.partitioning import STANDARD_RULES, Rules, Topology
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
-from speccascade_t5x.runtime import options
-from speccascade_t5x.runtime.partitioning import STANDARD_RULES, Rules, Topology
 from speccascade_t5x.tpu import hardware, shapes
 
 _BATCH_SIZE = 16  # where none is named and no more is needed
@@ -39,7 +39,7 @@ class Options:
       targets_len: decoder positions of a training row.
       microbatches: pieces a training batch is cut into.
       programs: names of PROGRAMS.
-      rules: logical axis rules, see `runtime.partitioning`.
+      rules: logical axis rules, see `distributed.partitioning`.
       drafter_rules: those of drafters; None takes `rules`.
     """
 
@@ -60,13 +60,13 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("input_len", "max_len", "num_samples", "train_batch_size", "targets_len"):
-            options.whole(name, getattr(self, name), 1)
-        options.whole("draft_len", self.draft_len, 0)
-        options.whole("microbatches", self.microbatches, 1)
+            checks.whole(name, getattr(self, name), 1)
+        checks.whole("draft_len", self.draft_len, 0)
+        checks.whole("microbatches", self.microbatches, 1)
         for name in ("batch_size", "model"):
             if getattr(self, name) is not None:
-                options.whole(name, getattr(self, name), 1)
-        object.__setattr__(self, "programs", options.sequence("programs", self.programs))
+                checks.whole(name, getattr(self, name), 1)
+        object.__setattr__(self, "programs", checks.sequence("programs", self.programs))
         for name in self.programs:
             if name not in PROGRAMS:
                 raise UserError(f"there is no program {name!r} to compile: known are {', '.join(PROGRAMS)}")

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
 from speccascade_t5x.tpu import cells
 
 
@@ -36,14 +36,14 @@ def main() -> int:
 
     def done(report: dict[str, Any]) -> None:
         found["programs"][report["program"]] = report
-        records.write_json(file, found)
+        storage.write_json(file, found)
 
     try:
         from speccascade_t5x.tpu import compiling  # the compiler loads after the request is known to be good
 
         compiling.compile_all(cell, request["programs"], done)
     except UserError as error:
-        records.write_json(file, {**found, "refused": str(error)})
+        storage.write_json(file, {**found, "refused": str(error)})
         return 2
     return 0
 

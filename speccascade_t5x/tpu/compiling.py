@@ -12,11 +12,11 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from speccascade_t5x.decoding import compiled
+from speccascade_t5x.distributed.partitioning import AXES, Partitioning, with_batch_of
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import train_loop
-from speccascade_t5x.runtime.partitioning import AXES, Partitioning, with_batch_of
 from speccascade_t5x.tpu import hardware, hlo, shapes
 from speccascade_t5x.tpu.cells import Cell
+from speccascade_t5x.training import train_loop
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _AMOUNT = r"([\d.]+)([KMGT]?)"

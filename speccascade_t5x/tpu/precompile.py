@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import checks as checks
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
-from speccascade_t5x.runtime import options as checks
-from speccascade_t5x.runtime import records
 from speccascade_t5x.tpu import cells, child, hardware, report
 
 # Called with what is being done, in a few words.
@@ -85,8 +85,8 @@ def precompile(
 
 
 def _write(folder: Path, results: list[dict[str, Any]]) -> None:
-    records.write_json(folder / FILE, {"results": results})
-    records.write_text(folder / TABLE, report.markdown(results))
+    storage.write_json(folder / FILE, {"results": results})
+    storage.write_text(folder / TABLE, report.markdown(results))
 
 
 def _compiled(
@@ -107,14 +107,14 @@ def _compiled(
         status, message = _run_child(request, environment, timeout_s)
         found = child.read(file, cell)
         if "refused" in found:
-            records.write_json(file, {name: value for name, value in found.items() if name != "refused"})
+            storage.write_json(file, {name: value for name, value in found.items() if name != "refused"})
             raise UserError(found["refused"])
         finished = [name for name in missing if found["programs"].get(name, {}).get("status") in _FINAL]
         if len(finished) < len(missing):  # the first that is missing is what the process died of
             died = next(name for name in missing if name not in finished)
             seconds = round(time.perf_counter() - begin, 2)
             found["programs"][died] = {"program": died, "status": status, "message": message, "compile_s": seconds}
-            records.write_json(file, found)
+            storage.write_json(file, found)
             tried |= {died}
 
 

@@ -28,7 +28,7 @@ def make(folder: Path, form: str, sizes: list[int]) -> None:
     from speccascade_t5x.checkpoints.bundle import Bundle
     from speccascade_t5x.interfaces import Bound
     from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     vocab, width, layers, mlp = sizes
     config = T5Config(vocab, width, 2, layers, layers, 64, mlp, ("gelu", "linear"))

@@ -96,7 +96,7 @@ def test_a_table_is_not_left_behind_in_silence(source, tmp_path, form):
 @pytest.fixture
 def small_bytes(monkeypatch):
     """The fixtures have 128 logits, fewer than there are bytes; the vocabulary is not what is tested with them."""
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     monkeypatch.setattr(ByteVocabulary, "vocab_size", 128)
 

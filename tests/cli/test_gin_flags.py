@@ -29,7 +29,7 @@ def parser():
 
 
 def settings():
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 

@@ -16,7 +16,7 @@ import pytest
 
 from corpora import ROWS, train_sentencepiece, write_split
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.runtime import paths
+from speccascade_t5x.common import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 # One shape for the whole file, because each costs a compile.
@@ -84,7 +84,7 @@ def test_files_and_a_config_that_repeats_the_run(lines, capsys):
 
 def test_every_short_flag_is_in_the_config(lines, capsys):
     from speccascade_t5x.cli import gin_flags
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     flags = {
         "method": "speculative", "rule": "chow", "alpha": 0.25, "draft_len": 2, "verification": "block",
@@ -233,7 +233,7 @@ def test_code_runs_only_where_the_flag_says_so(tmp_path, capsys):
 
 
 def test_a_damaged_bundle(lines, capsys):
-    shutil.copytree(paths.data_dir() / "restore_de_pair", "bundle")
+    shutil.copytree(paths.pretrained_dir() / "restore_de_pair", "bundle")
     largest = max(Path("bundle/verifier").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -275,7 +275,7 @@ def test_help_lists_what_is_required_and_common(capsys):
     header = (paths.gin_configs_dir() / "runs" / "infer.gin").read_text("utf-8")
     for macro in re.findall(r"^([A-Z_]+) = ", header, re.MULTILINE):
         assert macro in shown
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     for field in generate.Settings.__dataclass_fields__:
         assert field in shown, field

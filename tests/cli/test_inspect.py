@@ -34,9 +34,9 @@ def test_it_tells_the_essentials(shared, capsys, name, kind, step, family):
 
 
 def test_the_packaged_bundle_as_json(capsys):
-    from speccascade_t5x.runtime import paths
+    from speccascade_t5x.common import paths
 
-    code, out, err = run(capsys, paths.data_dir() / "restore_de_pair", "--json", "--verify")
+    code, out, err = run(capsys, paths.pretrained_dir() / "restore_de_pair", "--json", "--verify")
     assert code == 0 and err == ""
     found = json.loads(out)
     assert found["kind"] == "bundle" and list(found["models"]) == ["verifier", "drafter"]

@@ -7,11 +7,12 @@ import json
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import gin_flags, topology
+from speccascade_t5x.common import paths
+from speccascade_t5x.distributed import partitioning
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import partitioning, paths
 
 NAMES = sorted(path.stem for path in (paths.gin_configs_dir() / "topologies").glob("*.gin"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from speccascade_t5x import deferral  # noqa: F401 registers its rules
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
 
 ROOT = paths.gin_configs_dir()
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.gin"))
@@ -44,7 +44,7 @@ def given(name: str) -> list[str]:
 
 def settings():
     """Settings as the parsed files configure them."""
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 

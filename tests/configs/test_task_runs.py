@@ -7,9 +7,10 @@ import pytest
 
 from raw_examples import mocked
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data, paths
-from speccascade_t5x.runtime.settings import Settings
 from speccascade_t5x.tasks import lengths, vocabularies
 
 TASKS = [name for name in lengths.LENGTHS if not name.endswith("_few_shot")]
@@ -28,7 +29,7 @@ def load(task: str, *files: str, **bindings: str) -> str:
 
 
 def settings() -> Settings:
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 
@@ -42,7 +43,7 @@ def test_a_run_has_its_tasks_lengths_and_a_split_of_it(task):
     assert found.truncate
     header = (paths.gin_configs_dir() / f"runs/infer_{task}.gin").read_text("utf-8").partition("from __gin__")[0]
     assert f" {found.max_input_len:,} and {found.max_len:,} here" in header
-    assert gin.query_parameter("SPLIT/gin.macro.value") in data.seqio.TaskRegistry.get(task).splits
+    assert gin.query_parameter("SPLIT/gin.macro.value") in seqio_tasks.seqio.TaskRegistry.get(task).splits
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -54,7 +55,7 @@ def test_the_few_shot_task_brings_its_own_lengths(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_vocabulary_and_pair_are_the_users(task):
     load(task, VOCABULARY="'bytes'")
-    assert data.task_vocabularies(task)["inputs"].vocab_size == 384
+    assert seqio_tasks.task_vocabularies(task)["inputs"].vocab_size == 384
     with pytest.raises(UserError, match="needs PAIR"):
         gin_flags.load([f"runs/infer_{task}.gin"], ["DATA = 'x'"] if task == "mbpp" else [])
 
@@ -91,10 +92,10 @@ def test_the_models_a_pair_file_names_have_files(pair):
 def test_a_pair_of_checkpoints_takes_vocabulary_and_sentinels_by_name(monkeypatch, tmp_path):
     """The pair's bindings are resolved when it is loaded: the missing checkpoint is what stops it here."""
     from corpora import train_sentencepiece
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     model = train_sentencepiece(tmp_path)
-    pieces = data.seqio.SentencePieceVocabulary(str(model)).vocab_size
+    pieces = seqio_tasks.seqio.SentencePieceVocabulary(str(model)).vocab_size
     monkeypatch.setitem(vocabularies.PUBLISHED, "t5", vocabularies.Published("file:///none", pieces + 2, 2))
     gin_flags.load([PAIRS[0]], ["DRAFTER = 'a'", "VERIFIER = 'no_such_checkpoint'", f"VOCABULARY = {str(model)!r}"])
     assert gin.get_configurable(vocabularies.model_file)() == str(model)
@@ -107,7 +108,7 @@ def test_gin_can_ask_for_a_tasks_lengths():
     gin.parse_config(
         """
         from __gin__ import dynamic_registration
-        from speccascade_t5x.runtime import generate
+        from speccascade_t5x.inference import generate
         from speccascade_t5x.tasks import lengths
 
         generate.Settings.max_input_len = @lengths.inputs()

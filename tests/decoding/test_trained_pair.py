@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from speccascade_t5x import checkpoints, decoding
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_RESIDUAL
-from speccascade_t5x.runtime import paths
 from speccascade_t5x.tasks.folding import fold
 
 LENGTH, MAX_LEN = 80, 96
-BUNDLE = paths.data_dir() / "restore_de_pair"
+BUNDLE = paths.pretrained_dir() / "restore_de_pair"
 pytestmark = pytest.mark.skipif(
     not (BUNDLE / "bundle.json").is_file(), reason="needs the packaged pair restore_de_pair, which this checkout lacks"
 )
@@ -68,7 +68,7 @@ def test_measured_acceptance_is_the_computed_one(pair, rule):
 
     A drafted token is rejected with that probability whatever came before, so the difference is a martingale.
     """
-    lines = (paths.data_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (paths.pretrained_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
     rows = prompts([line.split("\t")[1] for line in lines if not line.startswith("#")])
     output = decoding.speculative(
         drafter=pair.drafter, verifier=pair.verifier, rule=rule, **options(pair, rows, 1.0, trace=True, num_samples=4)

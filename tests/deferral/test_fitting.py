@@ -11,7 +11,7 @@ import pytest
 from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, fitting
 from speccascade_t5x.deferral.head import fresh, remark
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.deferral_store import OrbaxStore
+from speccascade_t5x.training.deferral.fit_store import OrbaxStore
 
 SPEC = FeatureSpec(top=2)
 CONFIG = HeadConfig(features=SPEC, loss="log", width=16, layers=1)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.evaluation import grid, operating_points, sweep
 from speccascade_t5x.evaluation.analysis import Analyst
 from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.inference import generate
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import generate
-from speccascade_t5x.runtime.settings import Settings
 
 TEXTS = ["abcabcabcabc", "aaaabbbb", "xyzxyz", "hello", "good day", "abba"]
 # At batch 1 wall times need no programs of their own, and few baselines compile little: the report says which lack.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from evaluation.synthetic import MAIN, point
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.evaluation import timing
 from speccascade_t5x.evaluation.analysis import Analyst
 from speccascade_t5x.evaluation.cells import CellStore
-from speccascade_t5x.runtime import generate
-from speccascade_t5x.runtime.settings import Settings
+from speccascade_t5x.inference import generate
+from speccascade_t5x.inference.settings import Settings
 
 TEXTS = ["ab", "abc", "abcd", "a text of more than sixteen"]
 ALONE = Settings(method="drafter", batch_size=2, buckets=(16, 32), max_len=6)

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding import tiny
 from speccascade_t5x.decoding.compiled import CompiledQueue
 from speccascade_t5x.decoding.queue import NOBODY
-from speccascade_t5x.runtime import collectives
-from speccascade_t5x.runtime.partitioning import Partitioning, Topology, replicated_rules
+from speccascade_t5x.distributed import collectives
+from speccascade_t5x.distributed.partitioning import Partitioning, Topology, replicated_rules
 
 pytestmark = pytest.mark.sharding
 # Each costs two programs; the one that splits both ways runs by default.

@@ -12,9 +12,9 @@ import pytest
 from speccascade_t5x import decoding
 from speccascade_t5x.core import rules
 from speccascade_t5x.decoding.compiled import CompiledDecoder
+from speccascade_t5x.distributed.partitioning import Topology, replicated_rules
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models import T5, T5Config, init_params, param_shapes
-from speccascade_t5x.runtime.partitioning import Topology, replicated_rules
 from speccascade_t5x.tpu import cells, hardware, shapes
 
 TINY = T5Config(
