@@ -140,7 +140,7 @@ def measure(
         buckets = (pair.feature_lengths["inputs"],)
         arms[name] = Arm(generate.Runner(pair, make_settings(**common, buckets=buckets, **settings)))
     any_arm = next(iter(arms.values())).runner
-    batches = any_arm.batches([any_arm.prompt(i, text, f"item {i}") for i, text in enumerate(prompts)])
+    batches = any_arm.batches([any_arm.prompt_form.encode(i, text, f"item {i}") for i, text in enumerate(prompts)])
     for name, arm in arms.items():
         begin = time.perf_counter()
         arm.decode(batches[0])

@@ -10,28 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 
+from speccascade_t5x.data.examples import Example
 from speccascade_t5x.interfaces import UserError
 
 _SMALLEST_BUCKET = 32
-
-
-class Prompt(Protocol):
-    """What `make_batches` reads of an example."""
-
-    index: int
-    inputs: np.ndarray  # [length] ids, EOS included where the task adds one
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A plain `Prompt`."""
-
-    index: int
-    inputs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Batch:
 def default_buckets(feature_length: int) -> tuple[int, ...]:
     """32, 64, 128, ... up to `feature_length`, which is always the last."""
     if feature_length < 1:
-        raise UserError(f"The feature length of the inputs must be at least 1, not {feature_length}.")
+        raise UserError(f"the feature length of the inputs must be at least 1, not {feature_length}")
     buckets = []
     length = _SMALLEST_BUCKET
     while length < feature_length:
@@ -66,12 +51,11 @@ def default_buckets(feature_length: int) -> tuple[int, ...]:
 
 
 def make_batches(
-    examples: Iterable[Prompt],
+    examples: Iterable[Example],
     *,
     batch_size: int,
     feature_length: int,
     buckets: Sequence[int] | None = None,
-    truncate: bool = False,
     pad_id: int = 0,
 ) -> list[Batch]:
     """Groups prompts by length bucket into batches of exactly `batch_size` rows.
@@ -82,33 +66,23 @@ def make_batches(
     Args:
       examples: the prompts.
       batch_size: B.
-      feature_length: the longest prompt allowed.
+      feature_length: no prompt is longer, see `examples.fit`.
       buckets: padded lengths, increasing, the last one `feature_length`; `default_buckets` if None.
-      truncate: cut longer prompts to `feature_length` instead of refusing them.
       pad_id: what padding is filled with.
 
     Raises:
-      UserError: no examples, a bad batch size or bucket list, or a prompt that is too long.
+      UserError: no examples, or a bad batch size or bucket list.
     """
     if batch_size < 1:
-        raise UserError(f"The batch size must be at least 1, not {batch_size}.")
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
     lengths = tuple(buckets) if buckets is not None else default_buckets(feature_length)
     _check_buckets(lengths, feature_length)
     groups: dict[int, list[tuple[int, np.ndarray]]] = {length: [] for length in lengths}
     for example in examples:
-        inputs = np.asarray(example.inputs)
-        if len(inputs) > feature_length and not truncate:
-            raise UserError(
-                f"The prompt of example {example.index} has {len(inputs)} tokens but the "
-                "feature length of the "
-                f"inputs is {feature_length}; shorten it, raise the feature length, or allow "
-                "truncation."
-            )
-        inputs = inputs[:feature_length]
-        bucket = next(length for length in lengths if len(inputs) <= length)
-        groups[bucket].append((example.index, inputs))
+        bucket = next(length for length in lengths if len(example.inputs) <= length)
+        groups[bucket].append((example.index, example.inputs))
     if not any(groups.values()):
-        raise UserError("There is nothing to decode: the data set holds no examples.")
+        raise UserError("there is nothing to decode: the data set holds no examples")
     return [
         _batch(group[start : start + batch_size], batch_size, bucket, pad_id)
         for bucket, group in groups.items()
@@ -119,7 +93,7 @@ def make_batches(
 def _check_buckets(buckets: tuple[int, ...], feature_length: int) -> None:
     increasing = all(a < b for a, b in itertools.pairwise(buckets))
     if not buckets or buckets[0] < 1 or not increasing or buckets[-1] != feature_length:
-        raise UserError(f"The length buckets {buckets} must increase and end with the feature length {feature_length}.")
+        raise UserError(f"the length buckets {buckets} must increase and end with the feature length {feature_length}")
 
 
 def _batch(rows: list[tuple[int, np.ndarray]], batch_size: int, bucket: int, pad_id: int) -> Batch:

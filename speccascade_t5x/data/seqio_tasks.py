@@ -14,10 +14,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.data.examples import Example, cut, fit
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -57,24 +58,6 @@ with _quiet_stderr():
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
         tf.config.set_visible_devices([], "TPU")
-
-
-class Example(NamedTuple):
-    """One example of a split.
-
-    Attributes:
-      index: position in the split, counted from 0 after the task's own filters.
-      inputs: [S] int32 ids, EOS included where the task appends one.
-      targets: [T] int32 ids likewise; None where the task has no targets.
-      inputs_text: the text before tokenising, or the decoded ids where the task kept none.
-      targets_text: likewise; None where the task has no targets.
-    """
-
-    index: int
-    inputs: np.ndarray
-    targets: np.ndarray | None
-    inputs_text: str
-    targets_text: str | None
 
 
 def examples(
@@ -202,18 +185,12 @@ def _example(
     truncate: bool,
 ) -> Example:
     text = _text(raw, "inputs", features)
-    room = lengths.get("inputs")
-    if room is not None and len(raw["inputs"]) > room and not truncate:
-        raise UserError(
-            f"Example {index} ('{_opening(text)}') has {len(raw['inputs'])} input ids, more than "
-            f"the feature length {room}; raise the feature length of 'inputs' to at least "
-            f"{len(raw['inputs'])} or allow truncation."
-        )
-    inputs = _cut(raw["inputs"], room, features["inputs"])
+    where = f"example {index} ({_opening(text)!r})"
+    inputs = fit(raw["inputs"], lengths.get("inputs"), where, truncate=truncate, eos_id=_eos(features["inputs"]))
     if "targets" not in raw:
-        return Example(index, inputs, None, text, None)
-    targets = _cut(raw["targets"], lengths.get("targets"), features["targets"])
-    return Example(index, inputs, targets, text, _text(raw, "targets", features))
+        return Example(index, inputs, text)
+    targets = cut(raw["targets"], lengths.get("targets"), _eos(features["targets"]))
+    return Example(index, inputs, text, targets, _text(raw, "targets", features))
 
 
 def _opening(text: str, words: int = 6) -> str:
@@ -222,14 +199,8 @@ def _opening(text: str, words: int = 6) -> str:
     return start if start == text else f"{start} ..."
 
 
-def _cut(ids: np.ndarray, room: int | None, feature: seqio.Feature) -> np.ndarray:
-    ids = np.asarray(ids, np.int32)
-    if room is None or len(ids) <= room:
-        return ids
-    ids = ids[:room].copy()
-    if feature.add_eos and room:
-        ids[-1] = feature.vocabulary.eos_id
-    return ids
+def _eos(feature: seqio.Feature) -> int | None:
+    return feature.vocabulary.eos_id if feature.add_eos else None
 
 
 def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature]) -> str:

@@ -63,7 +63,7 @@ class Scorer:
     """Metrics of a dataset; what one item's prediction is worth is computed once.
 
     Args:
-      score: (predictions, places) -> metrics, see `inference.infer.Dataset`.
+      score: (predictions, places) -> metrics, see `inference.datasets.Dataset`.
       references: of all items.
       seed: of the halves.
     """

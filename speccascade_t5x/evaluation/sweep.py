@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from speccascade_t5x.evaluation.cells import DESCRIPTION, CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.measure import NLL, Choices, Measurement, Progress, Tell, measure_all
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
-from speccascade_t5x.inference import infer, plan_files
-from speccascade_t5x.inference.generate import LoadedPair, Runner
+from speccascade_t5x.inference import datasets, infer, plan_files
+from speccascade_t5x.inference.generate import LoadedPair, Runner, loaded
+from speccascade_t5x.inference.methods import check as check_settings
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
 
@@ -49,7 +50,7 @@ class SweepResult:
 
 
 def sweep(
-    pair: LoadedPair,
+    pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
     output_dir: str | Path | None,
     task: str | None = None,
@@ -81,7 +82,7 @@ def sweep(
     Several hosts share the cells, in a folder all of them see; the first one measures times and reports.
 
     Args:
-      pair: what decodes; it needs a drafter.
+      pair: what decodes, or a function that loads it, called once all else has been checked; it needs a drafter.
       settings: common to all cells: lengths, batch size B, top_k. What the arms choose must be left alone.
       output_dir: everything goes there; see `cells`, `report` and docs/sweep.md.
       task: a registered seqio task with targets; its vocabulary must be the pair's.
@@ -134,7 +135,9 @@ def sweep(
     calibrated = [each for each in chosen if each.name in named]
     if target is not None:
         calibration.check(calibrated)
-    _check_cells(pair, settings, chosen, conditions)
+    _check_cells(settings, chosen, conditions)
+    pair = loaded(pair)
+    _check_pair(pair, settings, chosen, conditions)
     dataset, scorer, halves = _dataset(pair, settings, task, split, input, limit)
     metric = _metric(metric, dataset, scorer)
     choices = Choices(chosen, conditions, tuple(varied), tuple(seeds), alpha_points, refine, metric)
@@ -205,21 +208,33 @@ def _open(here: hosts.Hosts, folder: str | Path, config: Mapping[str, Any], read
     return CellStore(folder, config, first=False)
 
 
-def _check_cells(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
-    """Builds every arm's program under every condition, so that what cannot run is refused before anything does."""
+def _one_per_arm(base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> Iterator[Settings]:
+    """The settings of one cell per arm and condition."""
     for arm in arms:
         alpha = None
         if arm.range is not None:
             alpha = -1.0 if arm.method == "sequence_cascade" else (arm.alphas or grid.default_alphas(arm, 1))[0]
         for condition in conditions:
-            Runner(pair, Cell(arm, alpha, condition, 0).settings(base))
+            yield Cell(arm, alpha, condition, 0).settings(base)
+
+
+def _check_cells(base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
+    """Refuses what can be known to be wrong without the pair."""
+    for settings in _one_per_arm(base, arms, conditions):
+        check_settings(settings)
+
+
+def _check_pair(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
+    """Builds every arm's program under every condition, so that what this pair cannot run is refused at once."""
+    for settings in _one_per_arm(base, arms, conditions):
+        Runner(pair, settings)
 
 
 def _dataset(
     pair: LoadedPair, base: Settings, task: str | None, split: str, source: str | None, limit: int | None
-) -> tuple[infer.Dataset, Scorer | None, dict[str, list[int]]]:
+) -> tuple[datasets.Dataset, Scorer | None, dict[str, list[int]]]:
     runner = Runner(pair, dataclasses.replace(base, method="verifier"))
-    dataset = infer.read_dataset(runner, task, split, source, limit)
+    dataset = datasets.read(runner.prompt_form, task, split, source, limit)
     if any(text is None for text in dataset.targets_text):
         raise UserError(f"{dataset.name} has examples without targets: a sweep needs a reference for each")
     halves = scoring.halves(len(dataset.prompts))
@@ -227,7 +242,7 @@ def _dataset(
     return dataset, scorer, halves
 
 
-def _metric(metric: str | None, dataset: infer.Dataset, scorer: Scorer | None) -> str:
+def _metric(metric: str | None, dataset: datasets.Dataset, scorer: Scorer | None) -> str:
     """What quality means.
 
     Raises:
@@ -241,10 +256,10 @@ def _metric(metric: str | None, dataset: infer.Dataset, scorer: Scorer | None) -
     return metric
 
 
-def _config(pair: LoadedPair, base: Settings, dataset: infer.Dataset, choices: Choices) -> dict[str, Any]:
+def _config(pair: LoadedPair, base: Settings, dataset: datasets.Dataset, choices: Choices) -> dict[str, Any]:
     """What makes two sweeps the same sweep."""
     return {
-        "data": infer.data_identity(dataset),
+        "data": dataset.identity(),
         "pair": infer.pair_identity(pair),
         "settings": {
             field.name: getattr(base, field.name)

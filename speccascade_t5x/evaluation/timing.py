@@ -16,6 +16,7 @@ import numpy as np
 
 from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
+from speccascade_t5x.data.examples import Example
 from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.inference import measuring
 from speccascade_t5x.inference.generate import LoadedPair, Runner, program_config
@@ -44,7 +45,7 @@ class Stopwatch:
         self,
         pair: LoadedPair,
         points: Mapping[str, Settings],
-        prompts: Mapping[int, batching.Prompt],
+        prompts: Mapping[int, Example],
         items: Sequence[int],
         repeats: int,
     ):

@@ -100,9 +100,8 @@ def build(
       config: options, draft length included.
 
     Raises:
-      UserError: an option the drafter does not read, or a combination that cannot be; the message says what can.
+      UserError: a combination that cannot be; the message says what can.
     """
-    _check_options(settings)
     kind, sampling = settings.drafter, settings.sampling()
     if kind not in MODEL_FREE and not models:
         able = ", ".join(MODEL_FREE)
@@ -166,7 +165,7 @@ def _edge_rules(edges: Sequence[Sequence | None] | None) -> list[rules.Rule | No
     return [jax.tree.map(jnp.float32, rule) for rule in made]
 
 
-def _check_options(settings: Settings) -> None:
+def check_options(settings: Settings) -> None:
     """Refuses an unknown drafter, and an option that was changed although this drafter does not read it."""
     if settings.drafter not in DRAFTERS:
         raise UserError(f"drafter={settings.drafter!r} is unknown: use one of {', '.join(DRAFTERS)}")

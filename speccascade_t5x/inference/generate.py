@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.common import packaged
 from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
+from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.distributed import hosts
 from speccascade_t5x.distributed.partitioning import Partitioning, Topology
 from speccascade_t5x.drafting import NGramTable
-from speccascade_t5x.inference import methods, plan_files
+from speccascade_t5x.inference import datasets, methods, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
@@ -111,11 +112,11 @@ class LoadedPair:
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text: put it in brackets")
         runner = Runner(self, settings)
-        prompts = [runner.prompt(i, text, f"text {i}") for i, text in enumerate(texts)]
+        dataset = datasets.from_texts(runner.prompt_form, texts)
         found: dict[int, dict[str, Any]] = {}
-        for batch in runner.batches(prompts):
+        for batch in runner.batches(dataset.prompts):
             found.update(runner.decode(batch))
-        records = [{"inputs": text, **found[i]} for i, text in enumerate(texts)]
+        records = [dataset.record(i, found[i]) for i in range(len(dataset.prompts))]
         return Generation(records, runner.timing, runner.totals)
 
     def compiled(
@@ -127,6 +128,11 @@ class LoadedPair:
             return self._compiled[key], 0.0
         self._compiled[key] = kind(program, inputs, self.partitioning)
         return self._compiled[key], self._compiled[key].seconds
+
+
+def loaded(pair: LoadedPair | Callable[[], LoadedPair]) -> LoadedPair:
+    """The pair itself, or what a function that loads it returns: jobs call it once all else has been checked."""
+    return pair if isinstance(pair, LoadedPair) else pair()
 
 
 class Runner:
@@ -149,42 +155,19 @@ class Runner:
             pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
 
     @property
-    def max_input_len(self) -> int:
-        """Longest prompt in tokens."""
-        return self.settings.max_input_len or self.pair.feature_lengths["inputs"]
+    def prompt_form(self) -> PromptForm:
+        """How texts become prompts; without an EOS where the bundle's decode settings say `prompt_eos`: false."""
+        max_len = self.settings.max_input_len or self.pair.feature_lengths["inputs"]
+        eos = self.pair.decode_defaults.get("prompt_eos", True)
+        return PromptForm(self.pair.vocabulary, max_len, eos, self.settings.truncate)
 
-    def prompt(self, index: int, text: str, where: str) -> batching.Example:
-        """The ids of a text, with an EOS unless the bundle's decode settings say `prompt_eos`: false.
-
-        A text that is cut keeps its EOS, as tasks do it.
-
-        Args:
-          index: of the example.
-          text: what to encode.
-          where: what a message calls it.
-
-        Raises:
-          UserError: no text, or a text that is too long while settings.truncate is off.
-        """
-        if not isinstance(text, str):
-            raise UserError(f"{where} is no text but {type(text).__name__}")
-        ids, room = self.pair.vocabulary.encode(text), self.max_input_len
-        end = [self.pair.vocabulary.eos_id] if self.pair.decode_defaults.get("prompt_eos", True) else []
-        if len(ids) + len(end) > room and not self.settings.truncate:
-            raise UserError(
-                f"{where} has {len(ids) + len(end)} tokens{', EOS included' * len(end)}, more than the feature length "
-                f"{room} of the inputs: shorten it, set max_input_len, or set truncate"
-            )
-        return batching.Example(index, np.array([*ids[: room - len(end)], *end], np.int32))
-
-    def batches(self, prompts: Iterable[batching.Prompt]) -> list[batching.Batch]:
+    def batches(self, prompts: Iterable[Example]) -> list[batching.Batch]:
         """Groups prompts into batches of few shapes."""
         return batching.make_batches(
             prompts,
             batch_size=self.settings.batch_size,
-            feature_length=self.max_input_len,
+            feature_length=self.prompt_form.max_len,
             buckets=self.settings.buckets,
-            truncate=self.settings.truncate,
             pad_id=self.pair.vocabulary.pad_id,
         )
 

@@ -18,37 +18,14 @@ from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
 from speccascade_t5x.distributed import hosts
 from speccascade_t5x.distributed.hosts import Preempted
-from speccascade_t5x.inference import measuring, records
+from speccascade_t5x.inference import datasets, measuring, methods, records
 from speccascade_t5x.inference import refill as refilling
-from speccascade_t5x.inference.generate import LoadedPair, Runner, Settings
+from speccascade_t5x.inference.generate import LoadedPair, Runner, Settings, loaded
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import text_input, vocabulary
-
-_RECORD_FIELDS = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
 
 # Called after each batch: (examples it held, examples in all, rates so far).
 Progress = Callable[[int, int, Mapping[str, float]], None]
 _Decoded = Mapping[int, dict[str, Any]]  # example index -> record
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """What is decoded.
-
-    Attributes:
-      name: the task's name, or what stands for it in file names.
-      prompts: ids of each example; `index` is its place below.
-      inputs_text: text of each example.
-      targets_text: reference of each example, None where there is none.
-      score: predictions -> metrics, or (predictions, places) -> metrics of the examples at these places alone; None
-        where nothing can be scored.
-    """
-
-    name: str
-    prompts: list[batching.Example]
-    inputs_text: list[str]
-    targets_text: list[str | None]
-    score: Callable[..., dict[str, float]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +46,7 @@ class InferResult:
 
 
 def infer(
-    pair: LoadedPair,
+    pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
     output_dir: str | Path | None = None,
     task: str | None = None,
@@ -89,7 +66,7 @@ def infer(
     of one host, so are the records, byte for byte, where the meshes are the same.
 
     Args:
-      pair: what decodes.
+      pair: what decodes, or a function that loads it, called once all else has been checked.
       settings: how to decode.
       output_dir: where the files go, see `inference.records`; None (for an input file only) writes none.
       task: a registered seqio task; its vocabulary must be the pair's.
@@ -115,15 +92,16 @@ def infer(
     here = dataclasses.replace(hosts.current(), patience_s=host_patience_s)
     if here.count > 1 and (output_dir is None or input == "-"):
         raise UserError("several hosts decode a task or a file, into an output folder that all share: name both")
-    if (task is None) == (input is None):
-        raise UserError("name either a task or an input file to decode (TASK or INPUT), and not both")
+    datasets.check_source(task, input)
     if task is not None and output_dir is None:
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
     checks.whole("batches_per_chunk", batches_per_chunk, 1)
     if limit is not None:
         checks.whole("limit", limit, 1)
-    runner = Runner(pair, settings)  # refuses bad settings before any data is read
-    dataset = read_dataset(runner, task, split, input, limit)
+    methods.check(settings)
+    pair = loaded(pair)
+    runner = Runner(pair, settings)  # refuses what this pair cannot do before any data is read
+    dataset = datasets.read(runner.prompt_form, task, split, input, limit)
     batches = runner.batches(dataset.prompts)
     written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]
     order = np.argsort(written).tolist()
@@ -138,7 +116,7 @@ def infer(
         timing = _timing(runner, False, [{"leads": True, **_spent(runner)}])
         return InferResult(in_order, None, metrics, timing | _standardised(runner, metrics))
     chunks = [batches[i : i + batches_per_chunk] for i in range(0, len(batches), batches_per_chunk)]
-    made_with = {"settings": runner.settings, "data": data_identity(dataset), "pair": pair_identity(pair)}
+    made_with = {"settings": runner.settings, "data": dataset.identity(), "pair": pair_identity(pair)}
     if pair.partitioning is not None:  # results are the same on every mesh, but for the rounding of sums
         made_with["mesh"] = pair.partitioning.described()
     identity = f"{config_text}\n" + "".join(f"# {name}: {value}\n" for name, value in made_with.items())
@@ -187,22 +165,12 @@ def _open(
     return writer, set(here.share("chunks that are there", writer.done_chunks()))
 
 
-def read_dataset(runner: Runner, task: str | None, split: str, input: str | None, limit: int | None) -> Dataset:
-    """Reads a task's split, or an input file; exactly one of the two is named. Arguments as for `infer`."""
-    return _from_text(runner, input, limit) if task is None else _from_task(runner.pair, runner, task, split, limit)
-
-
 def _decoded(
-    runner: Runner, dataset: Dataset, batches: list[batching.Batch], refill: bool, progress: Progress | None
+    runner: Runner, dataset: datasets.Dataset, batches: list[batching.Batch], refill: bool, progress: Progress | None
 ) -> Iterator[_Decoded]:
     """Records of some batches as they are finished."""
     for decoded in refilling.decode(runner, batches) if refill else map(runner.decode, batches):
-        found = {}
-        for index, fields in decoded.items():
-            record = {"inputs": dataset.inputs_text[index]}
-            if dataset.targets_text[index] is not None:
-                record["targets"] = dataset.targets_text[index]
-            found[index] = record | {name: fields[name] for name in _RECORD_FIELDS if name in fields}
+        found = {index: dataset.record(index, fields) for index, fields in decoded.items()}
         if progress:
             progress(len(found), len(dataset.prompts), accounting.rates(runner.totals))
         yield found
@@ -235,49 +203,6 @@ def _store(
     return True
 
 
-def _from_task(pair: LoadedPair, runner: Runner, task: str, split: str, limit: int | None) -> Dataset:
-    """Reads a seqio task and checks that it speaks the pair's vocabulary."""
-    from speccascade_t5x.data import seqio_tasks
-
-    for feature, spoken in seqio_tasks.task_vocabularies(task).items():
-        ours = seqio_tasks.as_vocabulary(spoken)
-        vocabulary.check_same(ours, pair.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
-    lengths = {"inputs": runner.max_input_len}
-    examples = seqio_tasks.examples(task, split, lengths, limit=limit, truncate=runner.settings.truncate)
-    with_targets = all(example.targets_text is not None for example in examples)
-
-    def score(predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
-        return seqio_tasks.score(task, examples if places is None else [examples[i] for i in places], predictions)
-
-    return Dataset(
-        name=task,
-        prompts=[batching.Example(e.index, e.inputs) for e in examples],
-        inputs_text=[e.inputs_text for e in examples],
-        targets_text=[e.targets_text for e in examples],
-        score=score if with_targets else None,
-    )
-
-
-def _from_text(runner: Runner, source: str, limit: int | None) -> Dataset:
-    """Reads lines of text."""
-    examples = text_input.read(source, limit)
-    return Dataset(
-        name="stdin" if source == "-" else Path(source).stem,
-        prompts=[runner.prompt(e.index, e.inputs_text, e.where) for e in examples],
-        inputs_text=[e.inputs_text for e in examples],
-        targets_text=[e.targets_text for e in examples],
-        score=None,
-    )
-
-
-def data_identity(dataset: Dataset) -> str:
-    """A short text that differs where the examples differ, so that records of other data are never mixed in."""
-    digest = hashlib.sha256()
-    for inputs, targets in zip(dataset.inputs_text, dataset.targets_text, strict=True):
-        digest.update(repr((inputs, targets)).encode())
-    return f"{dataset.name}, {len(dataset.prompts)} examples, sha256 {digest.hexdigest()[:16]}"
-
-
 def pair_identity(pair: LoadedPair) -> str:
     """A short text that differs where the models or their vocabulary differ."""
     models = (pair.verifier, pair.drafter, *pair.smaller)
@@ -288,7 +213,7 @@ def pair_identity(pair: LoadedPair) -> str:
     return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _metrics(dataset: Dataset, settings: Settings, in_order: list[dict[str, Any]]) -> dict[str, float]:
+def _metrics(dataset: datasets.Dataset, settings: Settings, in_order: list[dict[str, Any]]) -> dict[str, float]:
     """The task's metrics, of the first sample, and the rates of all records, resumed ones included."""
     one = settings.num_samples == 1
     predictions = [record["prediction"] if one else record["prediction"][0] for record in in_order]
@@ -349,7 +274,9 @@ def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"standardised_walltime_improvement": improvement}
 
 
-def _summary(dataset: Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
+def _summary(
+    dataset: datasets.Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]
+) -> str:
     """A page for people."""
     how = settings.method
     if settings.method == "speculative":

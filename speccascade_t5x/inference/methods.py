@@ -71,6 +71,24 @@ METHODS = {
 }
 
 
+def check(settings: Settings) -> None:
+    """Refuses whatever can be known to be wrong without a model, so that no weight is read in vain.
+
+    Raises:
+      UserError: an unknown method, rule or drafter, an alpha out of range, an option that is not read.
+    """
+    _check_options(settings)
+    if "rule" in METHODS[settings.method].reads and settings.rule not in deferral.RULES:
+        rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
+    if settings.method == "speculative":
+        drafters.check_options(settings)
+        _draft_stop(settings)
+    if settings.method == "bild" and settings.alpha is not None:
+        rules.by_name("bild", settings.alpha, **settings.rule_options)
+    if settings.method == "sequence_cascade" and settings.alpha is None:
+        raise UserError("method='sequence_cascade' needs an alpha: the log-probability below which to rewrite")
+
+
 def program(
     settings: Settings,
     verifier: Bound,
@@ -96,7 +114,7 @@ def program(
         message says what to use instead.
     """
     method = settings.method
-    _check_options(settings)
+    check(settings)
     drafter = models[0] if models else None
     if method not in ("verifier", "speculative") and drafter is None:
         raise UserError(f"method={method!r} needs a drafter, but this bundle holds a verifier alone")
@@ -114,8 +132,6 @@ def program(
         stop = drafting.Confidence(jnp.float32(rule.fallback))
         return decoding.speculative_program(drafter, verifier, rule, config, sampling, stop)
     if method == "sequence_cascade":
-        if settings.alpha is None:
-            raise UserError("method='sequence_cascade' needs an alpha: the log-probability below which to rewrite")
         return decoding.sequence_cascade_program(
             drafter, verifier, config, sampling, settings.alpha, settings.confidence, settings.quantile
         )

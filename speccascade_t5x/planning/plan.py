@@ -13,8 +13,8 @@ from speccascade_t5x import drafting
 from speccascade_t5x.common import checks
 from speccascade_t5x.core import rules
 from speccascade_t5x.data import batching
-from speccascade_t5x.inference import infer, measuring, plan_files
-from speccascade_t5x.inference.generate import LoadedPair, Runner
+from speccascade_t5x.inference import datasets, measuring, methods, plan_files
+from speccascade_t5x.inference.generate import LoadedPair, Runner, loaded
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.planning import probing
@@ -86,7 +86,7 @@ class Plan:
 
 
 def plan(
-    pair: LoadedPair | None,
+    pair: LoadedPair | Callable[[], LoadedPair] | None,
     settings: Settings,
     output_dir: str | Path | None = None,
     task: str | None = None,
@@ -101,7 +101,8 @@ def plan(
     """Ranks draft lengths, drafters and K matrices by predicted walltime.
 
     Args:
-      pair: what shall decode; not read where acceptance and costs are given.
+      pair: what shall decode, or a function that loads it, called once all else has been checked; not read where
+        acceptance and costs are given.
       settings: rule, sampling, batch size and lengths; what is planned is not read from them. With a lenience,
         cascades are ranked with it as well as exact, and the plan says which to use.
       output_dir: where plan.json goes, which draft_len="auto" follows; None writes none.
@@ -120,6 +121,7 @@ def plan(
       UserError: nothing to measure on, figures of the wrong shape, or settings the pair cannot be run with.
     """
     _check(settings, limit, measure, acceptance, costs, task, input)
+    methods.check(settings)
     lenience = settings.lenience
     settings = dataclasses.replace(
         settings, draft_len=None, drafter="model", k_matrix=None, lenience=None, trace=False, plan=None
@@ -128,11 +130,12 @@ def plan(
     if acceptance is not None:
         known, spent = _given(acceptance, costs)
         return _finish(tuple(rank(known, spent, len(costs), reads)), None, None, settings, output_dir)
+    pair = loaded(pair)
     models = 0 if pair.drafter is None else 1 + len(pair.smaller)
     if not models and reads:
         raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
     runner = Runner(pair, settings if models else dataclasses.replace(settings, drafter="max_gram"))
-    batches = runner.batches(infer.read_dataset(runner, task, split, input, limit).prompts)
+    batches = runner.batches(datasets.read(runner.prompt_form, task, split, input, limit).prompts)
     progress("measuring acceptance and step costs")
     found = probing.measure(pair, settings, batches, lenience)
     ranked = rank_measured(found, models, reads, lenience)

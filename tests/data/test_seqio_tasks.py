@@ -84,7 +84,7 @@ def test_targets_are_cut_to_their_length_and_end(tasks):
 
 
 def test_a_prompt_too_long_is_refused_by_example(tasks):
-    message = r"Example 2 \('one two three'\) has 14 input ids.*length 8"
+    message = r"example 2 \('one two three'\) has 14 tokens, EOS included.* 8"
     with pytest.raises(UserError, match=message):
         seqio_tasks.examples("long", "test", LENGTHS)
     assert len(seqio_tasks.examples("long", "test", {"inputs": 14})) == 3

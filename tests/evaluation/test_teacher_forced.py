@@ -39,7 +39,7 @@ def pair(tmp_path_factory) -> generate.LoadedPair:
 def scored(pair):
     """(texts, figures by name)."""
     runner = generate.Runner(pair, dataclasses.replace(BASE, method="verifier"))
-    prompts = [runner.prompt(i, text, "text") for i, text in enumerate(small_pair.TEXTS)]
+    prompts = [runner.prompt_form.encode(i, text, "text") for i, text in enumerate(small_pair.TEXTS)]
     texts = teacher_forced.references(pair, runner.batches(prompts), TARGETS, 6)
     shape = {"batch_size": 2, "buckets": (32,), "max_len": 6}
     settings = [dataclasses.replace(one, **shape) for one in RULES.values()]

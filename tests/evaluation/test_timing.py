@@ -21,7 +21,7 @@ COSTS = {"verifier_s": {"1": 0.01, "6": 0.02}, "drafter_s": {"1": 0.001}}
 def watch(tmp_path_factory) -> timing.Stopwatch:
     pair = generate.load(small_pair.write(tmp_path_factory.mktemp("timing") / "pair", table=False))
     runner = generate.Runner(pair, ALONE)
-    prompts = {i: runner.prompt(i, text, "text") for i, text in enumerate(TEXTS)}
+    prompts = {i: runner.prompt_form.encode(i, text, "text") for i, text in enumerate(TEXTS)}
     return timing.Stopwatch(pair, {"alone": ALONE}, prompts, [0, 3, 1, 2], repeats=1)
 
 

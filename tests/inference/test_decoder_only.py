@@ -90,10 +90,10 @@ def test_a_prompt_without_eos_is_continued(pair, bundle):
     assert [record["tokens"] for record in records] == directly(pair, ids)
     length = len(ids[0])
     runner = generate.Runner(plain, Settings(**{**SHAPE, "max_input_len": length}))
-    assert runner.prompt(0, TEXTS[0], "").inputs.tolist() == ids[0]
+    assert runner.prompt_form.encode(0, TEXTS[0], "").inputs.tolist() == ids[0]
     runner = generate.Runner(plain, Settings(**{**SHAPE, "max_input_len": length - 1}))
     with pytest.raises(UserError, match=rf"text 0 has {length} tokens, more than the feature length {length - 1}"):
-        runner.prompt(0, TEXTS[0], "text 0")
+        runner.prompt_form.encode(0, TEXTS[0], "text 0")
 
 
 @pytest.mark.slow

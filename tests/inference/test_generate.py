@@ -109,7 +109,7 @@ def test_a_long_prompt_is_refused_or_cut(pair):
         pair.generate(["kurz", long], **SHAPE)
     cut, whole = pair.generate([long, "a" * 31], truncate=True, **SHAPE)
     runner = generate.Runner(pair, Settings(truncate=True, **SHAPE))
-    assert runner.prompt(0, long, "").inputs.tolist() == [ord("a") + 3] * 31 + [1]  # the EOS stays
+    assert runner.prompt_form.encode(0, long, "").inputs.tolist() == [ord("a") + 3] * 31 + [1]  # the EOS stays
     assert cut["inputs"] == long
     assert whole["inputs"] == "a" * 31
 

@@ -37,7 +37,7 @@ def predictions(folder: Path) -> bytes:
 
 def batches(pair: LoadedPair, settings: Settings):
     runner = Runner(pair, settings)
-    return runner, runner.batches([runner.prompt(i, line, "") for i, line in enumerate(LINES)])
+    return runner, runner.batches([runner.prompt_form.encode(i, line, "") for i, line in enumerate(LINES)])
 
 
 def test_the_files_are_those_of_lockstep(pair, lines, tmp_path):

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from raw_examples import byte_ids, configure, mocked
 from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.data.examples import Example
 from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.tasks import closed_book, gsm8k, lengths, squad, summarization, translation
 from speccascade_t5x.tasks.exemplars import EXEMPLARS
@@ -30,7 +31,7 @@ def bytes_everywhere():
     gin.clear_config()
 
 
-def read(task: str, split: str, rows) -> list[seqio_tasks.Example]:
+def read(task: str, split: str, rows) -> list[Example]:
     with mocked(rows):
         return seqio_tasks.examples(task, split, ROOM)
 
