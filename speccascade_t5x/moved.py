@@ -30,7 +30,7 @@ _RENAMED = {
     "runtime.deferral_data": "training.deferral.collection",
     "runtime.deferral_scoring": "training.deferral.pair_scores",
     "runtime.deferral_store": "training.deferral.fit_store",
-    "runtime.fitting": "data.buckets",
+    "runtime.fitting": "data.length_buckets",
     "runtime.options": "common.checks",
     "runtime.plans": "inference.plan_files",
     "tpu.roofline": "planning.roofline",

@@ -2,3 +2,5 @@
 
 Nothing here knows of models, meshes, files or flax. Every function is jittable and free of side effects.
 """
+
+__all__ = ["accounting", "divergences", "probs", "rules", "stopping", "verify"]

@@ -115,6 +115,20 @@ class Mixed:
         return together[shards.permutation(len(together), seed, len(self._corpora), epoch)]
 
 
+def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Corpus:
+    """The first examples as one corpus: of a mixture, the first of an epoch, so that each part has its share.
+
+    Args:
+      source: where they come from.
+      limit: how many; None takes all.
+    """
+    few = limit is not None and limit < len(source)
+    if isinstance(source, shards.Corpus):
+        return source.select(np.arange(limit)) if few else source
+    chosen = source.epoch(0, 0)[:limit] if few else range(len(source))
+    return shards.from_examples(((source.inputs(i), source.targets(i)) for i in chosen), source.vocabulary)
+
+
 def write(folder: str | Path, rates: Mapping[str, float]) -> Path:
     """Makes a mixture of the corpora in the folders below `folder`, each at its rate. Returns the file's path."""
     content = {"format": FORMAT, "version": VERSION, "parts": [{"folder": k, "rate": v} for k, v in rates.items()]}
@@ -139,7 +153,7 @@ def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> sha
         found = [(part["folder"], part["rate"]) for part in content["parts"]]
         known = content["format"] == FORMAT and content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no mixture file: write it again with `speccascade cache`") from error
+        raise UserError(f"{path} is not a mixture file: write it again with `speccascade cache`") from error
     if known is False or known > VERSION:
         raise UserError(f"{path} is of another format or a newer version than {VERSION}: use the program that wrote it")
     return Mixed([(shards.read(Path(folder) / name, spoken), rate) for name, rate in found])

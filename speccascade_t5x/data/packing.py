@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from speccascade_t5x.common import checks
-from speccascade_t5x.data import buckets, shards
+from speccascade_t5x.data import length_buckets, shards
 from speccascade_t5x.data.mixing import Source
 
 Batch = dict[str, np.ndarray]
@@ -135,7 +135,7 @@ class Packed(_Planned):
         rows: list[np.ndarray] = []
         for start in range(0, len(order), self._window):
             chosen = order[start : start + self._window]
-            rows += [chosen[members] for members in buckets.first_fit(self._taken[chosen], self._rooms)]
+            rows += [chosen[members] for members in length_buckets.first_fit(self._taken[chosen], self._rooms)]
         # Rows of one window come in falling fullness; a batch takes them from everywhere.
         mixed = shards.permutation(len(rows), self._seed, epoch, 2).tolist()
         size, shape = self._batch_size, (self._batch_size, *self._rooms)
@@ -201,11 +201,11 @@ class Bucketed(_Planned):
             checks.whole("buckets", buckets, 1)
             taken = np.stack([np.minimum(source.input_lengths, inputs_len)] * 2, axis=1)
             taken[:, 1] = np.minimum(source.target_lengths, targets_len)
-            lengths = buckets.best_buckets(taken, buckets)
+            lengths = length_buckets.best_buckets(taken, buckets)
         else:
-            lengths = buckets.given_buckets(buckets, rooms)
+            lengths = length_buckets.given_buckets(buckets, rooms)
         super().__init__(source, seed, rooms, start_id, pad_id, tokens_per_batch, multiple_of, lengths)
-        self.shapes = [(buckets.rows(tokens_per_batch, pair, multiple_of), *pair) for pair in lengths]
+        self.shapes = [(length_buckets.rows(tokens_per_batch, pair, multiple_of), *pair) for pair in lengths]
         fits = (self._taken[:, None, :] <= np.array(lengths)[None, :, :]).all(-1)
         self._bucket = fits.argmax(axis=1)  # buckets grow, so the first that fits is the smallest
         self._measure()
@@ -261,7 +261,7 @@ class InOrder:
             for lengths, room in zip((source.input_lengths, source.target_lengths), self._rooms, strict=True)
         ]
         longest = np.maximum(np.stack(longest, axis=1), 1)
-        self._shapes = np.array(buckets.best_buckets(longest, shapes))
+        self._shapes = np.array(length_buckets.best_buckets(longest, shapes))
         self._shape_of = (longest[:, None, :] <= self._shapes[None, :, :]).all(-1).argmax(axis=1)
 
     def __len__(self) -> int:

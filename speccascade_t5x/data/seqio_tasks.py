@@ -145,9 +145,7 @@ def _dataset(
 ) -> tf.data.Dataset:
     """Opens a split of a task, or a shard of it, unshuffled."""
     part = None if shard is None else seqio.ShardInfo(index=shard[0], num_shards=shard[1])
-    task = _task(task_name)
-    if split not in task.splits:
-        raise UserError(f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}.")
+    task = check(task_name, split)
     try:
         return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
     except (TypeError, KeyError) as error:
@@ -157,6 +155,18 @@ def _dataset(
             f"The preprocessors of task '{task_name}' failed without feature lengths ({error!r}); where they shape "
             "examples by them, give the task its lengths."
         ) from error
+
+
+def check(task_name: str, split: str) -> seqio.Task:
+    """Returns a registered task which has this split.
+
+    Raises:
+      UserError: unknown task or split, or a mixture.
+    """
+    task = _task(task_name)
+    if split not in task.splits:
+        raise UserError(f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}.")
+    return task
 
 
 def parts(name: str) -> list[tuple[str, float]]:

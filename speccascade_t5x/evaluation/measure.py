@@ -16,8 +16,8 @@ from speccascade_t5x.evaluation import grid, teacher_forced, timing
 from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.inference.datasets import Dataset
 from speccascade_t5x.inference.generate import LoadedPair, Runner
-from speccascade_t5x.inference.infer import Dataset
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
 

@@ -56,14 +56,20 @@ class Dataset:
         return f"{self.name}, {len(self.prompts)} examples, sha256 {digest.hexdigest()[:16]}"
 
 
-def check_source(task: str | None, input: str | None) -> None:
-    """Checks that exactly one of task and input file is named.
+def check_source(task: str | None, split: str, input: str | None) -> None:
+    """Checks what can be known of the data before a pair is loaded.
 
     Raises:
-      UserError: neither or both are.
+      UserError: neither or both of task and input file are named, or there is no such task, split or file.
     """
     if (task is None) == (input is None):
         raise UserError("name either a task or an input file to decode (TASK or INPUT), and not both")
+    if task is not None:
+        from speccascade_t5x.data import seqio_tasks
+
+        seqio_tasks.check(task, split)
+    elif input != "-":
+        text_input.check(input)
 
 
 def read(form: PromptForm, task: str | None, split: str, input: str | None, limit: int | None = None) -> Dataset:
@@ -79,7 +85,7 @@ def read(form: PromptForm, task: str | None, split: str, input: str | None, limi
     Raises:
       UserError: neither or both are named, or the data are bad; the message names the first bad example.
     """
-    check_source(task, input)
+    check_source(task, split, input)
     if task is not None:
         return _from_task(form, task, split, limit)
     assert input is not None

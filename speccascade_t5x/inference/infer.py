@@ -92,7 +92,7 @@ def infer(
     here = dataclasses.replace(hosts.current(), patience_s=host_patience_s)
     if here.count > 1 and (output_dir is None or input == "-"):
         raise UserError("several hosts decode a task or a file, into an output folder that all share: name both")
-    datasets.check_source(task, input)
+    datasets.check_source(task, split, input)
     if task is not None and output_dir is None:
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
     checks.whole("batches_per_chunk", batches_per_chunk, 1)

@@ -50,6 +50,18 @@ def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
     return found
 
 
+def check(source: str | Path) -> None:
+    """Checks that a file can be opened, without reading it.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        open(source, "rb").close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the input {source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _name(source: str | Path) -> str:
     return "standard input" if str(source) == "-" else str(source)
 

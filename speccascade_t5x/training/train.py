@@ -38,7 +38,8 @@ class Data:
     """What to train and evaluate on.
 
     Attributes:
-      cached: folder of tokenised shards (`speccascade cache`), or several with their rates: {folder: rate}.
+      cached: folder of tokenised shards or of a mixture of them (`speccascade cache`), or several with their rates:
+        {folder: rate}.
       task: a registered seqio task, instead of `cached`.
       split: of the task.
       eval_cached: shards to evaluate on.
@@ -85,20 +86,18 @@ class Data:
           exchange: a folder all hosts share, where each puts its part of a task for the others to read.
 
         Raises:
-          UserError: see `shards.read` and `seqio_tasks.examples`.
+          UserError: see `mixing.read` and `seqio_tasks.examples`.
         """
         if self.task is not None:
             return _shared_corpus(self.task, self.split, exchange)
         if isinstance(self.cached, str):
-            return shards.read(self.cached)
+            return mixing.read(self.cached)
         return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
 
     def evaluation(self) -> shards.Corpus | None:
         """The examples to evaluate on, None where none are named."""
         if self.eval_cached is not None:
-            corpus = shards.read(self.eval_cached)
-            few = self.eval_limit is not None and self.eval_limit < len(corpus)
-            return corpus.select(range(self.eval_limit)) if few else corpus
+            return mixing.first(mixing.read(self.eval_cached), self.eval_limit)
         if self.task is not None and self.eval_split is not None:
             return _task_corpus(self.task, self.eval_split, self.eval_limit)
         return None

@@ -178,6 +178,22 @@ def test_bad_flags_and_bindings(lines, capsys, flags, message):
     assert message in refused(capsys, f"--input={lines}", "--output_dir=out", *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rule=token_v33"], "there is no rule named 'token_v33'"),
+        (["--rule=token_v3", "--alpha=2"], "alpha=2.0 is outside the range"),
+        (["--drafter=nobody"], "drafter='nobody' is unknown"),
+        (["--method=token_cascade", "--verification=block", "--rule=chow"], "the rule 'chow' needs an alpha"),
+        (["--task=restore_dee", "--gin_file=runs/infer_restore_de.gin"], "There is no task 'restore_dee'"),
+        (["--input=nowhere.txt"], "the input nowhere.txt cannot be read"),
+    ],
+)
+def test_what_flags_tell_is_refused_before_a_weight_is_read(lines, capsys, flags, message):
+    data = [] if any(flag.startswith(("--task", "--input")) for flag in flags) else [f"--input={lines}"]
+    assert message in refused(capsys, "--pair=nowhere", "--output_dir=out", *data, *flags)
+
+
 def test_a_prompt_that_is_too_long_can_be_cut(capsys):
     Path("long.txt").write_text("schliessen\n" + "a" * 40)
     assert "long.txt, line 2 has 41 tokens" in refused(capsys, "--input=long.txt", *SHAPE)

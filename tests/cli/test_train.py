@@ -139,7 +139,7 @@ def test_the_recipe_of_the_packaged_pair_names_its_models(role):
 def test_the_loop_needs_no_edge_library():
     """Training from shards loads none of TensorFlow, seqio, gin and clu."""
     code = (
-        "import sys; from speccascade_t5x.runtime import train, train_loop, packing\n"
+        "import sys; from speccascade_t5x.training import train, train_loop; from speccascade_t5x.data import packing\n"
         "print([n for n in ('tensorflow', 'seqio', 'gin', 'clu', 'sentencepiece') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.checkout_dir())

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_this_checkout_is_known():
     assert paths.checkout_dir() == ROOT
     assert paths.gin_configs_dir() == ROOT / "gin_configs"
-    assert paths.pretrained_dir() == Path(speccascade_t5x.__file__).parent / "data"
+    assert paths.pretrained_dir() == Path(speccascade_t5x.__file__).parent / "pretrained"
 
 
 def test_gin_files_are_searched_here_first(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_a_mixture_file_that_is_none(tasks, tmp_path):
         with pytest.raises(UserError, match=message):
             mixing.read(tmp_path / "train")
     file.write_text("[]")
-    with pytest.raises(UserError, match="is no mixture file"):
+    with pytest.raises(UserError, match="is not a mixture file"):
         mixing.read(tmp_path / "train")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speccascade_t5x.data import buckets, packing, shards
+from speccascade_t5x.data import length_buckets, packing, shards
 from speccascade_t5x.data.mixing import Mixed
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary
@@ -152,11 +152,11 @@ def test_chosen_buckets_are_the_best_there_are():
 
     sizes = sorted(set(lengths[:, 0].tolist()))
     best = min(slots({a, b, sizes[-1]}) for a in sizes for b in sizes)
-    found = buckets.best_buckets(lengths, 3)
+    found = length_buckets.best_buckets(lengths, 3)
     assert slots({a for a, _ in found}) == best
     assert len(found) == 3 and all(a == b for a, b in found)
-    assert buckets.best_buckets(lengths, 100)[-1] == (sizes[-1], sizes[-1])  # more than there are lengths
-    assert buckets.best_buckets(np.array([[3, 4]]), 2) == [(3, 4)]
+    assert length_buckets.best_buckets(lengths, 100)[-1] == (sizes[-1], sizes[-1])  # more than there are lengths
+    assert length_buckets.best_buckets(np.array([[3, 4]]), 2) == [(3, 4)]
 
 
 def test_rows_are_a_multiple_of_the_devices():

@@ -93,7 +93,8 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from speccascade_t5x.runtime import records, shards
+from speccascade_t5x.common import storage
+from speccascade_t5x.data import shards
 from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 def examples():
@@ -258,7 +259,7 @@ PERMUTED = [[3, 2, 1, 6, 0, 7, 4, 5], [7, 4, 5, 1, 6, 2, 0, 3]]
 
 def test_reading_needs_no_tensorflow():
     code = (
-        "import sys; from speccascade_t5x.runtime import shards, packing, mixing;"
+        "import sys; from speccascade_t5x.data import shards, packing, mixing;"
         " print([m for m in ('tensorflow', 'seqio', 'gin', 'clu') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -192,7 +192,7 @@ def test_the_gin_file_makes_the_model(params, tmp_path):
     chosen = tmp_path / "chosen.gin"
     chosen.write_text(
         "from __gin__ import dynamic_registration\nimport seqio\n"
-        "from speccascade_t5x.runtime import t5x_model\n"
+        "from speccascade_t5x.inference import t5x_model\n"
         f"CHECKPOINT_PATH = {str(tmp_path)!r}\nVOCABULARY_FILE = None\n"
         "VOCABULARY = @seqio.PassThroughVocabulary()\nseqio.PassThroughVocabulary.size = 20\n"
         "t5x_model.from_checkpoint:\n  rule = 'opt'\n  alpha = 0.3\n"

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints.tiny import write_npz
 from speccascade_t5x import checkpoints
-from speccascade_t5x.data import shards
+from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, init_params
 from speccascade_t5x.text.vocabulary import ByteVocabulary
@@ -84,6 +84,19 @@ def test_a_run_leaves_checkpoints_curves_and_a_summary(tmp_path, data):
     assert (tmp_path / "run" / "config.gin").read_text() == "# all of it\n"
     assert seen.steps("saved") == [4, 8]
     assert checkpoints.load(tmp_path / "run").model.config == BYTES
+
+
+def test_the_folder_of_a_mixture_is_trained_and_evaluated_on(tmp_path, corpora, data):
+    mixing.write(corpora, {"train": 3.0, "validation": 1.0})
+    mixed = dataclasses.replace(data, cached=str(corpora), eval_cached=str(corpora), eval_limit=20)
+    assert mixed.source(tmp_path).fingerprint == mixing.read(corpora).fingerprint
+    seen = mixed.evaluation()
+    both = [shards.read(corpora / name) for name in ("train", "validation")]
+    texts = [{part.inputs(i).tobytes() for i in range(len(part))} for part in both]
+    shares = [sum(seen.inputs(i).tobytes() in part for i in range(len(seen))) for part in texts]
+    assert len(seen) == 20 and shares[0] > shares[1] > 0
+    assert len(dataclasses.replace(mixed, eval_limit=None).evaluation()) == sum(map(len, both))
+    assert train.train(BYTES, mixed, config(2), tmp_path / "run", devices=1)["after"]
 
 
 def test_a_drafter_is_distilled_from_a_checkpoint_in_buckets(tmp_path, data):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from speccascade_t5x.checkpoints import bundle as bundles
 from speccascade_t5x.checkpoints import deferral_files
 from speccascade_t5x.common import checks, packaged, storage
-from speccascade_t5x.data import shards
+from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.deferral import calibration, fitting, labels
 from speccascade_t5x.deferral import columns as columns_lib
 from speccascade_t5x.deferral.calibration import Calibration, PairCalibration
@@ -84,12 +84,12 @@ class Data:
         """The examples.
 
         Raises:
-          UserError: another vocabulary than `spoken`; see also `shards.read` and `seqio_tasks.examples`.
+          UserError: another vocabulary than `spoken`; see also `mixing.read` and `seqio_tasks.examples`.
         """
         if self.cached is not None:
-            found = shards.read(self.cached)
+            found = mixing.read(self.cached)
             vocabulary.check_same(found.vocabulary, spoken, ("labels", "pair"))
-            return found if self.limit is None or self.limit >= len(found) else found.select(range(self.limit))
+            return mixing.first(found, self.limit)
         from speccascade_t5x.data import seqio_tasks
 
         for feature, named in seqio_tasks.task_vocabularies(self.task).items():
