@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 from speccascade_t5x.interfaces import UserError
@@ -24,6 +26,25 @@ def refuse_unsupported(name: str) -> None:
     """
     if name in _UNSUPPORTED:
         raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to use instead of an unknown name: the nearest known one, else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> str:
+    """Returns `name`, which must be one of the known ones.
+
+    Raises:
+      UserError: it is not; the message names the nearest.
+    """
+    known = list(known)
+    if name not in known:
+        raise UserError(f"there is no {what} {name!r}: {suggestion(name, known)}")
+    return name
 
 
 def whole(name: str, value: Any, least: int, most: float = math.inf) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from speccascade_t5x.common import paths
+from speccascade_t5x.common import checks, paths
 from speccascade_t5x.interfaces import UserError
 
 
@@ -22,7 +21,6 @@ def bundle_dir(path: str | Path) -> Path:
         return Path(path)
     packaged = sorted(manifest.parent.name for manifest in paths.pretrained_dir().glob("*/bundle.json"))
     if str(path) not in packaged:
-        near = difflib.get_close_matches(str(path), packaged, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(packaged)}"
+        hint = checks.suggestion(str(path), packaged)
         raise UserError(f"there is no bundle {str(path)!r}, neither a folder nor packaged: {hint}")
     return paths.pretrained_dir() / path

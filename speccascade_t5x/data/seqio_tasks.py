@@ -8,7 +8,6 @@ whoever imports the module that defines them (usually a gin file); this module o
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.data.examples import Example, cut, fit
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -90,7 +90,7 @@ def examples(
     """
     dataset = _dataset(task_name, split, shard=shard)
     if "inputs" not in dataset.element_spec:
-        raise UserError(f"Task '{task_name}' has no feature 'inputs', so there is nothing to read.")
+        raise UserError(f"task {task_name!r} has no feature 'inputs', so there is nothing to read: name another task")
     if limit is not None:
         dataset = dataset.take(limit)
     features = _task(task_name).output_features
@@ -100,9 +100,9 @@ def examples(
     ]
     if not found:
         raise UserError(
-            f"Task '{task_name}' has no example in split '{split}'"
+            f"task {task_name!r} has no example in split {split!r}"
             + (f", part {shard[0]} of {shard[1]}" if shard else "")
-            + "; check its data, its row filters and the limit."
+            + ": check its data, its row filters and the limit"
         )
     return found
 
@@ -131,7 +131,9 @@ def stream(
     dataset = _dataset(task_name, split, task_lengths, seed)
     for feature in ("inputs", "targets"):
         if feature not in dataset.element_spec:
-            raise UserError(f"Task '{task_name}' has no feature '{feature}', so there is nothing to train on.")
+            raise UserError(
+                f"task {task_name!r} has no feature {feature!r}, so there is nothing to train on: name another task"
+            )
     dataset = dataset if limit is None else dataset.take(limit)
     return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
 
@@ -152,8 +154,8 @@ def _dataset(
         if lengths is not None:
             raise
         raise UserError(
-            f"The preprocessors of task '{task_name}' failed without feature lengths ({error!r}); where they shape "
-            "examples by them, give the task its lengths."
+            f"the preprocessors of task {task_name!r} failed without feature lengths ({error!r}): where they shape "
+            "examples by them, give the task its lengths"
         ) from error
 
 
@@ -165,7 +167,7 @@ def check(task_name: str, split: str) -> seqio.Task:
     """
     task = _task(task_name)
     if split not in task.splits:
-        raise UserError(f"Task '{task_name}' has no split '{split}'; it has {', '.join(task.splits)}.")
+        raise UserError(f"task {task_name!r} has no split {split!r}: use one of {', '.join(task.splits)}")
     return task
 
 
@@ -177,14 +179,13 @@ def parts(name: str) -> list[tuple[str, float]]:
     """
     if name not in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
         if name not in seqio.TaskRegistry.names() and seqio.MixtureRegistry.names():
-            near = _nearest(name, [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
-            raise UserError(f"There is no task or mixture '{name}'; the nearest are {', '.join(near)}.")
+            checks.one_of("task or mixture", name, [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
         return [(_task(name).name, 1.0)]
     mixture = seqio.MixtureRegistry.get(name)
     try:
         return [(task.name, float(mixture.get_rate(task))) for task in sorted(mixture.tasks, key=lambda t: t.name)]
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"The rates of mixture '{name}' cannot be told ({error}); give it numbers.") from error
+        raise UserError(f"the rates of mixture {name!r} cannot be told ({error}): give it numbers") from error
 
 
 def _example(
@@ -220,10 +221,6 @@ def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Featur
     return features[name].vocabulary.decode(raw[name].tolist())
 
 
-def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:5]
-
-
 def _task(name: str) -> seqio.Task:
     """Looks a task up.
 
@@ -235,15 +232,10 @@ def _task(name: str) -> seqio.Task:
         return seqio.TaskRegistry.get(name)
     if name in seqio.MixtureRegistry.names():
         parts = ", ".join(sorted(t.name for t in seqio.MixtureRegistry.get(name).tasks))
-        raise UserError(f"'{name}' is a mixture of {parts}; name one of these tasks.")
-    if not tasks:
-        raise UserError(
-            f"There is no task '{name}': no task is registered; import the module that defines it "
-            "in a gin file, for example `from speccascade_t5x.tasks import l10n`."
-        )
+        raise UserError(f"{name!r} is a mixture of {parts}: name one of these tasks")
     raise UserError(
-        f"There is no task '{name}'; the nearest are {', '.join(_nearest(name, list(tasks)))}. A "
-        "task of your own is registered by importing its module in a gin file."
+        f"there is no task {name!r}: {checks.suggestion(name, tasks)} (a task is registered by importing its module in "
+        "a gin file, as in `from speccascade_t5x.tasks import l10n`)"
     )
 
 
@@ -275,7 +267,7 @@ def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
         return ByteVocabulary(spoken.extra_ids)
     if isinstance(spoken, seqio.SentencePieceVocabulary):
         return SentencePieceVocabulary(spoken.sentencepiece_model_file, spoken.extra_ids)
-    raise UserError(f"A vocabulary of class {type(spoken).__name__} cannot be decoded to; use bytes or SentencePiece.")
+    raise UserError(f"a vocabulary of class {type(spoken).__name__} cannot be decoded to: use bytes or SentencePiece")
 
 
 def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str]) -> dict[str, Any]:
@@ -293,10 +285,10 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
     """
     task = _task(task_name)
     if len(scored) != len(predictions):
-        raise UserError(f"There are {len(scored)} examples but {len(predictions)} predictions.")
+        raise UserError(f"there are {len(scored)} examples but {len(predictions)} predictions: give one for each")
     missing = next((e.index for e in scored if e.targets_text is None), None)
     if missing is not None:
-        raise UserError(f"Example {missing} of task '{task_name}' has no target to score against.")
+        raise UserError(f"example {missing} of task {task_name!r} has no target to score against: leave metrics out")
     fields = [
         {
             "inputs": e.inputs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -142,8 +141,5 @@ def make_settings(**choices: Any) -> Settings:
     known = {field.name for field in dataclasses.fields(Settings)}
     for name in choices:
         checks.refuse_unsupported(name)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
-            raise UserError(f"there is no option {name!r}: {hint}")
+        checks.one_of("option", name, known)
     return Settings(**choices)

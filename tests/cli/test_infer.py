@@ -185,7 +185,7 @@ def test_bad_flags_and_bindings(lines, capsys, flags, message):
         (["--rule=token_v3", "--alpha=2"], "alpha=2.0 is outside the range"),
         (["--drafter=nobody"], "drafter='nobody' is unknown"),
         (["--method=token_cascade", "--verification=block", "--rule=chow"], "the rule 'chow' needs an alpha"),
-        (["--task=restore_dee", "--gin_file=runs/infer_restore_de.gin"], "There is no task 'restore_dee'"),
+        (["--task=restore_dee", "--gin_file=runs/infer_restore_de.gin"], "there is no task 'restore_dee'"),
         (["--input=nowhere.txt"], "the input nowhere.txt cannot be read"),
     ],
 )
@@ -232,7 +232,7 @@ def test_bad_data(corpus, capsys, monkeypatch):
     assert "The corpus folder nowhere does not exist" in refused(capsys, *task, nowhere)
     monkeypatch.delenv("SPECCASCADE_L10N_DIR")
     assert "No corpus folder is set" in refused(capsys, *task)
-    assert "There is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
+    assert "there is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
 
 
 def test_code_runs_only_where_the_flag_says_so(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_mixture_keeps_its_tasks_and_rates(tasks, tmp_path):
     assert len(source) == 16
     epoch = source.epoch(0, 0)
     assert [(epoch < 11).sum(), (epoch >= 11).sum()] == [12, 4]
-    with pytest.raises(UserError, match="Task 'words' has no split 'validation'"):
+    with pytest.raises(UserError, match="task 'words' has no split 'validation'"):
         cache(tmp_path, "blend", ("train", "validation"))
     before = contents(tmp_path)
     assert all(cached.kept for cached in cache(tmp_path, "blend", "train"))
@@ -194,7 +194,7 @@ def test_a_task_that_needs_its_lengths(tasks, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "numbres"}, "no task or mixture 'numbres'; the nearest are numbers"),
+        ({"task": "numbres"}, "no task or mixture 'numbres': did you mean 'numbers'"),
         ({"task": None}, r"name a task or a mixture to cache \(TASK\)"),
         ({"splits": "dev"}, "no split 'dev'; it has train, validation"),
         ({"splits": ()}, "must name one split or several"),

@@ -105,17 +105,17 @@ def test_a_task_without_targets(tasks):
     (example,) = seqio_tasks.examples("inputs_only", "test", LENGTHS)
     assert example.targets is None
     assert example.targets_text is None
-    with pytest.raises(UserError, match="Example 0 of task 'inputs_only' has no target"):
+    with pytest.raises(UserError, match="example 0 of task 'inputs_only' has no target"):
         seqio_tasks.score("inputs_only", [example], ["A"])
 
 
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("tinny", "test", "no task 'tinny'; the nearest are tiny"),
+        ("tinny", "test", "no task 'tinny': did you mean 'tiny'"),
         ("tiny", "dev", "no split 'dev'; it has test"),
         ("blend", "test", "'blend' is a mixture of long, tiny"),
-        ("empty", "test", "Task 'empty' has no example in split 'test'"),
+        ("empty", "test", "task 'empty' has no example in split 'test'"),
         ("targets_only", "test", "has no feature 'inputs'"),
     ],
 )

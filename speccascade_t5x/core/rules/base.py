@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x import trees
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import probs
 from speccascade_t5x.interfaces import Array, UserError
 
@@ -194,11 +194,7 @@ def get(name: str) -> type[Rule]:
     Raises:
       UserError: no such rule; the message names the nearest.
     """
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no rule named {name!r}: {hint}the rules are {', '.join(names())}")
-    return _REGISTRY[name]
+    return _REGISTRY[checks.one_of("rule named", name, names())]
 
 
 def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
