@@ -37,7 +37,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not a JSON record ({error.msg}).") from error
     except OSError as error:
-        raise UserError(f"Cannot read the records {path}: {error.strerror}.") from error
+        raise UserError(f"the records {path} cannot be read: {error.strerror}") from error
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -55,12 +55,11 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     except UnicodeEncodeError:  # half a surrogate pair: no UTF-8 exists, but an escape does
         return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=indent, default=_plain)
     except TypeError as error:
-        raise UserError(f"A record cannot be written as JSON: {error}.") from error
+        raise UserError(f"a record cannot be written as JSON: {error}") from error
     except ValueError as error:
         raise UserError(
-            f"A record holds a NaN or an infinity ({_first_bad_key(value)}); the model's "
-            "logits were probably not "
-            "finite, so check its checkpoint and dtype."
+            f"a record holds a NaN or an infinity ({_first_bad_key(value)}): check the checkpoint and the dtype of the "
+            "model, whose logits were probably not finite"
         ) from error
 
 
@@ -98,7 +97,7 @@ def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
         partial = None
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}; nothing of it was kept.") from error
+        raise UserError(f"{path} cannot be written, and nothing of it was kept: {error.strerror or error}") from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):

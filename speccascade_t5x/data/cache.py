@@ -219,7 +219,9 @@ def _task_vocabulary(task: str) -> vocabulary.Vocabulary:
     if len(spoken) == len(shards.FEATURES):
         vocabulary.check_same(*spoken.values(), tuple(f"feature {name!r} of task {task!r}" for name in spoken))
     if not spoken:
-        raise UserError(f"Task {task!r} has no feature 'inputs' or 'targets', so there is nothing to train on.")
+        raise UserError(
+            f"task {task!r} has no feature 'inputs' or 'targets', so there is nothing to train on: name another task"
+        )
     return next(iter(spoken.values()))
 
 

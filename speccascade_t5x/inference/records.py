@@ -56,7 +56,7 @@ class RecordWriter:
         num_shards: int = 1,
     ):
         if num_chunks < 1 or not 0 <= shard < num_shards:
-            raise UserError(f"Cannot write {num_chunks} chunks as shard {shard} of {num_shards}.")
+            raise UserError(f"{num_chunks} chunks cannot be written as shard {shard} of {num_shards}")
         self.output_dir = Path(output_dir)
         self.num_chunks = num_chunks
         self._stem = storage.file_stem(task)
@@ -76,14 +76,13 @@ class RecordWriter:
         except FileNotFoundError:
             if self.path.exists():
                 raise UserError(
-                    f"{self.path} already exists and nothing says with which settings it was "
-                    f"made ({path.name} is "
-                    "missing); choose another output folder or move the file away."
+                    f"{self.path} exists, but {path.name}, which says with which settings it was made, does not: "
+                    "choose another output folder, or move the file away"
                 ) from None
             storage.write_text(path, settings)
             return
         except OSError as error:
-            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if found == settings:
             return
         changes = [
@@ -94,10 +93,8 @@ class RecordWriter:
         shown = "\n".join(f"  {line}" for line in changes[:_MOST_DIFFERENCES])
         more = f"\n  and {len(changes) - _MOST_DIFFERENCES} more" if len(changes) > _MOST_DIFFERENCES else ""
         raise UserError(
-            f"{self.output_dir} holds records of {self._stem!r} made with other settings; "
-            "choose another output "
-            f"folder, or remove {path.name} and the records to start afresh. Lines that differ "
-            f"(- then, + now):\n{shown}{more}"
+            f"{self.output_dir} holds records of {self._stem!r} made with other settings: choose another output folder, "
+            f"or remove {path.name} and the records to start afresh. Lines that differ (- then, + now):\n{shown}{more}"
         )
 
     def _chunk_path(self, chunk: int) -> Path:
@@ -112,7 +109,7 @@ class RecordWriter:
     def write_chunk(self, chunk: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Stores the records of one chunk; once it returns, a restart skips this chunk."""
         if not 0 <= chunk < self.num_chunks:
-            raise UserError(f"Chunk {chunk} does not exist; this run has chunks 0 to {self.num_chunks - 1}.")
+            raise UserError(f"there is no chunk {chunk}: this run has chunks 0 to {self.num_chunks - 1}")
         lines = [(storage.to_json(record) + "\n").encode("utf-8") for record in records]
         storage.write_bytes(self._chunk_path(chunk), lines)
 
@@ -130,7 +127,7 @@ class RecordWriter:
             missing = sorted(set(range(self.num_chunks)) - set(self.done_chunks()))
             if missing:
                 raise UserError(
-                    f"Cannot finish {self.path}: chunk {missing[0]} of {self.num_chunks} has not been written."
+                    f"{self.path} is not complete: chunk {missing[0]} of {self.num_chunks} has not been written"
                 )
             chunks = (self._chunk_path(i).read_bytes() for i in range(self.num_chunks))
             if order is not None:

@@ -136,5 +136,5 @@ def _of_task(task: str, split: str, spoken: vocabulary.Vocabulary, limit: int | 
             )
     for example in seqio_tasks.examples(task, split, {"inputs": 1}, limit=limit, truncate=True):
         if example.targets is None:
-            raise UserError(f"Task {task!r} has no targets to count.")
+            raise UserError(f"task {task!r} has no targets to count: name another task")
         yield example.targets

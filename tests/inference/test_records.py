@@ -188,7 +188,7 @@ def test_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path):
     target = tmp_path / "task-summary.md"
     target.write_text("old")
     done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=True)
-    assert f"Cannot write {target}: File too large" in done.stdout
+    assert f"{target} cannot be written, and nothing of it was kept: File too large" in done.stdout
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["task-summary.md"]
 
