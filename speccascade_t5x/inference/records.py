@@ -93,7 +93,7 @@ class RecordWriter:
         shown = "\n".join(f"  {line}" for line in changes[:_MOST_DIFFERENCES])
         more = f"\n  and {len(changes) - _MOST_DIFFERENCES} more" if len(changes) > _MOST_DIFFERENCES else ""
         raise UserError(
-            f"{self.output_dir} holds records of {self._stem!r} made with other settings: choose another output folder, "
+            f"{self.output_dir} holds records of {self._stem!r} made with other settings: choose another folder, "
             f"or remove {path.name} and the records to start afresh. Lines that differ (- then, + now):\n{shown}{more}"
         )
 

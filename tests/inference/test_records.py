@@ -122,7 +122,7 @@ def test_other_settings_are_refused_and_nothing_changes(tmp_path):
 def test_records_of_unknown_origin_are_not_overwritten(tmp_path):
     path = tmp_path / "task-predict.jsonl-00000-of-00001"
     path.write_text("precious\n")
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="exists, but"):
         RecordWriter(tmp_path, "task", CONFIG, 1)
     assert path.read_text() == "precious\n"
 
@@ -168,7 +168,7 @@ def test_side_files(tmp_path):
 
 def test_unwritable_place_names_the_file(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file/x.json: "):
+    with pytest.raises(UserError, match="file/x.json cannot be written"):
         storage.write_json(tmp_path / "file" / "x.json", {})
 
 
