@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs, verify
+from speccascade_t5x.core.ngram import write_rows
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Rule
 from speccascade_t5x.drafting.edges import Draft, ModelLaw, lenient_target, model_law, raw_chance, rule_law
 from speccascade_t5x.drafting.k_matrix import KMatrix
-from speccascade_t5x.drafting.max_gram import MaxGram, remember, write
+from speccascade_t5x.drafting.max_gram import MaxGram, remember
 from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
 
 # What the drafting of one round carries (`_Carry`): {"history": [B, N] tokens by output index, "caches": one per
@@ -187,10 +188,10 @@ class CascadeDrafter:
         lengths = jnp.clip(goal - count, 0, lengths)
         written = {
             "count": count + lengths,
-            "law": _write_block(written["law"], law, count),
-            "confidence": _write_block(written["confidence"], jnp.ones(tokens.shape, jnp.float32), count),
+            "law": write_rows(written["law"], law, count),
+            "confidence": write_rows(written["confidence"], jnp.ones(tokens.shape, jnp.float32), count),
         }
-        return {**carry, "history": write(history, tokens, end + 1)}, written
+        return {**carry, "history": write_rows(history, tokens, end + 1)}, written
 
     def _review(
         self,
@@ -217,15 +218,15 @@ class CascadeDrafter:
             draft.tokens, draft.lengths, draft.law, target, noise[:, noise.shape[1] - size - 1 : -1], noise[:, -1]
         )
         after = end + outcome.accepted + 1
-        history = write(carry["history"], outcome.token[:, None], after)
+        history = write_rows(carry["history"], outcome.token[:, None], after)
         tokens = _window(history, end + 1, size + 1)
         confidence = jnp.ones(tokens.shape, jnp.float32)
         if any(value is not None for value in self.lenience):  # else nobody reads it, and no raw law is computed
             confidence = sure(tokens)
         written = {
             "count": jnp.where(active, after - start, count),
-            "law": _write_block(written["law"], target, count),
-            "confidence": _write_block(written["confidence"], confidence, count),
+            "law": write_rows(written["law"], target, count),
+            "confidence": write_rows(written["confidence"], confidence, count),
         }
         own = jnp.where(active, after, carry["valid"][drafter])
         smaller = [jnp.where(active, jnp.minimum(valid, after), valid) for valid in carry["valid"][drafter + 1 :]]
@@ -309,8 +310,3 @@ trees.register(CascadeDrafter, static=["models", "plan", "width", "vocab_size", 
 def _window(history: Array, begin: Array, size: int) -> Array:
     """[B, size] entries of history [B, N] from begin[b] on."""
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(history, begin)
-
-
-def _write_block(buffer: Array, block: Array, index: Array) -> Array:
-    """buffer [B, N, ...] with block [B, W, ...] written from index[b] on."""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, block, index)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs
-from speccascade_t5x.drafting.ngram import NGramTable
+from speccascade_t5x.core.ngram import NGramTable, token_before, write_rows
 from speccascade_t5x.interfaces import Array, Bound, Proposal, PyTree, UserError
 
 # Marks of the searched text, none of which equals an id or another mark.
@@ -102,7 +102,7 @@ class MaxGram:
         end = positions - first
         history = remember(state["tokens"], tokens, end)
         drafted, lengths, law = self.draft(params, state["prompt"], history, end, self.draft_len, noise)
-        history = write(history, drafted, end + 1)
+        history = write_rows(history, drafted, end + 1)
         none = jnp.zeros_like(lengths)
         proposal = Proposal(drafted, lengths, law, None, None, none)
         return proposal, {**state, "tokens": history, "first": first}
@@ -147,8 +147,11 @@ class MaxGram:
             return copied, count, jax.nn.one_hot(copied, self.width, dtype=jnp.float32)
         whole = jnp.full_like(count, size)
         if self.fill == "argmax":
-            fill = lambda copied: self._fill(table, history, end, copied, count, None)[0]  # noqa: E731
-            tokens = jax.lax.cond(jnp.any(count < size), fill, lambda copied: copied, copied)
+
+            def filled(copied: Array) -> Array:
+                return self._fill(table, history, end, copied, count, None)[0]
+
+            tokens = jax.lax.cond(jnp.any(count < size), filled, lambda copied: copied, copied)
             return tokens, whole, jax.nn.one_hot(tokens, self.width, dtype=jnp.float32)
         tokens, law = self._fill(table, history, end, copied, count, noise)
         return tokens, whole, law
@@ -189,23 +192,23 @@ class MaxGram:
         self, table: NGramTable, history: Array, end: Array, copied: Array, count: Array, noise: Array | None
     ) -> tuple[Array, Array | None]:
         """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] if sampled)."""
-        pick = lambda index: jnp.take_along_axis(history, jnp.maximum(index, 0)[:, None], axis=1)[:, 0]  # noqa: E731
-        before, last = jnp.where(end > 0, pick(end - 1), -1), pick(end)
+        ends = end[:, None]
+        earlier, last = token_before(history, ends, 1, -1)[:, 0], token_before(history, ends, 0, -1)[:, 0]
         size = copied.shape[1]
 
         def step(carry, xs):
-            before, last = carry
+            earlier, last = carry
             i, copy, uniform = xs
             if noise is None:
-                token, law = table.best(before, last, self._top), None
+                token, law = table.best(earlier, last, self._top), None
             else:
-                law = self._sampled_law(table.law(before, last))
+                law = self._sampled_law(table.law(earlier, last))
                 token = probs.sample(law, uniform)
             token = jnp.where(i < count, copy, token)
             return (last, token), (token, law)
 
         uniforms = jnp.zeros((size, 0)) if noise is None else noise.T
-        _, (tokens, laws) = jax.lax.scan(step, (before, last), (jnp.arange(size), copied.T, uniforms))
+        _, (tokens, laws) = jax.lax.scan(step, (earlier, last), (jnp.arange(size), copied.T, uniforms))
         if noise is None:
             return tokens.T, None
         sure = (jnp.arange(size) < count[:, None])[..., None]
@@ -221,19 +224,13 @@ class MaxGram:
 trees.register(MaxGram, static=[f.name for f in dataclasses.fields(MaxGram) if f.name != "sampling"])
 
 
-def write(history: Array, tokens: Array, index: Array) -> Array:
-    """history [B, N] with tokens [B, W] written from index[b] on."""
-    put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (at,))  # noqa: E731
-    return jax.vmap(put)(history, tokens, index)
-
-
 def remember(history: Array, last_two: Array, end: Array) -> Array:
     """Writes the last two committed tokens [B, 2] so that the second stands at end[b].
 
     Where only the start token exists it stands twice in `last_two`, and index 0 gets it.
     """
-    history = write(history, last_two[:, :1], jnp.maximum(end - 1, 0))
-    return write(history, last_two[:, 1:], end)
+    history = write_rows(history, last_two[:, :1], jnp.maximum(end - 1, 0))
+    return write_rows(history, last_two[:, 1:], end)
 
 
 def max_gram(

@@ -13,7 +13,7 @@ from speccascade_t5x.core import rules
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.training.tables import ngram_model
+from speccascade_t5x.models import ngram_model
 
 _COPIES = ("ngram_fill", "max_ngram", "min_ngram")
 # A token that is copied, or looked up at no cost, needs no drafter model and has no model's law q.

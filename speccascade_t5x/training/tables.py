@@ -1,4 +1,4 @@
-"""n-gram tables of a pair: built from a task or from tokenised shards, kept in a bundle, read as a language model."""
+"""n-gram tables of a pair: built from a task or from tokenised shards, and kept in a bundle."""
 
 from __future__ import annotations
 
@@ -7,44 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x.checkpoints import bundle as bundles
 from speccascade_t5x.common import checks, packaged
+from speccascade_t5x.core.ngram import build_table
 from speccascade_t5x.data import mixing
-from speccascade_t5x.drafting import NGramTable, build_table
-from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
-from speccascade_t5x.models.table import TableModel
+from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class NGramModel(TableModel):
-    """An `NGramTable` as a LanguageModel: no call of a network, and a law q that rules may read.
-
-    Parameters are {"table": NGramTable}. What stands before the first token is unknown, not `start_id`.
-    """
-
-    def extend(
-        self, params: PyTree, cache: PyTree, tokens: Array, positions: Array, capture: tuple[str, ...] = ()
-    ) -> tuple[Array, PyTree]:
-        """Scores a block by lookup; see the Protocol. There are no hidden states to capture."""
-        if capture:
-            raise UserError(f"a table model has no hidden state {capture[0]!r}")
-        put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
-        stored = jax.vmap(put)(cache["tokens"], tokens.astype(jnp.int32), positions)
-        slot = positions[:, None] + jnp.arange(tokens.shape[1]) - 1
-        before = jnp.where(slot < 0, -1, jnp.take_along_axis(stored, jnp.maximum(slot, 0), axis=1))
-        law = params["table"].law(before.reshape(-1), tokens.reshape(-1))
-        return jnp.log(law).reshape(*tokens.shape, self.vocab_size), {"tokens": stored}
-
-
-def ngram_model(table: NGramTable, start_id: int = 0) -> Bound:
-    """A bound `NGramModel`."""
-    return Bound(NGramModel(table.vocab_size, start_id=start_id), {"table": jax.tree.map(jnp.asarray, table)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import bundle, describe, t5x_native, tensors, tree
 from speccascade_t5x.checkpoints.bundle import TABLE_FILE, read_manifest, store_table
 from speccascade_t5x.checkpoints.export import FORMATS, export
-from speccascade_t5x.drafting.ngram import build_table
+from speccascade_t5x.core.ngram import build_table
 from speccascade_t5x.interfaces import UserError
 
 from .tiny import TINY, assert_same, make_model, write_native, write_npz

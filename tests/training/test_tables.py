@@ -15,6 +15,7 @@ from speccascade_t5x.checkpoints import bundle
 from speccascade_t5x.data import shards
 from speccascade_t5x.drafting import build_table
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.models import ngram_model
 from speccascade_t5x.text.vocabulary import ByteVocabulary
 from speccascade_t5x.training import tables
 
@@ -110,7 +111,7 @@ def test_a_table_that_does_not_belong_is_refused(plain, cached, tmp_path, damage
 
 def test_as_a_language_model_it_scores_a_block_as_it_scores_steps():
     table = build_table(TARGETS, 384, order=3)
-    bound = tables.ngram_model(table)
+    bound = ngram_model(table)
     inputs = {"encoder_input_tokens": jnp.zeros((2, 4), jnp.int32)}
     text = np.array([[0, *TARGETS[0][:5]], [0, *TARGETS[1][:5]]])
     tokens, positions = bound.model.first(inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -106,6 +107,19 @@ class NGramTable:
 
 
 trees.register(NGramTable)
+
+
+def write_rows(history: Array, tokens: Array, index: Array) -> Array:
+    """history [B, N, ...] with tokens [B, T, ...] written from index[b] on."""
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+        history, tokens.astype(history.dtype), index, 0
+    )
+
+
+def token_before(history: Array, index: Array, back: int, absent: int) -> Array:
+    """history[b, index[b, t] - back] of [B, N] tokens, [B, T]; `absent` where that lies before the first token."""
+    slot = index - back
+    return jnp.where(slot < 0, absent, jnp.take_along_axis(history, jnp.maximum(slot, 0), axis=1))
 
 
 def build_table(
