@@ -1,4 +1,4 @@
-"""Bigram and trigram tables, sparse and smoothed: laws that cost no model call.
+"""Bigram and trigram tables, sparse and smoothed: distributions that cost no model call.
 
 A context keeps its most frequent successors; the mass of the rest goes to the next shorter context, down to
 single tokens with add-one smoothing. So every token has a positive probability everywhere, and a table of a
@@ -23,7 +23,7 @@ class NGramTable:
     """P(v | context) = sum_k shares[k] 1[v = successors[k]] + (1 - sum_k shares[k]) P(v | shorter context).
 
     Attributes:
-      unigram: [V] law of single tokens, positive everywhere.
+      unigram: [V] distribution of single tokens, positive everywhere.
       successors: [V, K] ids after one token of context; -1 where there are fewer.
       shares: [V, K] their shares of the mass; 0 where there is no successor.
       starts: [V + 1] where in `seconds` the pairs that begin with each token stand; None in a bigram table.
@@ -46,7 +46,7 @@ class NGramTable:
         return self.unigram.shape[-1]
 
     def law(self, before: Array, last: Array) -> Array:
-        """The law of the next token, [B, V] float32.
+        """The distribution of the next token, [B, V] float32.
 
         Args:
           before: [B] the token before the last; -1 where there is none. A bigram table does not read it.
@@ -60,14 +60,14 @@ class NGramTable:
         return law
 
     def best(self, before: Array, last: Array, below: int | None = None) -> Array:
-        """The most probable next token of id < `below`, ties to the lower id: [B] int32. Reads no whole law.
+        """The most probable next token of id < `below`, ties to the lower id: [B] int32. Reads no whole distribution.
 
         Arguments are those of `law`.
         """
         levels = self._levels(before, last)
         allowed = self.unigram if below is None else self.unigram[:below]
         common = jnp.broadcast_to(jnp.argmax(allowed).astype(jnp.int32), (*last.shape, 1))
-        # Without a share at any level a token ranks by the unigram law, so one such candidate is enough.
+        # Without a share at any level a token ranks by the unigram distribution, so one such candidate is enough.
         candidates = jnp.concatenate([common, *(ids for ids, _ in levels)], axis=-1)
         known = (candidates >= 0) & (candidates < self.vocab_size if below is None else candidates < below)
         chance = self.unigram[jnp.maximum(candidates, 0)]

@@ -151,10 +151,6 @@ class _Compiled:
         """Cuts every row at its end."""
         return self._finish(state)
 
-    def loop_text(self) -> str:
-        """The compiled loop as HLO, for what is counted in it."""
-        return self._loop.as_text()
-
     def temporary_bytes(self) -> int:
         """Temporary memory of the loop beside its arguments, as the compiler plans it; 0 where it does not say."""
         analysis = self._loop.memory_analysis()

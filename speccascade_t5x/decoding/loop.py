@@ -109,8 +109,7 @@ def run(
       max_rounds: bound for this call; traced.
       loop: "python" runs the same round eagerly, for breakpoints and tests.
     """
-    batch = state.done.shape[0]
-    program = per_row(program, batch)
+    program = per_row(program, state.done.shape[0])
     if loop == "python":
         for _ in range(int(max_rounds)):
             if bool(jnp.all(state.done)):
@@ -119,7 +118,7 @@ def run(
         return state
 
     def unfinished(carry: tuple[Array, State]) -> Array:
-        return (carry[0] < max_rounds) & (jnp.sum(carry[1].done) < batch)
+        return (carry[0] < max_rounds) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         return carry[0] + 1, program.execution.round(program, carry[1])

@@ -136,28 +136,28 @@ def _check_drafter(drafter: Drafter, rule: rules.Rule, config: DecodeConfig, sam
     """Refuses a ready-made drafter that does not report what the rule reads, shaped as the decode shapes p."""
     if drafter.width != width:
         raise UserError(
-            f"the drafter's laws are {drafter.width} wide, but the verifier has {width} logits: build the drafter with "
-            f"width={width}"
+            f"the drafter's distributions are {drafter.width} wide, but the verifier has {width} logits: build "
+            f"the drafter with width={width}"
         )
     if not rule.reads_drafter:
         return
     if not drafter.score_bonus:
         raise UserError(
-            f"the rule {type(rule).__name__} reads a drafter's law q at every drafted and bonus position, which "
-            f"{type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, or a "
-            "cascade with reads=<the model whose law it is to read>, or a ModelDrafter with score_bonus=True"
+            f"the rule {type(rule).__name__} reads a drafter's distribution q at every drafted and bonus position, "
+            f"which {type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, a "
+            "cascade with reads=<the model whose distribution it is to read>, or a ModelDrafter with score_bonus=True"
         )
     if drafter.vocab_size != config.vocab_size:
         raise UserError(
             f"the drafter was built with vocab_size={drafter.vocab_size}, but the decode has {config.vocab_size}: "
-            f"{type(rule).__name__} compares both laws, so build the drafter with the decode's"
+            f"{type(rule).__name__} compares both distributions, so build the drafter with the decode's"
         )
     for name in ("temperature", "top_k", "top_p", "min_p"):
         own, wanted = (getattr(options, name) for options in (drafter.sampling, sampling))
         if not _same(own, wanted):
             raise UserError(
                 f"the drafter was built with {name}={own}, but the decode has {wanted}: {type(rule).__name__} compares "
-                "both laws, so build the drafter with the decode's sampling"
+                "both distributions, so build the drafter with the decode's sampling"
             )
 
 

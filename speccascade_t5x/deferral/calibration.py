@@ -1,7 +1,8 @@
-"""Calibration of what a plug-in rule READS; the laws that are sampled stay as they are.
+"""Calibration of what a plug-in rule READS; the distributions that are sampled stay as they are.
 
-Temperature scaling and vector scaling (Guo et al. 2017) give a calibrated law; isotonic regression gives a calibrated
-confidence, the probability that the argmax is right. All are fitted on teacher-forced targets of the fitting split.
+Temperature scaling and vector scaling (Guo et al. 2017) give a calibrated distribution; isotonic regression gives a
+calibrated confidence, the probability that the argmax is right. All three are fitted on teacher-forced targets of the
+fitting split.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ class Calibration:
             raise UserError(f"the calibration {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
 
     def law(self, raw: Array) -> Array:
-        """The calibrated law, [..., V]. Impossible tokens stay impossible.
+        """The calibrated distribution, [..., V]. Impossible tokens stay impossible.
 
         Raises:
-          UserError: isotonic regression gives no law.
+          UserError: isotonic regression gives no distribution.
         """
         if self.kind == "identity":
             return raw
         if self.kind == "isotonic":
-            raise UserError("isotonic calibration gives a confidence and no law: use temperature or vector scaling")
+            raise UserError("isotonic calibration gives no distribution: use temperature or vector scaling")
         logits = jnp.log(jnp.maximum(raw, 1e-30))
         if self.kind == "temperature":
             logits = logits / self.values["temperature"]

@@ -1,4 +1,4 @@
-"""What a head reads at a prefix: figures of both models' laws at temperature 1, and of a few candidate tokens.
+"""What a head reads at a prefix: figures of both models' distributions at temperature 1, and of a few candidate tokens.
 
 Everything follows from (q_raw, p_raw, position), so a head fitted on teacher-forced data reads the same numbers in the
 loop, whatever temperature or truncation is sampled with.
@@ -26,8 +26,9 @@ class FeatureSpec:
     """Which features there are.
 
     Attributes:
-      top: how many of the largest probabilities of each law are read; a token head's candidates are these tokens.
-      classes: token classes, whose mass under each law is read; 0 for none.
+      top: how many of the largest probabilities of each distribution are read; a token head's candidates are these
+        tokens.
+      classes: token classes, whose mass under each distribution is read; 0 for none.
       hidden_q: width of the drafter's last hidden state if it is read, 0 if not.
       hidden_p: the verifier's likewise.
     """
@@ -65,7 +66,7 @@ CANDIDATE_NAMES = ("log_q", "log_p", "q", "p", "rank_q", "rank_p", "is_argmax_q"
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The few tokens a token head scores: the most likely of either law.
+    """The few tokens a token head scores: the most likely of either distribution.
 
     Attributes:
       ids: [..., K] token ids, K = 2 top; the drafter's first.
@@ -99,10 +100,13 @@ def prefix_features(pair: Pair, spec: FeatureSpec, classes: Array | None = None)
       classes: [V] int32 class of each token; needed where spec.classes is not 0.
 
     Raises:
-      UserError: a law or the position is missing.
+      UserError: a distribution or the position is missing.
     """
     if pair.q_raw is None or pair.position is None:
-        raise UserError("a learned rule reads both models' laws and the output position, which are not known here")
+        raise UserError(
+            "a learned rule reads both models' distributions and the output position, which are missing here: use it "
+            "between a drafter model and its verifier"
+        )
     q, p = pair.q_raw.astype(jnp.float32), pair.p_raw.astype(jnp.float32)
     (top_q, ids_q), (top_p, ids_p) = jax.lax.top_k(q, spec.top), jax.lax.top_k(p, spec.top)
     columns = []
@@ -175,7 +179,7 @@ def candidates(pair: Pair, spec: FeatureSpec, classes: Array | None = None) -> C
 
 
 def _log_rank(law: Array, value: Array) -> Array:
-    """log(1 + how many tokens are more likely than `value`): law [..., V], value [...] or [..., K]."""
+    """log(1 + how many tokens are more likely than `value`): distribution [..., V], value [...] or [..., K]."""
     if value.ndim == law.ndim:
         return jnp.log1p(jnp.sum(law[..., None, :] > value[..., None], axis=-1).astype(jnp.float32))
     return jnp.log1p(jnp.sum(law > value[..., None], axis=-1).astype(jnp.float32))

@@ -193,7 +193,9 @@ def remark(head: Head) -> str:
     if head.config.kind == "token":
         what = "it says what the verifier says, so learned_token equals the plug-in test of the same name"
     else:
-        what = "it sees no gap anywhere, so learned_gap is lossless at alpha < 0 and the drafter's law at alpha >= 0"
+        what = (
+            "it sees no gap anywhere, so learned_gap is lossless at alpha < 0 and the drafter alone at alpha >= 0"
+        )
     return (
         f"the kept head is the one the fit began with, since no update lowered the left-out loss: {what}; "
         "collect more examples (LIMIT, SPLIT), lower fitting.FitConfig.learning_rate, or try another OBJECTIVE or LOSS"

@@ -1,4 +1,4 @@
-"""Who proposes: drafters, each reporting the law its tokens were really drawn from."""
+"""Who proposes: drafters, each reporting the distribution its tokens were really drawn from."""
 
 from speccascade_t5x.core.ngram import NGramTable, build_table
 from speccascade_t5x.drafting.build import cascade

@@ -1,7 +1,7 @@
 """Cascades of drafters: a drafter's draft is itself made by speculative decoding from smaller drafters.
 
 Vertical and horizontal cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024), any depth, with
-the law d of every drafted token, so that the last review is exact whatever happened below it.
+the distribution d of every drafted token, so that the last review is exact whatever happened below it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class CascadeDrafter:
     """See `interfaces.Drafter`; `drafting.cascade` builds it.
 
     Every review is one block of one model: the tokens its cache lacks, the current token and the inner draft.
-    Where much is lacking the inner draft is cut short so that the block keeps its size; whether to draft on may
-    depend on what has been drafted, so no law is touched. More than a block is caught up in calls of their own.
+    Where much is missing, the inner draft is cut short so that the block keeps its size; whether to draft on may
+    depend on what has been drafted, so no distribution changes. More than a block is caught up in separate calls.
 
     Parameters are {"models": one tree per model, "copier": the copying drafter's or None}.
 
     Attributes:
-      sampling: how laws are shaped; traced.
+      sampling: how distributions are shaped; traced.
       lenience: per model, L >= 1 between it and the draft it reviews, or None for an exact review; traced.
       rules: per model, the rule between it and the drafter below, or None; its alpha is traced.
       copier: the last drafter, if it copies.
@@ -57,8 +57,9 @@ class CascadeDrafter:
       plan: the K matrix.
       width: V; logits are cut to it.
       vocab_size: ids at or above it are never drafted.
-      reads: index of the model whose law q is reported at every drafted and bonus position, at the price of one
-        more call a round; None reports none. Where that model has a rule with the one below, q is that rule's law.
+      reads: index of the model whose distribution q is reported at every drafted and bonus position, at the price of
+        one more call a round; None reports none. Where that model has a rule with the one below, q is the distribution
+        of that rule.
     """
 
     sampling: Sampling
@@ -221,7 +222,7 @@ class CascadeDrafter:
         history = write_rows(carry["history"], outcome.token[:, None], after)
         tokens = _window(history, end + 1, size + 1)
         confidence = jnp.ones(tokens.shape, jnp.float32)
-        if any(value is not None for value in self.lenience):  # else nobody reads it, and no raw law is computed
+        if any(value is not None for value in self.lenience):  # nothing else reads it
             confidence = sure(tokens)
         written = {
             "count": jnp.where(active, after - start, count),
@@ -239,7 +240,7 @@ class CascadeDrafter:
         """What follows each token of an inner draft.
 
         Returns:
-          (carry, target law [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there).
+          (carry, target distribution [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there).
         """
         size, rule = draft.tokens.shape[1], self.rules[drafter]
         lower = None
@@ -261,7 +262,7 @@ class CascadeDrafter:
     def _score(
         self, job: _Job, drafter: int, carry: _Carry, start: Array, lengths: Array, size: int, rows: Array
     ) -> tuple[_Carry, ModelLaw]:
-        """The model law of `drafter` before and after each of `size` drafted tokens, in one more block of `rows`."""
+        """The distribution of model `drafter` around each of `size` drafted tokens, in one more block of `rows`."""
         lower, rule = None, self.rules[drafter]
         if rule is not None and rule.reads_drafter:
             carry, lower = self._score(job, drafter + 1, carry, start, lengths, size, rows)

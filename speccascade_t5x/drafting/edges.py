@@ -1,11 +1,11 @@
-"""What one drafter makes of a smaller drafter's draft: the target law of an edge between two drafters.
+"""What one drafter makes of a smaller drafter's draft: the target distribution of an edge between two drafters.
 
-Three kinds of edge, with s the law each drafted token was really drawn from and m the upper model's law:
+There are three kinds of edge. s is the distribution each drafted token was drawn from, m the upper model's:
   exact     Tr(m);
   lenient   min(s, L m) + (1 - sum) norm(max(0, m - s)), L = 1/l >= 1, and m at the bonus position: "Cascade
             Speculative Drafting" (its lossy acceptance min(1, L m / s));
-  by rule   Tr(rule(Q, M)), Q being the lower drafter's model law: three or more models under rules.
-Whichever it is, `core.verify.token` then realises it, and it is the law d of what comes out.
+  by rule   Tr(rule(Q, M)), Q being the lower drafter's model distribution: three or more models under rules.
+Whichever it is, `core.verify.token` then realises it, and it is the distribution d of what comes out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ModelLaw:
     Attributes:
       tempered: [B, T, V] after temperature, untruncated: what a rule above mixes.
       raw: [B, T, V] at temperature 1: what its tests read.
-      sampled: [B, T, V] Tr of the tempered law: what tokens are drawn from.
+      sampled: [B, T, V] Tr of the tempered distribution: what tokens are drawn from.
     """
 
     tempered: Array
@@ -60,20 +60,20 @@ trees.register(Draft)
 
 
 def model_law(logits: Array, sampling: Sampling, vocab_size: int | None) -> ModelLaw:
-    """One model's law from its logits [B, T, V]."""
+    """One model's distribution from its logits [B, T, V]."""
     tempered = probs.tempered(logits, sampling.temperature, vocab_size)
     return ModelLaw(tempered, probs.raw(logits, vocab_size), probs.truncate(tempered, sampling))
 
 
 def raw_chance(logits: Array, tokens: Array, vocab_size: int | None) -> Array:
-    """The probability of each token at temperature 1, [..., V] x [...] -> [...]; makes no law of the logits."""
+    """The probability of each token at temperature 1, [..., V] x [...] -> [...], without a full softmax."""
     logits = probs.mask_vocabulary(logits, vocab_size)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
 def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Sampling) -> ModelLaw:
-    """The law of a rule over two drafters: q' = rule(q1, q2), and q'_raw of the raw pair.
+    """The distribution of a rule over two drafters: q' = rule(q1, q2), and q'_raw of the raw pair.
 
     Args:
       rule: the edge's rule.
@@ -90,7 +90,7 @@ def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Samp
 
 
 def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, sampling: Sampling) -> Array:
-    """The target law of a lenient edge, [B, G + 1, V]; position i is the law after i drafted tokens.
+    """The target distribution of a lenient edge, [B, G + 1, V]; position i is the distribution after i drafted tokens.
 
     `sure` [B, G] is the raw probability of each drafted token under the upper model.
     At temperature 0 it is the published acceptance: the token stands if it is the upper model's argmax, or if

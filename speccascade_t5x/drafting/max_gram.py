@@ -30,12 +30,12 @@ class MaxGram:
     `max_ngram` small and no table.
 
     Parameters are {"table": NGramTable or None}. A copied token, and a filled one unless `fill` is "sample", has
-    the one-hot law; a sampled one has Tr of the table's law.
+    the one-hot distribution; a sampled one has Tr of the table's distribution.
 
     Attributes:
-      sampling: shapes the table's law where `fill` is "sample"; traced.
+      sampling: shapes the table's distribution where `fill` is "sample"; traced.
       draft_len: G.
-      width: V of the laws.
+      width: V of the distributions.
       vocab_size: ids at or above it are never drafted.
       max_ngram: longest match that counts; None leaves it open (Max-Gram).
       min_ngram: a shorter match is none.
@@ -77,7 +77,7 @@ class MaxGram:
 
     @property
     def score_bonus(self) -> bool:
-        """No model's law q stands behind a copied token."""
+        """No model's distribution q stands behind a copied token."""
         return False
 
     @property
@@ -216,7 +216,7 @@ class MaxGram:
         return tokens.T, jnp.where(sure, one_hot, laws.swapaxes(0, 1))
 
     def _sampled_law(self, law: Array) -> Array:
-        """Tr of the table's law at the sampling temperature, [B, V]."""
+        """Tr of the table's distribution at the sampling temperature, [B, V]."""
         logits = jnp.log(law[..., : self.width])
         return probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
 
@@ -247,7 +247,7 @@ def max_gram(
     """
     if table is not None and table.vocab_size < width:
         raise UserError(
-            f"the n-gram table has {table.vocab_size} ids, but the laws are {width} wide: build it for {width} ids"
+            f"the n-gram table has {table.vocab_size} ids, but distributions have {width}: build it for {width} ids"
         )
     drafter = MaxGram(sampling or probs.Sampling(), draft_len, width, **options)
     return Bound(drafter, {"table": jax.tree.map(jnp.asarray, table)})

@@ -23,7 +23,7 @@ class ModelDrafter:
     which costs one position and fills the slot a wholly accepted draft has left behind.
 
     Attributes:
-      sampling: how the drafter's law is shaped; traced.
+      sampling: how the drafter's distribution is shaped; traced.
       model: the language model.
       draft_len: G.
       width: V; logits are cut to it.

@@ -1,4 +1,4 @@
-"""n-gram tables as LanguageModels: free drafters, and laws small enough to enumerate in tests."""
+"""n-gram tables as LanguageModels: free drafters, and distributions small enough to enumerate in tests."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_a_packaged_task_into_a_bundle_that_infer_reads(corpus, capsys):
     out, err = capsys.readouterr()
     assert "seed 0: left-out loss" in out and "learned gap" in out and "wrote out/bundle" in out
     assert "nothing was learnt: the kept head is the one the fit began with" in out
-    assert "lossless at alpha < 0 and the drafter's law at alpha >= 0; collect more examples" in out
+    assert "lossless at alpha < 0 and the drafter alone at alpha >= 0; collect more examples" in out
     assert "**Nothing was learnt:** the kept head is the one" in Path("out/deferral-report.md").read_text()
     assert "collected fit: 2 examples" in err and "Traceback" not in err
     report = json.loads(Path("out/deferral-report.json").read_text())

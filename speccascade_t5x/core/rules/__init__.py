@@ -1,4 +1,4 @@
-"""Rules: what law may be emitted, given the drafter's law q and the verifier's law p.
+"""Rules: what distribution may be emitted, given the drafter's distribution q and the verifier's distribution p.
 
 A rule implements ONE method, `target(pair) -> pi`. How drafts are accepted and what replaces a rejected one
 follow from pi alone (`core.verify`). Tests read the raw pair (temperature 1); what is mixed into pi is the

@@ -20,9 +20,9 @@ class Pair:
     """Everything a rule may read at one or many positions.
 
     Attributes:
-      q: [..., V] drafter's law after temperature, untruncated (None for rules that read no drafter).
+      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter).
       p: [..., V] verifier's, likewise.
-      q_raw: [..., V] drafter's law at temperature 1 (None likewise).
+      q_raw: [..., V] drafter's distribution at temperature 1 (None likewise).
       p_raw: [..., V] verifier's.
       greedy: True where temperature is 0; bool, traced or not, scalar or [B].
       position: [...] output position, for rules that read it.
@@ -78,14 +78,14 @@ class Rule:
     source: ClassVar[str] = ""
 
     def target(self, pair: Pair) -> Array:
-        """The target law pi, [..., V]."""
+        """The target distribution pi, [..., V]."""
         raise NotImplementedError
 
     def target_at(self, pair: Pair, tokens: Array) -> Array:
         """pi of one token per position, [...]: `target` gathered at tokens [...].
 
-        Derived from `target`. A class may override it to build no law over the vocabulary; its values must stay the
-        same, so a subclass that overrides `target` overrides this as well.
+        Derived from `target`. A class may override it to avoid building a distribution over the vocabulary; the values
+        must stay the same, so a subclass that overrides `target` overrides this as well.
         """
         return probs.gather(self.target(pair), tokens)
 
@@ -94,7 +94,7 @@ class Rule:
         return jnp.ones(pair.p.shape[:-1], jnp.float32)
 
     def verdict(self, pair: Pair) -> Verdict:
-        """The same law as accept probabilities and residual against drafts from `pair.q`."""
+        """The same distribution as accept probabilities and residual against drafts from `pair.q`."""
         target = self.target(pair)
         ratio = target / jnp.where(pair.q > 0, pair.q, 1.0)
         accept = jnp.where(pair.q > 0, jnp.minimum(1.0, ratio), 0.0)

@@ -1,4 +1,4 @@
-"""Rules with no deferral test: the lossless law, mixtures and truncations of p, lossy speculative decoding."""
+"""Rules with no deferral test: the lossless distribution, mixtures and truncations of p, lossy speculative decoding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CoS(AlphaRule):
 
 
 class MinP(AlphaRule):
-    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the law ([LV]).
+    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the distribution ([LV]).
 
     The fair baseline of TokenV3 at the same alpha: the same kept set, without the drafter's mass.
     """
@@ -67,7 +67,7 @@ class MinP(AlphaRule):
 class LossySD(AlphaRule):
     """Lossy speculative decoding with lenience l = 1 - alpha: drafts stand with probability min(1, p / (l q)).
 
-    What replaces a rejected draft decides the law:
+    What replaces a rejected draft decides the distribution:
       shifted: pi = min(q, p/l) + (1 - sum min(q, p/l)) norm(max(0, p - q))    [the [SC] notebook]
       optimal: pi = max(min(q, p/l), p/b), b >= 1 chosen so that it sums to 1  [Tran-Thien, mentored decoding]
     At temperature 0, where both p and q are one-hot: the drafter's argmax iff p_raw of it is at least
