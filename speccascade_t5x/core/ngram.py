@@ -1,8 +1,8 @@
-"""Bigram and trigram tables, sparse and smoothed: distributions that cost no model call.
+"""Sparse, smoothed bigram and trigram tables: next-token distributions that cost no model call.
 
-A context keeps its most frequent successors; the mass of the rest goes to the next shorter context, down to
-single tokens with add-one smoothing. So every token has a positive probability everywhere, and a table of a
-32k vocabulary takes a few megabytes, where a dense [V, V] one would take gigabytes.
+A context keeps its most frequent successors; the remaining mass goes to the next shorter context, down to single
+tokens with add-one smoothing. Every token therefore has a positive probability in every context, and a table of a 32k
+vocabulary takes a few megabytes where a dense [V, V] table would take gigabytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NGramTable:
       unigram: [V] distribution of single tokens, positive everywhere.
       successors: [V, K] ids after one token of context; -1 where there are fewer.
       shares: [V, K] their shares of the mass; 0 where there is no successor.
-      starts: [V + 1] where in `seconds` the pairs that begin with each token stand; None in a bigram table.
+      starts: [V + 1] where the pairs that begin with each token start in `seconds`; None in a bigram table.
       seconds: [C] the second token of each pair of context, ascending below its first; None likewise.
       pair_successors: [C, K] ids after two tokens of context, likewise.
       pair_shares: [C, K] their shares.
@@ -60,14 +60,14 @@ class NGramTable:
         return law
 
     def best(self, before: Array, last: Array, below: int | None = None) -> Array:
-        """The most probable next token of id < `below`, ties to the lower id: [B] int32. Reads no whole distribution.
+        """The most probable next token of id < `below`, ties to the lower id: [B] int32. Builds no [B, V] array.
 
         Arguments are those of `law`.
         """
         levels = self._levels(before, last)
         allowed = self.unigram if below is None else self.unigram[:below]
         common = jnp.broadcast_to(jnp.argmax(allowed).astype(jnp.int32), (*last.shape, 1))
-        # Without a share at any level a token ranks by the unigram distribution, so one such candidate is enough.
+        # A token with no share at any level ranks by its unigram probability, so one such candidate is enough.
         candidates = jnp.concatenate([common, *(ids for ids, _ in levels)], axis=-1)
         known = (candidates >= 0) & (candidates < self.vocab_size if below is None else candidates < below)
         chance = self.unigram[jnp.maximum(candidates, 0)]
@@ -136,20 +136,20 @@ def build_table(
     Shares are (count - discount) / total of the context: interpolated absolute discounting.
 
     Args:
-      sequences: token ids of each output, EOS included where it should be drafted, without padding.
+      sequences: token ids of each output without padding, with EOS if it should be drafted.
       vocab_size: V.
       order: 2 for a bigram table, 3 for a trigram table on top of it.
       successors: K, most successors kept per context.
-      discount: between 0 and 1 excluded; what each successor gives up to the shorter context.
-      start_id: stands before every sequence, as the decoder start token does.
+      discount: count that each successor gives up to the shorter context, strictly between 0 and 1.
+      start_id: put before every sequence, as the decoder start token is.
 
     Raises:
       UserError: an option out of range, an empty corpus, or an id outside the vocabulary.
     """
     if order not in (2, 3):
-        raise UserError(f"order={order} is no table this package builds: use 2 (bigram) or 3 (trigram)")
+        raise UserError(f"order={order} is not supported: use 2 (bigram) or 3 (trigram)")
     if not 0.0 < discount < 1.0:
-        raise UserError(f"discount={discount} must lie between 0 and 1, both excluded")
+        raise UserError(f"discount={discount} is out of range: it must lie strictly between 0 and 1")
     if successors < 1:
         raise UserError(f"successors={successors} is too small: it must be 1 or more")
     text, begins = _joined(sequences, vocab_size, start_id)
@@ -176,7 +176,7 @@ def build_table(
 
 
 def _joined(sequences: Iterable[Sequence[int]], vocab_size: int, start_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences behind each other, each after `start_id`, and where they begin."""
+    """All sequences joined, each after `start_id`, and where each begins."""
     parts = [np.asarray(sequence, np.int64).ravel() for sequence in sequences]
     if not sum(part.size for part in parts):
         raise UserError("the corpus of an n-gram table is empty: give it at least one token")
@@ -184,7 +184,10 @@ def _joined(sequences: Iterable[Sequence[int]], vocab_size: int, start_id: int) 
     text = np.concatenate([np.append(np.int64(start_id), part) for part in parts])
     if text.min() < 0 or text.max() >= vocab_size:
         odd = text[(text < 0) | (text >= vocab_size)][0]
-        raise UserError(f"the corpus of an n-gram table holds the id {odd}, but the vocabulary has {vocab_size} ids")
+        raise UserError(
+            f"the corpus of an n-gram table holds the id {odd}, but the vocabulary has {vocab_size} ids: tokenise it "
+            "with that vocabulary"
+        )
     return text, begins
 
 

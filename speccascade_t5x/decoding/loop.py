@@ -83,7 +83,7 @@ def refill(program: Program, state: State, rows: Array, inputs: PyTree, key: Arr
 
 
 def move(state: State, waiting: State, source: Array, target: Array) -> State:
-    """Replaces rows by rows of another state that have just begun. No input is read, so it costs a copy only.
+    """Replaces rows by rows of another state that have just begun. No input is read, so it only costs a copy.
 
     Args:
       state: the state to change.

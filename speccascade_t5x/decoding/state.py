@@ -1,4 +1,4 @@
-"""What a decode carries from round to round, and what it returns."""
+"""The state a decode carries from round to round, and its output."""
 
 from __future__ import annotations
 

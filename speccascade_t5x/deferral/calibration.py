@@ -1,4 +1,4 @@
-"""Calibration of what a plug-in rule READS; the distributions that are sampled stay as they are.
+"""Calibration of what a plug-in rule READS; the distributions that are sampled do not change.
 
 Temperature scaling and vector scaling (Guo et al. 2017) give a calibrated distribution; isotonic regression gives a
 calibrated confidence, the probability that the argmax is right. All three are fitted on teacher-forced targets of the
@@ -22,7 +22,7 @@ from speccascade_t5x.interfaces import Array, UserError
 
 KINDS = ("identity", "temperature", "vector", "isotonic")
 BINS = 15
-# Reciprocal temperatures a first pass looks at; a second pass looks between two of them.
+# Reciprocal temperatures of a first pass; a second pass refines between two of them.
 _GRID = np.geomspace(1 / 16, 16.0, 33)
 _BISECTIONS = 17
 _VECTOR_STEPS, _VECTOR_RATE, _VECTOR_DECAY = 200, 0.03, 1e-4
@@ -51,7 +51,7 @@ class Calibration:
             raise UserError(f"the calibration {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
 
     def law(self, raw: Array) -> Array:
-        """The calibrated distribution, [..., V]. Impossible tokens stay impossible.
+        """The calibrated distribution, [..., V]. A token of probability 0 keeps it.
 
         Raises:
           UserError: isotonic regression gives no distribution.
@@ -64,7 +64,7 @@ class Calibration:
         if self.kind == "temperature":
             logits = logits / self.values["temperature"]
         else:
-            # A padded tail has no parameters of its own and no probability either.
+            # A padded tail has neither parameters nor probability.
             short = raw.shape[-1] - self.values["scale"].shape[-1]
             scale = jnp.pad(self.values["scale"][: raw.shape[-1]], (0, max(short, 0)), constant_values=1.0)
             bias = jnp.pad(self.values["bias"][: raw.shape[-1]], (0, max(short, 0)))
@@ -104,14 +104,14 @@ trees.register(PairCalibration)
 
 
 def identity() -> Calibration:
-    """Leaves everything as it is."""
+    """A calibration that changes nothing."""
     return Calibration("identity", {})
 
 
 def remembered(batches: Batches, most_bytes: int = _REMEMBERED) -> Batches:
-    """The same batches, held in memory from the first pass on while they are no larger than `most_bytes`.
+    """The same batches, kept in memory after the first pass if they total at most `most_bytes`.
 
-    Vector scaling passes over them dozens of times; where they are too many, they are computed anew each time.
+    Vector scaling passes over them dozens of times; batches beyond the limit are computed anew in each pass.
     """
     held: list[tuple[np.ndarray, np.ndarray]] = []
     whole = [False]
@@ -249,7 +249,7 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     last = np.cumsum(counts) - 1
     knots = np.stack([values[last - np.array(counts) + 1], values[last]], axis=1).ravel()
     heights = np.repeat(levels, 2)
-    # Always as many knots, so that no fit compiles a program of its own; a last one that is repeated changes nothing.
+    # The number of knots is always the same, so no fit compiles its own program; repeating the last knot is harmless.
     places = np.linspace(0, len(knots) - 1, _MOST_KNOTS).round().astype(int) if len(knots) > _MOST_KNOTS else None
     places = np.minimum(np.arange(_MOST_KNOTS), len(knots) - 1) if places is None else places
     knots, heights = knots[places], heights[places]

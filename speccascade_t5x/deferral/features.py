@@ -1,7 +1,7 @@
-"""What a head reads at a prefix: figures of both models' distributions at temperature 1, and of a few candidate tokens.
+"""Features that a head reads at a prefix: figures of both models' distributions at temperature 1, and of candidates.
 
-Everything follows from (q_raw, p_raw, position), so a head fitted on teacher-forced data reads the same numbers in the
-loop, whatever temperature or truncation is sampled with.
+They depend on (q_raw, p_raw, position) alone, so a head fitted on teacher-forced data reads the same numbers in the
+loop, whatever the temperature or truncation of sampling.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.interfaces import Array, UserError
 
-LOG_FLOOR = -20.0  # natural logarithms are cut off here: a probability of 0 must stay a number
+LOG_FLOOR = -20.0  # natural logarithms are clipped here, so that a probability of 0 gives a finite number
 _SLOW_POSITION = 100.0
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """Which features there are.
+    """Which features are computed.
 
     Attributes:
       top: how many of the largest probabilities of each distribution are read; a token head's candidates are these
@@ -70,7 +70,7 @@ class Candidates:
 
     Attributes:
       ids: [..., K] token ids, K = 2 top; the drafter's first.
-      valid: [..., K] bool, False for one of the drafter's that stands among the verifier's too.
+      valid: [..., K] bool, False for a drafter's token that is among the verifier's too.
       features: [..., K, Fc] of each.
       log_p: [..., K] log p_raw of each, cut at LOG_FLOOR.
       log_rest: [...] log of the mass p_raw leaves to all other tokens, cut likewise.
@@ -139,7 +139,7 @@ def prefix_features(pair: Pair, spec: FeatureSpec, classes: Array | None = None)
 def class_mass(law: Array, spec: FeatureSpec, classes: Array | None) -> Array:
     """[..., V] -> [..., classes]: the mass of each token class."""
     if classes is None:
-        raise UserError("these features read token classes, but no class of each token was given")
+        raise UserError("these features read token classes, but none were given: pass the class of each token")
     return law @ jax.nn.one_hot(classes, spec.classes, dtype=jnp.float32)
 
 

@@ -56,19 +56,19 @@ def by_example(values: np.ndarray, example: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def best_threshold(score: np.ndarray, positions: Positions, alpha: float) -> float:
-    """The threshold on `score` alone with the least objective at alpha; for rules whose test knows no distance."""
+    """The threshold on `score` with the least objective at alpha, for rules whose test does not read the distance."""
     order = np.argsort(-score, kind="stable")
     gain = (positions.loss_p + alpha * positions.distance - positions.loss_q)[order]
     total = np.concatenate([[0.0], np.cumsum(gain)])
     ranked = score[order]
-    # Only between different scores can a threshold lie.
+    # A threshold can only lie between different scores.
     splits = np.concatenate([[True], ranked[1:] < ranked[:-1], [True]])
     at = int(np.flatnonzero(splits)[np.argmin(total[splits])])
     return float("inf") if at == 0 else float(np.nextafter(ranked[at - 1], -np.inf))
 
 
 def area_under_curve(score: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive outranks a negative, ties counted half; NaN where one kind lacks."""
+    """Probability that a positive outranks a negative, ties counted half; NaN where one kind is missing."""
     positive = np.asarray(positive, bool)
     many, few = int(positive.sum()), int((~positive).sum())
     if not many or not few:

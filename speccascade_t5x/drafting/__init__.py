@@ -1,4 +1,4 @@
-"""Who proposes: drafters, each reporting the distribution its tokens were really drawn from."""
+"""Drafters: each proposes tokens and reports the distribution they were drawn from."""
 
 from speccascade_t5x.core.ngram import NGramTable, build_table
 from speccascade_t5x.drafting.build import cascade

@@ -1,4 +1,4 @@
-"""Cascades put together from bound models, and combinations that have no distribution refused."""
+"""Builds cascades from bound models and rejects combinations that have no target distribution."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cascade(
       reads: index of the model whose distribution the verifier's rule reads; None where it reads none.
 
     Raises:
-      UserError: a combination that cannot be run; the message says why and what to use instead.
+      UserError: the combination cannot be run; the message says why and what to use instead.
     """
     if not models:
         raise UserError("a cascade needs a language model: use drafting.max_gram alone, or add a model")
@@ -79,7 +79,7 @@ def _per_model(values: Sequence | None, count: int, name: str) -> list:
 def _lenience(
     lenience: Array | float | Sequence[Array | float | None] | None, rules: list[Rule | None], drafts: list[bool]
 ) -> list[Array | float | None]:
-    """One checked entry per model; a single number goes to every edge, and clashes with a rule on any."""
+    """One checked entry per model; a single number applies to every edge and conflicts with a rule on any of them."""
     if lenience is not None and (isinstance(lenience, jax.Array | np.ndarray) or np.ndim(lenience) == 0):
         lenience = [lenience if below else None for below in drafts]
     lenience = _per_model(lenience, len(rules), "lenience")
@@ -97,7 +97,7 @@ def _lenience(
 
 
 def _check_reads(reads: int | None, count: int) -> None:
-    """Refuses a distribution that no model has."""
+    """Rejects an index that names no model."""
     if reads is not None and not 0 <= reads < count:
         raise UserError(
             f"reads={reads} names no model of this cascade: give the index of one, from 0 to {count - 1} (a rule reads "
@@ -114,7 +114,7 @@ def _checked_rules(rules: Sequence[Rule | None] | None, plan: KMatrix) -> list[R
 
 
 def _check_rule(model: int, rule: Rule | None, models: int, length: int, row: Sequence[int]) -> None:
-    """Refuses a rule where there is no draft below it, or no model's distribution behind that draft."""
+    """Rejects a rule with no draft below it, or with a draft that has no model's distribution."""
     if rule is None:
         return
     name = type(rule).__name__

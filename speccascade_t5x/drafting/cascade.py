@@ -1,7 +1,7 @@
 """Cascades of drafters: a drafter's draft is itself made by speculative decoding from smaller drafters.
 
-Vertical and horizontal cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024), any depth, with
-the distribution d of every drafted token, so that the last review is exact whatever happened below it.
+This is the vertical and horizontal cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024) at any depth.
+Every drafted token carries its distribution d, so the last review is exact whatever happened below it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
 
 # What the drafting of one round carries (`_Carry`): {"history": [B, N] tokens by output index, "caches": one per
 # model, "valid": [B] per model, how many leading slots of its cache hold the history's tokens, "calls": [B] per
-# model}. Beyond a row's current token everything is leftovers that later writes replace.
+# model}. What lies beyond a row's current token is left over from earlier rounds, and later writes replace it.
 _Carry = dict[str, Any]
 
 
@@ -42,7 +42,7 @@ class _Job:
 class CascadeDrafter:
     """See `interfaces.Drafter`; `drafting.cascade` builds it.
 
-    Every review is one block of one model: the tokens its cache lacks, the current token and the inner draft.
+    Every review is one block of one model: the tokens missing from its cache, the current token and the inner draft.
     Where much is missing, the inner draft is cut short so that the block keeps its size; whether to draft on may
     depend on what has been drafted, so no distribution changes. More than a block is caught up in separate calls.
 
@@ -211,7 +211,7 @@ class CascadeDrafter:
         size = self.plan.length(drafter + 1)
         block = self.plan.block(drafter)
         lag = end - carry["valid"][drafter]
-        lag = jnp.where(active, lag % block, lag)  # what is left after blocks that only catch up
+        lag = jnp.where(active, lag % block, lag)  # what remains after blocks that only catch up
         inner = jnp.where(active, jnp.minimum(limit - count, block - lag) - 1, 0)
         carry, draft = self._draft(job, drafter + 1, carry, end, jnp.clip(inner, 0, size), noise[:, : -size - 1])
         carry, target, sure = self._target(job, drafter, carry, draft, end, lag, block, active)
@@ -275,13 +275,13 @@ class CascadeDrafter:
     def _read(
         self, job: _Job, drafter: int, carry: _Carry, last: Array, block: int, rows: Array
     ) -> tuple[_Carry, Array]:
-        """Feeds a model's cache what it lacks before last[b], then reads the block that begins there.
+        """Feeds a model the tokens before last[b] that are missing from its cache, then the block that begins there.
 
-        Blocks that only catch up and the one that is wanted run in one loop, so the model is compiled once here.
-        Rows that need fewer blocks read theirs again. Does not touch "valid".
+        The blocks that only catch up and the last one run in one loop, so the model is compiled once here. Rows that
+        need fewer blocks read their last one again. "valid" is not changed.
 
         Returns:
-          (carry, logits [B, block, V] of the block that begins at last[b]); `rows` are charged.
+          (carry, logits [B, block, V] of the block that begins at last[b]); the calls are counted for `rows`.
         """
         model, params = self.models[drafter], job.params["models"][drafter]
         history, valid = carry["history"], carry["valid"][drafter]

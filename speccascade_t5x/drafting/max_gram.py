@@ -1,4 +1,4 @@
-"""Drafts that are copied: Max-Gram and prompt lookup, with n-gram tables for the rest. They cost no model call.
+"""Copied drafts: Max-Gram and prompt lookup, filled up from n-gram tables. They cost no model call.
 
 Source: Max-Gram of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
 """
@@ -24,24 +24,23 @@ _GAP, _AHEAD, _BEFORE = -1, -2, -3
 class MaxGram:
     """Copies what followed the longest earlier occurrence of the output's last tokens; see `interfaces.Drafter`.
 
-    Searched are the prompt (for an encoder-decoder the encoder's input, where the vocabularies are shared) and
-    the row's own output. Positions beyond the copy are filled from an n-gram table where there is one; without
-    it the draft ends with the copy, and is empty where nothing matches. Prompt lookup is this drafter with
-    `max_ngram` small and no table.
+    It searches the prompt (for an encoder-decoder the encoder's input, which shares the vocabulary) and the row's own
+    output. If there is an n-gram table, it fills the positions beyond the copy; otherwise the draft ends with the copy,
+    and is empty if nothing matches. Prompt lookup is this drafter with a small `max_ngram` and no table.
 
-    Parameters are {"table": NGramTable or None}. A copied token, and a filled one unless `fill` is "sample", has
-    the one-hot distribution; a sampled one has Tr of the table's distribution.
+    Parameters are {"table": NGramTable or None}. A copied token has the one-hot distribution, and so has a filled one
+    unless `fill` is "sample"; a sampled token has Tr of the table's distribution.
 
     Attributes:
       sampling: shapes the table's distribution where `fill` is "sample"; traced.
       draft_len: G.
       width: V of the distributions.
       vocab_size: ids at or above it are never drafted.
-      max_ngram: longest match that counts; None leaves it open (Max-Gram).
-      min_ngram: a shorter match is none.
+      max_ngram: longest match that is looked for; None sets no limit (Max-Gram).
+      min_ngram: shortest match that is used.
       fill: "argmax" or "sample" of the table.
-      latest: of equally long matches, take the last instead of the first.
-      prompt: which input is searched; None searches the output alone. Id 0 is padding there.
+      latest: whether the last of equally long matches is taken instead of the first.
+      prompt: the input that is searched, in which id 0 is padding; None searches the output alone.
     """
 
     sampling: probs.Sampling
@@ -77,7 +76,7 @@ class MaxGram:
 
     @property
     def score_bonus(self) -> bool:
-        """No model's distribution q stands behind a copied token."""
+        """False: a copied token has no model's distribution q."""
         return False
 
     @property
@@ -227,7 +226,7 @@ trees.register(MaxGram, static=[f.name for f in dataclasses.fields(MaxGram) if f
 def remember(history: Array, last_two: Array, end: Array) -> Array:
     """Writes the last two committed tokens [B, 2] so that the second stands at end[b].
 
-    Where only the start token exists it stands twice in `last_two`, and index 0 gets it.
+    If only the start token exists, `last_two` holds it twice, and it is written to index 0.
     """
     history = write_rows(history, last_two[:, :1], jnp.maximum(end - 1, 0))
     return write_rows(history, last_two[:, 1:], end)
@@ -254,5 +253,5 @@ def max_gram(
 
 
 def prompt_lookup(draft_len: int, width: int, max_ngram: int = 3, min_ngram: int = 1, **options) -> Bound:
-    """Prompt lookup: Max-Gram with matches of `min_ngram` to `max_ngram` tokens, and nothing where none is found."""
+    """Prompt lookup: Max-Gram with matches of `min_ngram` to `max_ngram` tokens, no draft without a match."""
     return max_gram(draft_len, width, None, max_ngram=max_ngram, min_ngram=min_ngram, **options)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array
 
-# The longest block that is written by selecting, and the largest row of a cache: a prompt is longer, and written once;
-# passing over more bytes than that takes a TPU v4 longer than its loop takes for a row (docs/precompile.md).
+# The longest block and the largest cache row that are written by selecting. A prompt is longer, but written only once;
+# beyond so many bytes a TPU v4 takes longer to pass over a row than to write it in a loop (docs/precompile.md).
 MOST_SELECTED, MOST_BYTES = 16, 2**21
 
 
@@ -53,13 +53,13 @@ def write(stored: Array, block: Array, positions: Array) -> Array:
 
 
 def slices(stored: Array, block: Array, positions: Array) -> Array:
-    """`write`, a slice per row."""
+    """`write` with one slice per row."""
     row_write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))  # noqa: E731
     return jax.vmap(row_write)(stored, block, positions)
 
 
 def selected(stored: Array, block: Array, positions: Array) -> Array:
-    """`write`, a choice per slot; nothing is computed, so the bits are those of `slices`."""
+    """`write` by a choice per slot. It does no arithmetic, so the result is bit-identical to that of `slices`."""
     column = jnp.arange(stored.shape[2]) - positions[:, None]  # of the block that belongs into each slot, [B, S]
     for i in range(block.shape[2]):
         stored = jnp.where((column == i)[:, None, :, None], block[:, :, i : i + 1], stored)

@@ -1,4 +1,4 @@
-"""n-gram tables as LanguageModels: free drafters, and distributions small enough to enumerate in tests."""
+"""n-gram tables as LanguageModels: drafters that call no network, and models small enough to enumerate in tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TableModel:
     """Next-token logits looked up by the last `order` tokens.
 
     Parameters are {"logits": [V] * order + [V]}. Contexts that reach before the first token are filled with
-    `start_id`. Inputs only tell how many rows there are, unless they hold the prompts of decoder-only models
-    (`models.prompts`): a table then writes on after them, beside such a model or alone.
+    `start_id`. Inputs only give the number of rows, unless they hold the prompts of decoder-only models
+    (`models.prompts`): the table then continues them, beside such a model or alone.
 
     Attributes:
       vocab_size: V.
@@ -66,9 +66,9 @@ class TableModel:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NGramModel(TableModel):
-    """An `NGramTable` as a LanguageModel: no call of a network, and a distribution q that rules may read.
+    """An `NGramTable` as a LanguageModel: it calls no network, and its distribution q can be read by rules.
 
-    Parameters are {"table": NGramTable}. What stands before the first token is unknown, not `start_id`.
+    Parameters are {"table": NGramTable}. The token before the first one is unknown, not `start_id`.
     """
 
     def _logits(self, params: PyTree, stored: Array, query: Array) -> Array:

@@ -113,7 +113,10 @@ def test_prompt_lookup_is_max_gram_with_short_matches_and_no_table(pair):
         ({"drafter": "cascade", "k_matrix": [[1, 1], [1, 1]]}, r"K\[1\]\[0\]=1 lies below the diagonal"),
         ({"drafter": "cascade", "lenience": 0.5}, "lenience=0.5 is outside its range"),
         ({"drafter": "cascade", "edge_rules": [["token_v3"]]}, r"write \(rule, alpha\), or None"),
-        ({"drafter": "cascade", "edge_rules": [["token_v3", 0.3]]}, "TokenV3 reads the distribution of the model below model 0"),
+        (
+            {"drafter": "cascade", "edge_rules": [["token_v3", 0.3]]},
+            "TokenV3 reads the distribution of the model below model 0",
+        ),
         ({"drafter": "max_gram", "max_ngram": 1, "min_ngram": 2}, "min_ngram must be 1 or more, and max_ngram no less"),
         ({"drafter": "max_gram", "ngram_fill": "beam"}, "fill='beam' is unknown: use 'argmax' or 'sample'"),
         ({"draft_len": "auto"}, "draft_len='auto' follows a plan, but none is named: run `speccascade plan"),

@@ -42,7 +42,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A rule as accept probabilities and residual, for drafts from q. Derived from pi; for reading, not for the loop.
+    """A rule as accept probabilities and residual, for drafts from q. It is derived from pi; the loop does not use it.
 
     Attributes:
       accept: [..., V] min(1, pi / q), 0 where q is 0.
@@ -63,10 +63,10 @@ class Rule:
 
     Class attributes, static per program:
       reads_drafter: whether pi depends on q. If so the drafter must also be scored at the bonus position.
-      reads_hidden: whether it reads the models' last hidden states; a learned rule says so by its head.
-      truncates_inputs: whether top-k and friends shape p and q before the rule instead of pi after it.
+      reads_hidden: whether it reads the models' last hidden states; for a learned rule this depends on its head.
+      truncates_inputs: whether truncation (top-k, top-p, min-p) applies to p and q before the rule, not to pi after it.
       alpha_range: (lowest, highest) valid alpha; None where the rule takes no alpha.
-      ends: what the lossless end and the drafter-only end of alpha are, for people.
+      ends: the lossless and the drafter-only end of alpha, as text for users.
       source: where the rule comes from.
     """
 
@@ -103,7 +103,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class AlphaRule(Rule):
-    """A rule with the trade-off knob alpha: scalar or [B], a traced leaf, so that a sweep compiles once."""
+    """A rule with the trade-off alpha, a traced leaf (scalar or [B]), so that a sweep compiles once."""
 
     alpha: Array | float
 
@@ -122,7 +122,7 @@ class PrefixRule(AlphaRule):
     tests_drafter_alone: ClassVar[bool] = False
 
     def defers(self, pair: Pair) -> Array:
-        """[...] bool r: True where the verifier must speak."""
+        """[...] bool r: True where the position is the verifier's."""
         raise NotImplementedError
 
     def target(self, pair: Pair) -> Array:
