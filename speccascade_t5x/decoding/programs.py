@@ -51,7 +51,8 @@ def speculative_program(
             raise UserError("draft_stop needs a language model as drafter: this drafter decides its lengths itself")
         if drafter.model.draft_len != config.draft_len:
             raise UserError(
-                f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}: make them equal"
+                f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}: "
+                "make them equal"
             )
         _check_drafter(drafter.model, rule, config, sampling, width)
         if rule.reads_hidden:
