@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array, PyTree, UserError
-from speccascade_t5x.models import cache as kv_cache
-from speccascade_t5x.models import transformer
+from speccascade_t5x.models import kv_cache, transformer
 from speccascade_t5x.models.attention import mask_bias, meeting
 from speccascade_t5x.models.layers import dropout
 from speccascade_t5x.models.parameters import init_params as init_params

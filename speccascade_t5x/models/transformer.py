@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array, PyTree, UserError
-from speccascade_t5x.models import cache as kv_cache
+from speccascade_t5x.models import kv_cache
 from speccascade_t5x.models.attention import Attention, mask_bias
 from speccascade_t5x.models.layers import ACTIVATIONS, MLP, Dense, Embed, RelativePositionBias, RMSNorm, dropout
 from speccascade_t5x.models.prompts import repeats

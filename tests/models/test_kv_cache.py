@@ -17,10 +17,10 @@ from speccascade_t5x.models import (
     TableModel,
     bigram,
     init_params,
+    kv_cache,
     logical_axes,
     param_shapes,
 )
-from speccascade_t5x.models import cache as kv_cache
 
 LENGTH = 9
 SOURCE = 7
