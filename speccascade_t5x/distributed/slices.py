@@ -83,9 +83,11 @@ def named(name: str) -> Slice:
     Raises:
       UserError: no slice has that name.
     """
-    found = _NAMES.get(re.sub(r"_(?=\d+$)", "-", name))
-    if found is None:
-        near = difflib.get_close_matches(name, _NAMES, n=1)
-        hint = f"did you mean {near[0]!r}? Known are" if near else "known are"
-        raise UserError(f"there is no TPU slice {name!r}: {hint} {', '.join(each.short_name for each in SLICES)}")
-    return found
+    plain = re.sub(r"_(?=\d+$)", "-", name)
+    if plain not in _NAMES:
+        near = difflib.get_close_matches(plain, _NAMES, n=1)
+        known = ", ".join(each.short_name for each in SLICES)
+        raise UserError(
+            f"there is no TPU slice {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"use {known}")
+        )
+    return _NAMES[plain]
