@@ -291,13 +291,8 @@ def load_vocabulary(path: Path, manifest: Mapping[str, Any] | None = None) -> Vo
     return vocabularies.from_spec(_part(manifest, "vocabulary", path), path / VOCABULARY_FILE)
 
 
-def load_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Bound:
-    """One model of the bundle in folder `path`; its files are not compared with their checksums."""
-    return open_member(path, name, manifest).load()
-
-
 def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Opened:
-    """One model of the bundle in folder `path`, not yet read."""
+    """One model of the bundle in folder `path`, not yet read; its files are not compared with their checksums."""
     manifest = manifest if manifest is not None else read_manifest(path)
     members = _part(manifest, "members", path)
     if name not in MEMBERS or not isinstance(members.get(name), dict):

@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 
 import gin
 
+from speccascade_t5x.cli import topology
 from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.tasks.lengths import LENGTHS
 
 ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
@@ -77,9 +79,13 @@ def parser(
 
 
 def default_file(verb: str, task: str | None) -> str:
-    """The run file a verb reads where none is named: the packaged one for its task, else the one for all."""
-    own = f"runs/{verb}_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else f"runs/{verb}.gin"
+    """The run file a verb reads where none is named: the packaged one for its task, else the one for all.
+
+    The text tasks share `runs/infer_text_task.gin`; a few-shot task has the file of the plain one.
+    """
+    names = [f"{verb}_{(task or '').removesuffix('_few_shot')}", *([f"{verb}_text_task"] if task in LENGTHS else [])]
+    packaged = [f"runs/{name}.gin" for name in names]
+    return next((file for file in packaged if (paths.gin_configs_dir() / file).is_file()), f"runs/{verb}.gin")
 
 
 def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[..., Any]:
@@ -104,6 +110,22 @@ def configured(binding: str) -> Any:
     """What a loaded binding stands for: the result of its `@configurable()`, or its plain value."""
     value = gin.query_parameter(binding)
     return value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference) else value
+
+
+def settled(macro: str, binding: str, config_text: str) -> str:
+    """The config with a plain value for a macro that a function gives, as other jobs read it in the written file.
+
+    Args:
+      macro: its name.
+      binding: the parameter that reads it.
+      config_text: what `load` returned.
+    """
+    value = bound(f"{macro}/gin.macro.value", None)
+    if not isinstance(value, gin.config.ConfigurableReference):
+        return config_text
+    with _in_one_line(f"the binding {macro} = {value}"), gin.unlock_config():
+        gin.bind_parameter(f"{macro}/gin.macro.value", configured(binding))
+    return gin.config_str()
 
 
 def bound(binding: str, default: Any) -> Any:
@@ -157,7 +179,7 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
         for file in files:
             found = next((folder / file for folder in folders if (folder / file).is_file()), None)
             if found is None:
-                raise UserError(f"the gin file {file} was not found in {', '.join(map(str, folders))}")
+                raise UserError(f"the gin file {file} was not found in {', '.join(map(str, folders))}{_moved(file)}")
             _parse(gin.parse_config_file, str(found), f"the gin file {file}")
         macros = _macros()
         for binding in bindings:
@@ -180,6 +202,15 @@ def literal(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} cannot be written in a gin file: give a finite number")
     return [f"{name} = {value!r}" for name, value in values.items() if value is not None]
+
+
+def _moved(file: str) -> str:
+    """What to write instead of a packaged file of an earlier release, as the end of a sentence."""
+    task = re.search(r"(?:^|/)runs/infer_(\w+)\.gin$", file)
+    if task and task[1] in LENGTHS:
+        return f": use --gin_file=runs/infer_text_task.gin --task={task[1]} instead"
+    instead = topology.instead_of(file)
+    return f": use {instead} instead" if instead else ""
 
 
 def _macros() -> set[str]:
@@ -264,7 +295,7 @@ def _explain(error: Exception) -> str:
         return f"it reads %{macro[1]}, which nothing sets{_hint(macro[1], _macros() - {macro[1]})}"
     included = re.search(r"Unable to open file: (\S+?)\. Searched", text)
     if included:
-        return f"it includes {included[1]}, which is not there"
+        return f"it includes {included[1]}, which is not there{_moved(included[1])}"
     bare = re.search(r"Failed to parse token '([^']+)'", text)
     if bare:
         return f"{bare[1]!r} is no value: a text needs quotes of its own, \"'{bare[1]}'\" in a shell"

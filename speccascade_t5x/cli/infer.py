@@ -45,8 +45,8 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
 gin files:
-  --task=NAME reads runs/infer_NAME.gin where that is packaged, else runs/infer.gin. Name the run file first
-  where other files follow it:
+  --task=NAME reads runs/infer_NAME.gin where that is packaged, runs/infer_text_task.gin for wmt14_en_de and the like,
+  else runs/infer.gin. Name the run file first where other files follow it:
     --gin_file=runs/infer_restore_de.gin --gin_file=rules/token_v3.gin
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
     shorts |= mesh_bindings | {"infer.infer.refill": flags.refill or None}
     shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    config_text = gin_flags.settled("SPLIT", "infer.infer.split", config_text)
 
     from speccascade_t5x.inference import infer
 

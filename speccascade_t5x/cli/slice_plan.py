@@ -29,7 +29,7 @@ def counts(text: str) -> tuple[int, ...]:
 # Short flag -> (type, help). These are macros of runs/slice_plan.gin.
 _MACROS = {
     "pair": (str, "of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
-    "topology": (str, "a slice (default: v4:2x2x1)"),
+    "topology": (str, "a slice, such as v5e-16 or v5e:4x4 (default: v4:2x2x1)"),
     "acceptance": (numbers, "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75"),
     "plan": (str, "plan.json of `speccascade plan` instead, made on any machine"),
     "batch_sizes": (counts, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),

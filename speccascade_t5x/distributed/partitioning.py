@@ -66,7 +66,7 @@ def replicated_rules() -> Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """How many devices there are and how they share the work. A file of gin_configs/topologies/ configures one.
+    """How many devices there are and how they share the work. `--topology` configures one.
 
     Attributes:
       devices: devices in all; None takes `data` x `model`, or all there are.

@@ -139,15 +139,6 @@ class Bootstrap:
         return values
 
 
-def mean_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0, level: float = LEVEL) -> Estimate:
-    """Mean of values [N] or [seeds, N] over examples, with its interval.
-
-    Raises:
-      UserError: there is no value.
-    """
-    return Bootstrap(np.asarray(values).shape[-1], draws, seed, level).mean(values)
-
-
 def paired_difference(
     ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
 ) -> Estimate:

@@ -14,7 +14,7 @@ from speccascade_t5x.inference import plan_files
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
 from speccascade_t5x.planning import roofline
-from speccascade_t5x.tpu import cells, hardware
+from speccascade_t5x.tpu import hardware, slice_cells
 
 FILE, TABLE = "slice_plan.json", "slice_plan.md"
 
@@ -65,7 +65,7 @@ def slice_plan(
     Args:
       architectures: (drafter, verifier).
       pair: its name.
-      topology: name of a slice.
+      topology: a slice, by any of its names.
       acceptance: at each draft position given that all before it stand; the last holds for all later ones.
       plan: plan.json of `speccascade plan` instead, made with this pair on any machine; its rule and its tokens per
         round hold, for the draft lengths it ranks.
@@ -81,13 +81,15 @@ def slice_plan(
       output_dir: where tables go; None writes none.
 
     Raises:
-      UserError: figures out of range, an unknown topology, or one that `model` does not divide.
+      UserError: figures out of range, an unknown slice, or one that `model` does not divide.
     """
     drafter, verifier = architectures
     on = hardware.named(topology)
-    model = cells.fewest_sharing(on, [drafter, verifier]) if model is None else model
+    chip = hardware.chip(on)
+    if model is None:
+        model = slice_cells.fewest_sharing(on.chips, chip.hbm_bytes, [drafter, verifier])
     own_rules = axis_rules if drafter_rules is None else with_batch_of(drafter_rules, axis_rules)
-    place = roofline.Place(on.chip, hardware.groups(on, model), model, axis_rules, own_rules)
+    place = roofline.Place(chip, hardware.groups(on, model), model, axis_rules, own_rules)
     for name, values, least in (("draft_lens", draft_lens, 1), ("batch_sizes", batch_sizes, 1)):
         for value in checks.sequence(name, values):
             checks.whole(name, value, least)
@@ -102,11 +104,11 @@ def slice_plan(
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
     predicted = tuple(roofline.predict(decode, place, tokens, batch_sizes))
-    found = SlicePlan(f"{pair} on {topology}", model, predicted, roofline.stops_paying(predicted), None)
+    found = SlicePlan(f"{pair} on {on.name}", model, predicted, roofline.stops_paying(predicted), None)
     if output_dir is None:
         return found
     folder = Path(output_dir)
-    storage.write_json(folder / FILE, {"pair": pair, "topology": topology, "model": model, **_content(found)})
+    storage.write_json(folder / FILE, {"pair": pair, "topology": on.name, "model": model, **_content(found)})
     return dataclasses.replace(found, path=storage.write_text(folder / TABLE, markdown(found)))
 
 

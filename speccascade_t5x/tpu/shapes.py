@@ -37,7 +37,7 @@ def program(drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Pa
     Args:
       drafter: architecture.
       verifier: architecture.
-      wanted: `cells.Options`.
+      wanted: `slice_cells.Options`.
       partitioning: where everything would live.
     """
     config = decoding.DecodeConfig(wanted.max_len, wanted.draft_len, num_samples=wanted.num_samples)

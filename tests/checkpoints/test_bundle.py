@@ -105,7 +105,7 @@ def test_bundle_of_one_model(tmp_path):
     model = checkpoints.load(path)
     assert model.model.start_id == 7
     with pytest.raises(UserError, match="no member 'drafter'; it has verifier"):
-        bundles.load_member(path, "drafter")
+        bundles.open_member(path, "drafter")
 
 
 def test_plain_orbax_reads_the_members(saved):

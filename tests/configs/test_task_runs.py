@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import gin
 import pytest
 
@@ -24,8 +26,11 @@ def clean_gin():
 
 
 def load(task: str, *files: str, **bindings: str) -> str:
-    given = {"PAIR": "'somewhere'"} | ({"DATA": "'somewhere'"} if task == "mbpp" else {}) | bindings
-    return gin_flags.load([f"runs/infer_{task}.gin", *files], [f"{name} = {value}" for name, value in given.items()])
+    """What `speccascade infer --task=...` loads."""
+    given = {"PAIR": "'somewhere'", "TASK": repr(task)}
+    given |= ({"DATA": "'somewhere'"} if task.startswith("mbpp") else {}) | bindings
+    file = gin_flags.default_file("infer", task)
+    return gin_flags.load([file, *files], [f"{name} = {value}" for name, value in given.items()])
 
 
 def settings() -> Settings:
@@ -34,22 +39,27 @@ def settings() -> Settings:
     return gin.get_configurable(generate.Settings)()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", lengths.LENGTHS)
 def test_a_run_has_its_tasks_lengths_and_a_split_of_it(task):
-    load(task)
+    text = load(task)
     assert gin.query_parameter("TASK/gin.macro.value") == task
     found = settings()
     assert (found.max_input_len, found.max_len) == lengths.LENGTHS[task]
-    assert found.truncate
-    header = (paths.gin_configs_dir() / f"runs/infer_{task}.gin").read_text("utf-8").partition("from __gin__")[0]
-    assert f" {found.max_input_len:,} and {found.max_len:,} here" in header
-    assert gin.query_parameter("SPLIT/gin.macro.value") in seqio_tasks.seqio.TaskRegistry.get(task).splits
+    assert found.truncate == (not task.endswith("_few_shot"))
+    text = gin_flags.settled("SPLIT", "infer.infer.split", text)
+    split = re.search(r"^SPLIT = '(\w+)'$", text, re.MULTILINE)[1]  # `cache` reads it in the config beside records
+    assert split == gin_flags.configured("infer.infer.split")
+    assert split in seqio_tasks.seqio.TaskRegistry.get(task).splits
+    assert split == ("validation" if task.startswith(("wmt", "xsum", "cnn", "squad")) else "test")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_few_shot_task_brings_its_own_lengths(task):
-    load(task, TASK=repr(f"{task}_few_shot"))
-    assert (settings().max_input_len, settings().max_len) == lengths.LENGTHS[f"{task}_few_shot"]
+def test_the_header_names_every_task_the_file_serves():
+    header = (paths.gin_configs_dir() / "runs/infer_text_task.gin").read_text("utf-8").partition("from __gin__")[0]
+    served = [task for task in TASKS if gin_flags.default_file("infer", task) == "runs/infer_text_task.gin"]
+    assert len(served) == 11 and all(task in header for task in served)
+    assert {gin_flags.default_file("infer", task) for task in ("mbpp", "mbpp_few_shot")} == {"runs/infer_mbpp.gin"}
+    assert gin_flags.default_file("infer", None) == gin_flags.default_file("infer", "other") == "runs/infer.gin"
+    assert gin_flags.default_file("sweep", "xsum") == "runs/sweep.gin"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -57,7 +67,8 @@ def test_vocabulary_and_pair_are_the_users(task):
     load(task, VOCABULARY="'bytes'")
     assert seqio_tasks.task_vocabularies(task)["inputs"].vocab_size == 384
     with pytest.raises(UserError, match="needs PAIR"):
-        gin_flags.load([f"runs/infer_{task}.gin"], ["DATA = 'x'"] if task == "mbpp" else [])
+        given = ["DATA = 'x'"] if task == "mbpp" else []
+        gin_flags.load([gin_flags.default_file("infer", task)], [*given, f"TASK = {task!r}"])
 
 
 def test_code_runs_only_where_the_flag_says_so():
@@ -72,12 +83,12 @@ def test_code_runs_only_where_the_flag_says_so():
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_pair_file_keeps_the_lengths_of_the_run(pair):
-    given = ["DRAFTER = 'a'", "VERIFIER = 'b'"]
-    gin_flags.load(["runs/infer_xsum.gin", pair], given)
+    given = ["TASK = 'xsum'", "DRAFTER = 'a'", "VERIFIER = 'b'"]
+    gin_flags.load(["runs/infer_text_task.gin", pair], given)
     assert (settings().max_input_len, settings().max_len) == lengths.LENGTHS["xsum"]
     assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints()"
     with pytest.raises(UserError, match="needs VERIFIER: set"):
-        gin_flags.load(["runs/infer_xsum.gin", pair], given[:1])
+        gin_flags.load(["runs/infer_text_task.gin", pair], given[:2])
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -136,6 +147,8 @@ def test_infer_decodes_and_scores_a_task_with_the_packaged_pair(tmp_path):
     metrics = json.loads((tmp_path / "web_questions-metrics.json").read_text())
     assert metrics["examples"] == 2
     assert {"exact_match", "f1"} <= set(metrics)
+    for config in ("config.gin", "web_questions-predict.config.txt"):
+        assert "\nSPLIT = 'test'\n" in (tmp_path / config).read_text("utf-8")
     (records,) = tmp_path.glob("web_questions-predict.jsonl-*")
     first = json.loads(records.read_text().splitlines()[0])
     assert first["inputs"] == "wq question: wer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from speccascade_t5x.evaluation.statistics import Bootstrap, mean_interval, paired_difference
+from speccascade_t5x.evaluation.statistics import Bootstrap, paired_difference
 from speccascade_t5x.interfaces import UserError
 
 RNG = np.random.default_rng(0)
@@ -27,7 +27,7 @@ def test_an_interval_covers_what_it_should():
     hits = 0
     for seed in range(300):
         sample = np.random.default_rng(seed).normal(size=60)
-        found = mean_interval(sample, draws=400, seed=seed)
+        found = Bootstrap(60, draws=400, seed=seed).mean(sample)
         hits += found.low <= 0.0 <= found.high
     assert 0.90 <= hits / 300 <= 0.98  # 95 %, a percentile interval of 60 examples being a little short
 
@@ -36,13 +36,13 @@ def test_a_difference_is_paired():
     theirs = VALUES + 0.01 * RNG.normal(size=40) - 0.1
     paired = paired_difference(VALUES, theirs)
     assert paired.above(0.09) and paired.below(0.11)
-    apart = mean_interval(VALUES, seed=1) - mean_interval(theirs, seed=2)
+    apart = Bootstrap(40, seed=1).mean(VALUES) - Bootstrap(40, seed=2).mean(theirs)
     assert apart.high - apart.low > 20 * (paired.high - paired.low)
 
 
 def test_seeds_of_an_example_are_resampled_together():
     runs = np.stack([VALUES, VALUES])
-    one, two = mean_interval(VALUES), mean_interval(runs)
+    one, two = Bootstrap(40).mean(VALUES), Bootstrap(40).mean(runs)
     assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
     assert paired_difference(runs, VALUES).as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0}
 
@@ -69,7 +69,7 @@ def test_one_example_alone_has_no_interval():
 
 def test_refusals():
     with pytest.raises(UserError, match="needs examples"):
-        mean_interval([])
+        Bootstrap(0)
     with pytest.raises(UserError, match="level=95 is outside its range"):
         Bootstrap(3, level=95)
     with pytest.raises(UserError, match="the same examples, got 3 and 2"):

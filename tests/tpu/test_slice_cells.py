@@ -15,7 +15,7 @@ from speccascade_t5x.decoding.compiled import CompiledDecoder
 from speccascade_t5x.distributed.partitioning import Topology, replicated_rules
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models import T5, T5Config, init_params, param_shapes
-from speccascade_t5x.tpu import cells, hardware, shapes
+from speccascade_t5x.tpu import hardware, shapes, slice_cells
 
 TINY = T5Config(
     vocab_size=32, emb_dim=8, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=4, mlp_dim=16,
@@ -23,13 +23,13 @@ TINY = T5Config(
 )  # fmt: skip
 
 
-def make(topology: str = "v4:2x2x1", verifier: T5Config = TINY, **options) -> cells.Cell:
-    return cells.make("a:b", TINY, verifier, topology, cells.Options(**options))
+def make(topology: str = "v4:2x2x1", verifier: T5Config = TINY, **options) -> slice_cells.Cell:
+    return slice_cells.make("a:b", TINY, verifier, topology, slice_cells.Options(**options))
 
 
 def test_a_cell_survives_the_way_to_a_child():
     cell = make(model=2, alpha=0.5, rule="chow", drafter_rules=replicated_rules(), programs=("loop",))
-    there = cells.Cell.from_json(json.loads(json.dumps(cell.to_json())))
+    there = slice_cells.Cell.from_json(json.loads(json.dumps(cell.to_json())))
     assert there == cell and there.options.drafter_rules == replicated_rules()
     assert there.key == cell.key
 
@@ -45,8 +45,9 @@ def test_files_differ_where_cells_do():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"topology": "v4:2x2x3"}, r"no TPU topology 'v4:2x2x3': did you mean 'v4:2x2x\d'\? Known are v4:2x2x1, "),
-        ({"topology": "moon"}, r"there is no TPU topology 'moon': known are v4:2x2x1, v4:2x2x2"),
+        ({"topology": "v4:2x2x3"}, r"no TPU slice 'v4:2x2x3': did you mean 'v4:2x2x\d'\?"),
+        ({"topology": "moon"}, r"there is no TPU slice 'moon': use v2-8, v2-32"),
+        ({"topology": "v3-8"}, r"for v3-8: name a slice of v4, v5e, v5p, v6e"),
         ({"model": 3}, "model=3 does not divide the 4 chips of v4:2x2x1: use 1, 2, 4"),
         ({"model": 0}, "model=0 is outside its range"),
         ({"batch_size": 6, "model": 1}, "batch_size=6 cannot be shared by the 4 parts that v4:2x2x1 with model=1"),
@@ -66,12 +67,10 @@ def test_the_fewest_chips_that_hold_the_weights():
     assert make().options.model == 1
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(TINY)))
     assert shapes.parameter_bytes(TINY) == 4 * parameters
-    chip = hardware.Chip("toy", 0, 1.0, 1.0, 1.0, 2)
     for share in (1, 2, 4):  # 1.5 x float32 weights of both, on 0.8 of the memory
         enough = math.ceil(2 * 1.5 * 4 * parameters / share / 0.8)
         for size, expected in ((enough, share), (enough - 1, min(2 * share, 4))):
-            on = hardware.Slice(dataclasses.replace(chip, hbm_bytes=size), (2, 2))
-            assert cells.fewest_sharing(on, [TINY, TINY]) == expected
+            assert slice_cells.fewest_sharing(4, size, [TINY, TINY]) == expected
 
 
 def test_a_batch_nobody_named_fits_every_slice():
@@ -89,7 +88,7 @@ def test_a_batch_nobody_named_fits_every_slice():
 def test_shapes_lower_to_the_program_the_runtime_compiles(devices):
     """The abstract program has the structure, the shapes and the shardings of the real one."""
     place = Topology(data=2, model=2).partitioning()
-    wanted = cells.Options(batch_size=4, input_len=6, max_len=5, draft_len=2)
+    wanted = slice_cells.Options(batch_size=4, input_len=6, max_len=5, draft_len=2)
     abstract = shapes.program(TINY, TINY, wanted, place)
     models = [Bound(T5(TINY), init_params(TINY, jax.random.key(i))) for i in range(2)]
     drafter, verifier = place.put(models[0], drafter=True), place.put(models[1])

@@ -84,7 +84,7 @@ class Cell:
       pair: its name.
       drafter: architecture.
       verifier: architecture.
-      topology: name of the slice.
+      topology: name of the slice, as libtpu calls it.
       options: what is compiled; `batch_size` and `model` are settled.
     """
 
@@ -119,12 +119,12 @@ def make(pair: str, drafter: T5Config, verifier: T5Config, topology: str, wanted
     """A cell, checked as far as that goes without the compiler.
 
     Raises:
-      UserError: an unknown topology, sizes that cannot be shared out, vocabularies that do not fit each other.
+      UserError: an unknown slice, sizes that cannot be shared out, vocabularies that do not fit each other.
     """
     on = hardware.named(topology)
     model = wanted.model
     if model is None:
-        model = fewest_sharing(on, [drafter, verifier])
+        model = fewest_sharing(on.chips, hardware.chip(on).hbm_bytes, [drafter, verifier])
     groups = hardware.groups(on, model)
     batch_size = wanted.batch_size or groups * math.ceil(_BATCH_SIZE / groups)
     wanted = dataclasses.replace(wanted, model=model, batch_size=batch_size)
@@ -139,19 +139,21 @@ def make(pair: str, drafter: T5Config, verifier: T5Config, topology: str, wanted
         rows = getattr(wanted, name) * (wanted.num_samples if name == "batch_size" else 1)
         if rows % share:
             raise UserError(
-                f"{name}={getattr(wanted, name)} cannot be shared by the {share} parts that {topology} with "
+                f"{name}={getattr(wanted, name)} cannot be shared by the {share} parts that {on.name} with "
                 f"model={model} needs: choose one that {share} divides, or another model"
             )
-    return Cell(pair, drafter, verifier, topology, wanted)
+    return Cell(pair, drafter, verifier, on.name, wanted)
 
 
-def fewest_sharing(on: hardware.Slice, models: list[T5Config]) -> int:
-    """The fewest chips that share weights so that these, and a copy in half the width, take 0.8 of the memory at most.
+def fewest_sharing(chips: int, hbm_bytes: int, models: list[T5Config]) -> int:
+    """The fewest of some chips, of so many bytes each, whose shares of the weights leave room.
+
+    The weights and a copy of them in half the width take 0.8 of the memory at most.
 
     A copy, because the loop converts float32 weights to the activations' bfloat16 once, before it begins.
     """
     nbytes = 1.5 * sum(shapes.parameter_bytes(config) for config in models)
-    for model in (size for size in range(1, on.chips + 1) if on.chips % size == 0):
-        if nbytes / model <= 0.8 * on.chip.hbm_bytes:
+    for model in (size for size in range(1, chips + 1) if chips % size == 0):
+        if nbytes / model <= 0.8 * hbm_bytes:
             return model
-    return on.chips
+    return chips
