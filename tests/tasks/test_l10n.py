@@ -192,4 +192,4 @@ def test_the_pipeline_gives_what_the_pair_was_trained_on(shared, monkeypatch):
 def test_the_module_registers_its_tasks_once():
     assert {"l10n_en_de", "restore_de"} <= set(seqio.TaskRegistry.names())
     with pytest.raises(ValueError, match="duplicate provider"):
-        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource(None), output_features={})
+        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource("restore_de", None), output_features={})
