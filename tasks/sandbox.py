@@ -153,13 +153,13 @@ def _enclosed(stack: contextlib.ExitStack) -> tuple[list[str], int]:
     command += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox", "--cap-drop", "ALL"]
     command += ["--clearenv", "--setenv", "LD_LIBRARY_PATH", ":".join(f"/python/{name}" for name in ("lib", "lib64"))]
     prefix = Path(sys.base_prefix)
-    shown = {Path(f"/{name}"): f"/{name}" for name in ("usr/lib", "usr/lib64", "lib", "lib64")}
-    for path in [path for path in shown if path.is_symlink()]:
-        command += ["--symlink", os.readlink(path), shown.pop(path)]
-    shown |= {prefix / "lib": "/python/lib", prefix / "lib64": "/python/lib64", CHILD: "/python/child.py"}
-    shown[Path(getattr(sys, "_base_executable", sys.executable)).resolve()] = "/python/bin/python3"
-    for path, inside in shown.items():
-        if path.exists():
+    executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    shown = {f"/{name}": Path(f"/{name}") for name in ("usr/lib", "usr/lib64", "lib", "lib64")}
+    shown |= {"/python/lib": prefix / "lib", "/python/lib64": prefix / "lib64", "/python/bin/python3": executable}
+    for inside, path in (shown | {"/python/child.py": CHILD}).items():
+        if path.is_symlink() and str(path) == inside:
+            command += ["--symlink", os.readlink(path), inside]
+        elif path.exists():
             command += ["--ro-bind", str(path), inside]
             for packages in path.glob("python3*/*-packages"):
                 hidden = f"{inside}/{packages.relative_to(path)}"

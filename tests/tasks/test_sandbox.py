@@ -260,6 +260,15 @@ def test_the_trial_passes_here():
     sandbox.check(LIMITS)
 
 
+@enclosed
+@pytest.mark.skipif(not list(Path("/usr/lib").glob("python3*/os.py")), reason="the system has no Python of its own")
+def test_the_system_s_own_python_runs_programs(monkeypatch):
+    """Its folder is one that every program is given."""
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3")
+    assert run("import sys", "assert sys.prefix == '/python'").passed
+
+
 @pytest.mark.parametrize("wrong", [{"seconds": 0}, {"memory_mb": 1}, {"file_mb": 0}])
 def test_limits_that_leave_no_room_are_refused(wrong):
     with pytest.raises(UserError, match="leaves no room"):
