@@ -91,7 +91,7 @@ def test_one_consent_is_not_enough_where_programs_cannot_be_held(problems, monke
     allow(unprotected=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no bubblewrap to run programs in: install it with"):
-        data.examples("mbpp", "test", ROOM)
+        seqio_tasks.examples("mbpp", "test", ROOM)
     with pytest.raises(UserError, match="no bubblewrap"):
         mbpp.pass_at_1([{"setup": "", "tests": []}], [""])
 
