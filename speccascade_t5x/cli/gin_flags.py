@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import inspect
-import logging
 import math
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 import gin
 
-from speccascade_t5x.cli import topology
+from speccascade_t5x.cli import gin_files, topology
 from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
@@ -33,7 +32,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags every gin-configured verb takes. Bindings themselves are read by `split`."""
-    group = parser.add_argument_group("gin")
+    group = parser.add_argument_group("gin (a gin file is code, somebody else's config.gin too: read it first)")
     group.add_argument(
         "--gin_file",
         action="append",
@@ -43,6 +42,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gin_search_paths", default="", metavar="DIR,DIR", help="folders to search before the packaged gin files"
+    )
+    group.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module to import first, such as one of seqio tasks; the working directory is searched as well; "
+        "may be repeated",
+    )
+    group.add_argument(
+        "--gin_allow_module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a further module that gin files may import and call; may be repeated",
     )
     # Only documented here: `split` takes bindings out before argparse sees them.
     group.add_argument(
@@ -139,16 +153,20 @@ def bound(binding: str, default: Any) -> Any:
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses flags. Returns (namespace, bindings "NAME = VALUE" of the `--gin.` flags in order).
 
+    What the flags let gin files reach holds until the next call: see `gin_files`.
+
     Raises:
       UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
     """
     parser.error = _refuse  # argparse would print its usage and exit
-    bindings, rest = [], []
+    bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)
         if argument.startswith("--gin.") and not match:
             raise UserError(f"{argument!r} is no binding: write --gin.NAME=VALUE, texts in quotes of their own")
-        if match:
+        if match and match[1] == gin_files.MODULE_MACRO:
+            modules.append(match[2].strip("'\""))
+        elif match:
             bindings.append(f"{match[1]} = {match[2]}")
         else:
             rest.append(argument)
@@ -157,6 +175,9 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    if "gin_file" in namespace:
+        named = (namespace.gin_file, namespace.module + modules, namespace.gin_allow_module)
+        gin_files.ask(gin_files.Asked(*map(tuple, named)))
     return namespace, bindings
 
 
@@ -164,7 +185,8 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
     """Parses gin files and then bindings, replacing whatever was configured. Returns the resolved config.
 
     Args:
-      files: names searched in the working directory, `search_paths` and the packaged files.
+      files: names searched in `search_paths` and the packaged files; those of --gin_file in the working directory
+        first.
       bindings: "NAME = VALUE" lines, parsed last.
       search_paths: comma-separated folders.
 
@@ -173,14 +195,12 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
         message names file or binding and the nearest valid name.
     """
     gin.clear_config()
-    cwd, packaged = paths.gin_search_paths()
-    folders = [cwd, *(Path(p) for p in search_paths.split(",") if p), packaged]
-    with _search_quietly(folders):
+    folders = [Path(folder) for folder in names(search_paths)]
+    gin_files.import_modules()
+    with gin_files.fenced(folders):
         for file in files:
-            found = next((folder / file for folder in folders if (folder / file).is_file()), None)
-            if found is None:
-                raise UserError(f"the gin file {file} was not found in {', '.join(map(str, folders))}{_moved(file)}")
-            _parse(gin.parse_config_file, str(found), f"the gin file {file}")
+            found = gin_files.find(file, folders, _moved(file))
+            _parse(gin.config.parse_config_file, str(found), f"the gin file {file}")
         macros = _macros()
         for binding in bindings:
             name = binding.partition(" = ")[0]
@@ -189,6 +209,7 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
                 raise UserError(f"the binding {binding!r} sets {name}, which no gin file reads{hint}")
             _parse(gin.parse_config, binding, f"the binding {binding!r}")
     _check_complete()
+    gin_files.check_module_macro(bound(f"{gin_files.MODULE_MACRO}/gin.macro.value", None))
     return gin.config_str()
 
 
@@ -231,23 +252,6 @@ def _check_complete() -> None:
         raise UserError(f"the configuration needs {', '.join(missing)}: set {flags}")
     with _in_one_line("the configuration"):
         gin.finalize()
-
-
-@contextlib.contextmanager
-def _search_quietly(folders: Iterable[Path]):
-    """Lets `include` search the folders; gin logs an error for each that lacks the file, found or not."""
-    prefixes = gin.config._LOCATION_PREFIXES  # gin can only add to it, and an earlier load must not matter
-    before = list(prefixes)
-    for folder in folders:
-        gin.add_config_file_search_path(str(folder))
-    drop = lambda record: not str(record.msg).startswith("Path not found")  # noqa: E731
-    root = logging.getLogger()
-    root.addFilter(drop)
-    try:
-        yield
-    finally:
-        root.removeFilter(drop)
-        prefixes[:] = before
 
 
 def _parse(parse: Any, argument: str, what: str) -> None:

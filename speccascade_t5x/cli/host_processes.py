@@ -34,6 +34,8 @@ _RUNTIME = (b"coordination", b"client", b"distributed", b"preemption")  # source
 # What errors say when another host is gone.
 _DEAD = ("heartbeat", "coordination", "gloo", "barrier", "socket closed", "connection reset", "connection refused")
 
+_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own, for a host that does not have the address it is known by
+
 _joined: str | None = None  # the verb, in a worker
 
 
@@ -41,7 +43,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of verbs that run on several hosts."""
     group = parser.add_argument_group("several hosts (start the same command on each; see docs/pods.md)")
     group.add_argument("--multihost", action="store_true", help="work together; on TPUs and under Slurm that is all")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where host 0 listens")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="elsewhere: where host 0 listens, "
+        f"to whoever reaches that address, so name one of a private network; {_BIND_VARIABLE}=ADDRESS:PORT listens "
+        "elsewhere",
+    )
     group.add_argument("--num_processes", type=int, metavar="N", help="elsewhere: how many hosts")
     group.add_argument("--process_id", type=int, metavar="I", help="elsewhere: which one this is, from 0")
     group.add_argument(
@@ -91,11 +99,13 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None, s
     if jax.config.jax_cpu_collectives_implementation is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    listens = None if _BIND_VARIABLE in os.environ else coordinator  # else JAX takes every interface
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
+            coordinator_bind_address=listens,
             initialization_timeout=JOIN_S,
             heartbeat_timeout_seconds=silent,
             shutdown_timeout_seconds=_SHUTDOWN_S,
@@ -104,7 +114,7 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None, s
         if coordinator is None:
             advice = "give --coordinator, --num_processes and --process_id where neither a TPU nor Slurm tells them"
         else:
-            advice = f"start all {count}, with the same address of host 0, which must be free there"
+            advice = f"start all {count}, with the same address of host 0, which must be its own and free there"
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the hosts did not come together ({first}): {advice}") from error
 

@@ -33,7 +33,8 @@ required:
   --task and --output_dir, or --input
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
-  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION of the tasks that score programs
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION and RUN_PROGRAMS_UNPROTECTED of the tasks that
+    score programs
   generate.Settings.method, rule, alpha, draft_len, plan, verification, draft_stop, stop_threshold, drafter,
     k_matrix, lenience, max_ngram, min_ngram, ngram_fill, confidence, quantile, temperature, top_k, top_p, min_p,
     max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     shorts |= mesh_bindings | {"infer.infer.refill": flags.refill or None}
     shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
+    shorts["RUN_PROGRAMS_UNPROTECTED"] = flags.run_programs_unprotected or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
     config_text = gin_flags.settled("SPLIT", "infer.infer.split", config_text)
 
@@ -115,7 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     parser.add_argument(
-        "--allow_code_execution", action="store_true", help="measure pass@1: runs, in a sandbox, what the pair wrote"
+        "--allow_code_execution",
+        action="store_true",
+        help="measure pass@1: runs what the pair wrote, inside bubblewrap. A program can still forge its own verdict "
+        "(it shares an interpreter with its tests) and use up kernel memory until its time is over: see "
+        "docs/security.md",
+    )
+    parser.add_argument(
+        "--run_programs_unprotected",
+        action="store_true",
+        help="with --allow_code_execution: run them without bubblewrap; they may then do all that you may do",
     )
     host_processes.add_flags(parser)
     gin_flags.add_flags(parser)

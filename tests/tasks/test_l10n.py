@@ -182,14 +182,15 @@ def test_the_pipeline_gives_what_the_pair_was_trained_on(shared, monkeypatch):
     configure("l10n.restore_de_rows.max_target_bytes = 79")
     found = seqio_tasks.examples("restore_de", "validation", {"inputs": 96, "targets": 96}, limit=64)
     with np.load(shared / "pair_t5x" / "verifier" / "expected.npz") as expected:
-        for name, column in (("encoder_input_tokens", 1), ("decoder_target_tokens", 2)):
+        for name, column in (("encoder_input_tokens", "inputs"), ("decoder_target_tokens", "targets")):
             padded = np.zeros_like(expected[name])
             for row, example in enumerate(found):
-                padded[row, : len(example[column])] = example[column]
+                ids = getattr(example, column)
+                padded[row, : len(ids)] = ids
             np.testing.assert_array_equal(padded, expected[name])
 
 
 def test_the_module_registers_its_tasks_once():
     assert {"l10n_en_de", "restore_de"} <= set(seqio.TaskRegistry.names())
     with pytest.raises(ValueError, match="duplicate provider"):
-        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource(None), output_features={})
+        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource("restore_de", None), output_features={})

@@ -36,7 +36,8 @@ def problems(tmp_path):
 
 
 def allow(**how: float) -> None:
-    bindings = {"allow_code_execution": True, "seconds": 5.0, "workers": 2} | how
+    """The programs here are ours, so they run on machines without bubblewrap as well."""
+    bindings = {"allow_code_execution": True, "unprotected": True, "seconds": 10.0, "workers": 2} | how
     configure("\n".join(f"mbpp.execution.{name} = {value!r}" for name, value in bindings.items()))
 
 
@@ -83,6 +84,16 @@ def test_pass_at_1_runs_only_what_is_allowed(problems, caplog):
         "parses": 50.0,
         "pass_at_1": 0.0,
     }
+
+
+def test_one_consent_is_not_enough_where_programs_cannot_be_held(problems, monkeypatch, tmp_path):
+    """Said before anything is decoded."""
+    allow(unprotected=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no bubblewrap to run programs in: install it with"):
+        seqio_tasks.examples("mbpp", "test", ROOM)
+    with pytest.raises(UserError, match="no bubblewrap"):
+        mbpp.pass_at_1([{"setup": "", "tests": []}], [""])
 
 
 def test_few_shot_predictions_end_at_their_mark(problems):

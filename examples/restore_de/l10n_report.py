@@ -1,4 +1,4 @@
-"""The README that `l10n_corpus` writes beside a corpus: rules, counts, similarity, packages."""
+"""The README that `build_corpus` writes beside a corpus: rules, counts, similarity, packages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from speccascade_t5x.tasks import l10n_catalogs, l10n_cleaning, l10n_corpus
+    import build_corpus
+    import l10n_catalogs
+    import l10n_cleaning
 
 _SPLITS = ("train", "validation", "test")
 _BINS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def readme(
-    corpus: l10n_corpus.Corpus,
+    corpus: build_corpus.Corpus,
     found: l10n_catalogs.Found,
     source: str,
     target: str,
@@ -89,7 +91,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _lengths(corpus: l10n_corpus.Corpus) -> list[tuple[str, ...]]:
+def _lengths(corpus: build_corpus.Corpus) -> list[tuple[str, ...]]:
     rows = []
     for split in _SPLITS:
         for side, name in enumerate(("source", "target")):

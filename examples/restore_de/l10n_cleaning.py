@@ -1,6 +1,6 @@
 """Cleaning of user-interface strings: what a pair of texts loses, and when it is dropped.
 
-The rules follow one another as the README that `l10n_corpus` writes beside a corpus lists them. Standard library only.
+The rules follow one another as the README that `build_corpus` writes beside a corpus lists them. Standard library only.
 """
 
 from __future__ import annotations

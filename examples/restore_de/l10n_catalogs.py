@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import l10n_cleaning
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.tasks import l10n_cleaning
 
 DEFAULT_ROOTS = ("/usr/share/locale", "/usr/share/locale-langpack", "/usr/local/share/locale")
 PACKAGE_LISTS = "/var/lib/dpkg/info"

@@ -1,4 +1,6 @@
-"""Builds a localisation corpus from the gettext catalogs of a Linux machine; `scripts/build_l10n_corpus` runs it.
+"""Builds a localisation corpus from the gettext catalogs (.mo) of a Linux machine.
+
+    python examples/restore_de/build_corpus.py --pair=en-de --output=corpora/l10n_en_de
 
     <output>/train.tsv.gz, validation.tsv.gz, test.tsv.gz   source, target, package; no header, no quoting
     <output>/test_nearest.tsv.gz                            similarity, source, target of the nearest train item
@@ -22,9 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+import l10n_catalogs
+import l10n_cleaning
+import l10n_report
 from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.tasks import l10n_catalogs, l10n_cleaning, l10n_report
 
 SALT = "l10n-v1"
 SPLITS = ("train", "validation", "test")
@@ -248,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(flags)
     except UserError as error:
-        print(f"build_l10n_corpus: {error}", file=sys.stderr)
+        print(f"build_corpus: {error}", file=sys.stderr)
         return 2
 
 
@@ -280,7 +284,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="build_l10n_corpus",
+        prog="build_corpus",
         description="Builds a parallel corpus from the gettext catalogs (.mo) on this machine.",
         epilog="English is what msgids are written in; a pair without it joins two catalogs of each program. The texts "
         "belong to their authors and translators: read the licences of the packages before sharing any.",

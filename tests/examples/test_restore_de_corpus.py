@@ -6,16 +6,16 @@ import gzip
 import hashlib
 import itertools
 import struct
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+import build_corpus
+import l10n_catalogs
+import l10n_cleaning
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.tasks import l10n_catalogs, l10n_cleaning, l10n_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMITS = l10n_cleaning.Limits()
 HEADER = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=(n != 1);\n"
 
@@ -74,14 +74,14 @@ def root(tmp_path) -> Path:
 
 def build(root: Path, output: Path, *flags: str) -> int:
     sizes = ["--test_pairs=10", "--validation_pairs=8"]
-    return l10n_corpus.main([f"--root={root}", f"--output={output}", *sizes, *flags])
+    return build_corpus.main([f"--root={root}", f"--output={output}", *sizes, *flags])
 
 
 def test_a_corpus_and_its_files(root, tmp_path, capsys):
     assert build(root, tmp_path / "out") == 0
     assert set(contents(tmp_path / "out")) == {
         "README.md", "test.tsv.gz", "test_nearest.tsv.gz", "train.tsv.gz", "validation.tsv.gz"}  # fmt: skip
-    found = {split: rows(tmp_path / "out", split) for split in l10n_corpus.SPLITS}
+    found = {split: rows(tmp_path / "out", split) for split in build_corpus.SPLITS}
     together = [row for split in found.values() for row in split]
     assert {(source, target) for source, target, _ in together} == {
         *SENTENCES.items(),
@@ -103,7 +103,7 @@ def test_a_corpus_and_its_files(root, tmp_path, capsys):
 
 def test_no_key_is_in_two_splits_and_hashes_decide(root, tmp_path):
     build(root, tmp_path / "out")
-    keys = {s: {l10n_cleaning.split_key(row[0]) for row in rows(tmp_path / "out", s)} for s in l10n_corpus.SPLITS}
+    keys = {s: {l10n_cleaning.split_key(row[0]) for row in rows(tmp_path / "out", s)} for s in build_corpus.SPLITS}
     for one, other in itertools.combinations(keys.values(), 2):
         assert one.isdisjoint(other)
     hashed = {s: [hashlib.sha256(f"l10n-v1{key}".encode()).hexdigest() for key in found] for s, found in keys.items()}
@@ -117,7 +117,7 @@ def test_sources_with_one_key_stay_together(tmp_path):
               for noun, adjective in itertools.product(NOUNS, ADJECTIVES)}  # fmt: skip
     catalog(tmp_path / "share", "alpha", twins | turned)
     build(tmp_path / "share", tmp_path / "out")
-    for split in l10n_corpus.SPLITS:
+    for split in build_corpus.SPLITS:
         seen = [l10n_cleaning.split_key(row[0]) for row in rows(tmp_path / "out", split)]
         assert len(seen) == 2 * len(set(seen)) > 0
 
@@ -149,10 +149,10 @@ def test_two_catalogs_of_a_program_make_a_pair_without_english(root, tmp_path):
     catalog(root, "alpha", french, "fr")
     catalog(root, "gamma", {"Only in French": "Seulement en français"}, "fr")
     assert build(root, tmp_path / "fr-de", "--pair=fr-de") == 0
-    found = [row for split in l10n_corpus.SPLITS for row in rows(tmp_path / "fr-de", split)]
+    found = [row for split in build_corpus.SPLITS for row in rows(tmp_path / "fr-de", split)]
     assert {(row[0], row[1]) for row in found} == {(french[key], SENTENCES[key]) for key in SENTENCES}
     assert build(root, tmp_path / "de-en", "--pair=de-en") == 0
-    back = [row for split in l10n_corpus.SPLITS for row in rows(tmp_path / "de-en", split)]
+    back = [row for split in build_corpus.SPLITS for row in rows(tmp_path / "de-en", split)]
     assert ("Öffnet die rote Maske", "Open the red window") in {(row[0], row[1]) for row in back}
 
 
@@ -164,8 +164,8 @@ def test_the_target_of_most_catalogs_wins_then_likeness_then_the_alphabet(tmp_pa
         texts = {source: target[number] for source, target in zip(sources, targets, strict=True)}
         catalog(tmp_path, domain, texts)
     found = l10n_catalogs.find([tmp_path], "en", "de", tmp_path / "none")
-    kept, _, _ = l10n_corpus._cleaned(found.catalogs, LIMITS)
-    pairs, conflicts = l10n_corpus._deduped(kept)
+    kept, _, _ = build_corpus._cleaned(found.catalogs, LIMITS)
+    pairs, conflicts = build_corpus._deduped(kept)
     assert {source: target for source, target, _ in pairs} == dict(
         zip(sources, ("Zeta Maske", "Beta Maske", "Beta Maske"), strict=True)
     )
@@ -280,7 +280,7 @@ def test_entries_are_dropped_and_counted(tmp_path):
     }
     catalog(tmp_path, "alpha", texts)
     found = l10n_catalogs.find([tmp_path], "en", "de", tmp_path / "none")
-    corpus = l10n_corpus.build(found.catalogs, 10, 10)
+    corpus = build_corpus.build(found.catalogs, 10, 10)
     assert corpus.dropped == {
         "translator credits": 2,
         "untranslated / empty": 1,
@@ -341,7 +341,7 @@ def test_a_regional_folder_stands_in_and_a_link_counts_once(tmp_path):
 def test_mistakes_take_one_line_and_leave_nothing(root, tmp_path, capsys, flags, message):
     assert build(root, tmp_path / "out", *flags) == 2
     err = capsys.readouterr().err.splitlines()
-    assert message in err[-1] and err[-1].startswith("build_l10n_corpus: ")
+    assert message in err[-1] and err[-1].startswith("build_corpus: ")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
 
 
@@ -367,7 +367,7 @@ def test_an_output_that_exists_is_left_alone(root, tmp_path, capsys):
 def test_the_rules_agree_with_the_corpus_beside_the_checkout(shared):
     """Its README describes the rules; its rows show what they keep, and their order where they were cut."""
     folder = shared / "data" / "l10n_en_de"
-    found = {name: rows(folder, name) for name in l10n_corpus.SPLITS}
+    found = {name: rows(folder, name) for name in build_corpus.SPLITS}
     sample = found["train"][:5000] + found["validation"] + found["test"]
     assert sum(l10n_cleaning.why_dropped(en, de, LIMITS) is not None for en, de, _ in sample) <= 0.001 * len(sample)
     assert sum(cleaned(en, de) != (en, de) for en, de, _ in sample) <= 0.002 * len(sample)
@@ -388,14 +388,7 @@ def test_the_rules_agree_with_the_corpus_beside_the_checkout(shared):
 def test_the_nearest_items_of_the_corpus_beside_the_checkout(shared):
     folder = shared / "data" / "l10n_en_de"
     train, test = ([tuple(row) for row in rows(folder, name)] for name in ("train", "test"))
-    nearest = l10n_corpus._nearest(test, train)
+    nearest = build_corpus._nearest(test, train)
     known = rows(folder, "test_nearest")
     same = [abs(mine[0] - float(theirs[0])) < 0.01 for mine, theirs in zip(nearest, known, strict=True)]
     assert sum(same) > 0.95 * len(same)
-
-
-def test_the_script_runs_the_builder(tmp_path):
-    script = ROOT / "scripts" / "build_l10n_corpus"
-    text = script.read_text()
-    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
-    assert "speccascade_t5x.tasks.l10n_corpus" in text and script.stat().st_mode & 0o111 == 0o111
