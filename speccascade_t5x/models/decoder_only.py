@@ -57,6 +57,7 @@ class DecoderOnlyConfig:
 
     @property
     def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as jax.numpy has it."""
         return jnp.dtype(self.dtype)
 
     @property

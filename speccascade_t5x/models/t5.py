@@ -63,6 +63,7 @@ class T5Config:
 
     @property
     def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as jax.numpy has it."""
         return jnp.dtype(self.dtype)
 
     @property
