@@ -94,10 +94,12 @@ class Mixed(Source):
 
     @functools.cached_property
     def input_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's inputs."""
         return np.concatenate([corpus.input_lengths for corpus in self._corpora])
 
     @functools.cached_property
     def target_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's targets."""
         return np.concatenate([corpus.target_lengths for corpus in self._corpora])
 
     def inputs(self, index: int) -> np.ndarray:

@@ -157,6 +157,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
+        """The name of every id, in order."""
         return tuple(self._processor.IdToPiece(i) for i in range(self.vocab_size))
 
     def encode(self, text: str) -> list[int]:
