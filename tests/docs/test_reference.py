@@ -45,7 +45,9 @@ def undocumented(name: str, found: object) -> Iterator[str]:
             yield name
         for inner, value in vars(found).items():
             function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-            if inner.startswith("_") or not isinstance(function, (types.FunctionType, property, functools.cached_property)):
+            if inner.startswith("_") or not isinstance(
+                function, (types.FunctionType, property, functools.cached_property)
+            ):
                 continue
             if not inspect.getdoc(getattr(found, inner)):
                 yield f"{name}.{inner}"
