@@ -1,6 +1,6 @@
 """Learned deferral under known distortions: the realised objective of every rule, on one machine, by one command.
 
-    python benchmarks/deferral.py --output=docs/deferral --examples=600
+    python benchmarks/deferral.py --output=results/deferral --examples=600
 
 A (the ceiling is known): tokens are sampled from P, the verifier as trained at temperature 1; then drafter and verifier
 are distorted. The exact Bayes rule is computed from P. B (real references): the labels are the task's targets; nobody
@@ -326,7 +326,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="restore_de_pair")
     parser.add_argument("--split", default="validation", help="texts the pair was not trained on")
-    parser.add_argument("--output", default="docs/deferral", help="folder of the table, and of plots per setting")
+    parser.add_argument("--output", default="results/deferral", help="folder of the table, and of plots per setting")
     parser.add_argument("--experiments", default="AB")
     parser.add_argument("--only", default="", help="only settings whose name holds this")
     parser.add_argument("--examples", type=int, default=2000)

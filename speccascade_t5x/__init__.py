@@ -18,7 +18,7 @@ from speccascade_t5x.common import paths as _paths
 if TYPE_CHECKING:
     from speccascade_t5x.inference.generate import LoadedPair
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load"]
 
 _paths.install_checkout_finder()

@@ -29,23 +29,28 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The id that ends inputs and targets."""
 
     @property
-    def input_lengths(self) -> np.ndarray: ...
+    def input_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's inputs."""
 
     @property
-    def target_lengths(self) -> np.ndarray: ...
+    def target_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's targets."""
 
-    def inputs(self, index: int) -> np.ndarray: ...
+    def inputs(self, index: int) -> np.ndarray:
+        """Ids of one example's inputs."""
 
-    def targets(self, index: int) -> np.ndarray: ...
+    def targets(self, index: int) -> np.ndarray:
+        """Ids of one example's targets."""
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Indices of an epoch's examples, in the order they are seen."""
 
 
-class Mixed:
+class Mixed(Source):
     """Several corpora, each seen at its rate.
 
     Every corpus is gone through whole, in an order of its own, before an example of it comes again.
@@ -89,10 +94,12 @@ class Mixed:
 
     @functools.cached_property
     def input_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's inputs."""
         return np.concatenate([corpus.input_lengths for corpus in self._corpora])
 
     @functools.cached_property
     def target_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's targets."""
         return np.concatenate([corpus.target_lengths for corpus in self._corpora])
 
     def inputs(self, index: int) -> np.ndarray:

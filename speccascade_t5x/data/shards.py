@@ -80,6 +80,7 @@ class Corpus:
 
     @property
     def eos_id(self) -> int:
+        """The id that ends inputs and targets."""
         return self.vocabulary.eos_id
 
     @functools.cached_property

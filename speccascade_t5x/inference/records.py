@@ -146,12 +146,15 @@ class RecordWriter:
             yield from storage.read_records(path)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> Path:
+        """Writes `<task>-metrics.json` and returns its path."""
         return storage.write_json(self.output_dir / f"{self._stem}-metrics.json", metrics)
 
     def write_timing(self, timing: Mapping[str, Any]) -> Path:
+        """Writes `<task>-timing.json` and returns its path."""
         return storage.write_json(self.output_dir / f"{self._stem}-timing.json", timing)
 
     def write_summary(self, markdown: str) -> Path:
+        """Writes `<task>-summary.md` and returns its path."""
         return storage.write_text(self.output_dir / f"{self._stem}-summary.md", markdown)
 
 

@@ -52,6 +52,7 @@ class TransformerConfig:
 
     @property
     def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as jax.numpy has it."""
         return jnp.dtype(self.dtype)
 
     @property

@@ -32,10 +32,12 @@ class Vocabulary(Protocol):
         """Number of ids that stand for something, extra ids included. Models may have more."""
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The id that ends a text."""
 
     @property
-    def pad_id(self) -> int: ...
+    def pad_id(self) -> int:
+        """The id of padding: 0, as in seqio and T5X."""
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class Vocabulary(Protocol):
         """What `from_spec` needs, as JSON types."""
 
 
-class ByteVocabulary:
+class ByteVocabulary(Vocabulary):
     """UTF-8 bytes: id = byte + 3. The vocabulary of ByT5.
 
     Args:
@@ -119,7 +121,7 @@ class ByteVocabulary:
         return _spec(self)
 
 
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model file, with `extra_ids` sentinels added after its pieces as seqio does.
 
     Args:
@@ -155,6 +157,7 @@ class SentencePieceVocabulary:
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
+        """The name of every id, in order."""
         return tuple(self._processor.IdToPiece(i) for i in range(self.vocab_size))
 
     def encode(self, text: str) -> list[int]:
