@@ -136,16 +136,11 @@ def area(group: Group, points: Sequence[Point]) -> Estimate | None:
     if max(drafter.latency(CHOOSE), drafter.latency(REPORT)) >= 1.0:
         return None
     chosen = hull([drafter, *points, verifier], CHOOSE)
-    estimates = [(_inverse(point.speed_up[REPORT]), point.quality[REPORT]) for point in chosen]
+    estimates = [(point.speed_up[REPORT], point.quality[REPORT]) for point in chosen]
     low = drafter.latency(REPORT)
-    value = _mean_height([(x.value, y.value) for x, y in estimates], low)
-    columns = zip(*(zip(x.draws, y.draws, strict=True) for x, y in estimates), strict=True)
+    value = _mean_height([(1.0 / x.value, y.value) for x, y in estimates], low)
+    columns = zip(*(zip(1.0 / x.draws, y.draws, strict=True) for x, y in estimates), strict=True)
     return Estimate(value, np.array([_mean_height(list(column), low) for column in columns]))
-
-
-def _inverse(speed_up: Estimate) -> Estimate:
-    """Latency over the verifier's."""
-    return dataclasses.replace(speed_up, value=1.0 / speed_up.value, draws=1.0 / speed_up.draws)
 
 
 def _mean_height(corners: Sequence[tuple[float, float]], low: float) -> float:

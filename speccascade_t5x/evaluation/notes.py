@@ -8,7 +8,7 @@ from speccascade_t5x.evaluation import frontier, grid
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.frontier import Answer
 from speccascade_t5x.evaluation.scoring import REPORT
-from speccascade_t5x.evaluation.statistics import Estimate
+from speccascade_t5x.evaluation.statistics import MIN_UNITS, Estimate, TimeRatio
 
 _DIGITS, _MOST_DIGITS = 2, 6
 # Said in place of `truncation` where quality is the NLL.
@@ -19,7 +19,13 @@ NLL_CHARGES = (
 
 
 def interval(one: Estimate | None, digits: int | None = _DIGITS, sign: bool = False) -> str:
-    """ "1.23 [1.10, 1.40]"; a dash where there is no figure. None gives as many digits as the interval's width asks."""
+    """ "1.23 [1.10, 1.40]"; a dash where there is no figure.
+
+    Args:
+      one: the figure; of a ratio of wall times the number of units is shown as well: "1.23 [1.10, 1.40] n=16".
+      digits: after the point; None gives as many as the interval's width asks for.
+      sign: whether to show a plus.
+    """
     if one is None or not math.isfinite(one.value):
         return "-"
     if digits is None:
@@ -27,7 +33,7 @@ def interval(one: Estimate | None, digits: int | None = _DIGITS, sign: bool = Fa
         digits = max(_DIGITS, min(1 - math.floor(math.log10(width)), _MOST_DIGITS)) if width > 0 else _DIGITS
     plus = "+" if sign else ""
     ends = "" if math.isnan(one.low) else f" [{one.low:{plus}.{digits}f}, {one.high:{plus}.{digits}f}]"
-    return f"{one.value:{plus}.{digits}f}{ends}"
+    return f"{one.value:{plus}.{digits}f}{ends}{f' n={one.units}' if isinstance(one, TimeRatio) else ''}"
 
 
 def truncation(group: Group, metric: str) -> list[str]:

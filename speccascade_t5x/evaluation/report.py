@@ -139,9 +139,8 @@ def _answers(group: Group, found: Sequence[frontier.Answer], facts: Facts) -> tu
                 continue
             row.append("-" if choice.point.alpha is None else f"{choice.point.alpha:g}")
             for name in figures:
-                suffix = "x" if name == "speed_up" else ""
                 digits = 2 if name == "speed_up" else None
-                row.append(interval(getattr(choice, name), digits, sign=name == "gain") + suffix)
+                row.append(interval(getattr(choice, name), digits, sign=name == "gain"))
         rows.append([*row, interval(answer.area, None)])
     return header, rows
 

@@ -100,8 +100,8 @@ def sweep(
       seeds: one random key each; at temperature 0 the first alone.
       metric: what quality is: a metric of the task (its first by default), or "nll".
       quality_tolerance: how far below the verifier's a quality still counts as its, in units of the metric.
-      timing_items: how many items wall times are measured on, half of them from each half.
-      timing_repeats: rounds of the wall times.
+      timing_items: how many items wall times are measured on, drawn at random, half of them from each half.
+      timing_repeats: rounds of the wall times; each takes the next seed.
       timed_points: most points per arm and condition that are timed: those that matter.
       traces: items on the trace page.
       calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
@@ -289,7 +289,8 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
         chosen = {name: value for name, value in row["settings"].items() if value is not None}
         points[row["point"]] = dataclasses.replace(base, **chosen)
     prompts = {prompt.index: prompt for prompt in measurement.dataset.prompts}
-    watch = timing.Stopwatch(pair, points, prompts, timing.timed_items(measurement.halves, items), repeats)
+    drawn = timing.timed_items(measurement.halves, items)
+    watch = timing.Stopwatch(pair, points, prompts, drawn, repeats, choices.seeds)
     stamps: list[tuple[int, float]] = []
 
     def advance(done: int, total: int) -> None:
