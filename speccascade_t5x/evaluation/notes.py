@@ -8,7 +8,7 @@ from speccascade_t5x.evaluation import frontier, grid
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.frontier import Answer
 from speccascade_t5x.evaluation.scoring import REPORT
-from speccascade_t5x.evaluation.statistics import MIN_UNITS, Estimate, TimeRatio
+from speccascade_t5x.evaluation.statistics import Estimate, TimeRatio
 
 _DIGITS, _MOST_DIGITS = 2, 6
 # Said in place of `truncation` where quality is the NLL.
