@@ -147,22 +147,23 @@ def sweep(
     }
     here = hosts.current()
     _check_hosts(here, pair, calibrate)
-    store = _open(here, output_dir, config, report_only)
-    tell = progress or (lambda _: None)
-    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
-    if target is not None:
-        found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
-        path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
-        return SweepResult(store.folder, [], found, {"calibration": path})
-    if not report_only:
-        measure_all(measurement, choices)
-        if here.first:  # while the others rest
-            _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
-    result = SweepResult(store.folder, [], [], {})
-    if here.first:
-        result = _report(measurement, choices, quality_tolerance, traces)
-    here.wait("the sweep is reported")
-    return result
+    with storage.one_writer(output_dir, "the sweep", here.first and not report_only):
+        store = _open(here, output_dir, config, report_only)
+        tell = progress or (lambda _: None)
+        measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
+        if target is not None:
+            found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
+            path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
+            return SweepResult(store.folder, [], found, {"calibration": path})
+        if not report_only:
+            measure_all(measurement, choices)
+            if here.first:  # while the others rest
+                _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
+        result = SweepResult(store.folder, [], [], {})
+        if here.first:
+            result = _report(measurement, choices, quality_tolerance, traces)
+        here.wait("the sweep is reported")
+        return result
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

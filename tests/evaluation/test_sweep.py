@@ -130,7 +130,8 @@ def test_wall_times_are_of_all_points_in_turn(whole, place):
         assert set(block["points"]) == {row["point"] for row in whole[1]}
         for times in block["points"].values():
             assert np.shape(times["one_s"]) == (2, 1) and np.shape(times["batch_s"]) == (2,)
-            assert np.min(times["one_s"]) > 0 and times["one_tokens"][0] > 0
+            assert np.min(times["one_s"]) > 0 and np.min(times["one_tokens"]) > 0
+        assert block["seeds"] == [0, 1]
     (group,) = whole[0].groups
     assert group.alone("verifier").speed_up["report"].value == 1.0
     assert all(point.predicted > 0 for point in group.points if point.row["rule"])
@@ -151,6 +152,21 @@ def test_a_folder_of_another_sweep_is_refused(whole, run, place):
     with pytest.raises(UserError, match=r"alpha_points: then 3, now 4; refine: then 1, now 0"):
         run("whole", alpha_points=4, refine=0)
     assert (place / "whole" / "cells.jsonl").read_bytes() == before
+
+
+def test_a_second_sweep_in_the_folder_is_refused_while_one_is_at_work(run, place):
+    refused = []
+
+    def start_another(news):
+        if not refused:
+            with pytest.raises(UserError, match="another process is at work on the sweep in .*two: wait until it") as why:
+                run("two", methods=(), progress=lambda _: None)
+            refused.append(str(why.value))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("two", methods=(), progress=start_another)
+    assert refused and not list((place / "two").glob(".*.lock"))
 
 
 def test_partial_results_can_be_reported(run, place):
@@ -220,7 +236,7 @@ def test_a_rate_is_calibrated_and_checked_on_held_out_items(run, place):
     assert abs(found["chosen_on"] - 0.7) == min(abs(rate - 0.7) for rate in known.values())
     (row,) = [row for row in rows(place / "calibrated") if row["cell"] == found["cell"]]
     assert found["held_out"]["value"] == pytest.approx(row["rates"]["report"]["deferral_rate"])
-    assert found["held_out"]["low"] <= found["held_out"]["value"] <= found["held_out"]["high"]
+    assert found["held_out"]["units"] == 3 and found["held_out"]["low"] is None  # three items have no interval
     (out,) = run("unreached", calibrate={"verifier_calls_per_token": 3.0}).calibrated
     assert not out["reached"]
 

@@ -203,32 +203,33 @@ def train_deferral(
     scored = Scored(loaded.drafter, loaded.verifier, loaded.vocabulary, temperature)
     spec = pair_scores.spec_of(scored, head.hidden, head.top)
     config = HeadConfig(head.kind, spec, head.loss, fit.objective, head.width, head.layers)
-    job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
-    columns = {name: job.collect(name) for name in ("fit", "held_out")}
-    both = columns_lib.joined(columns["fit"], columns["held_out"])
-    fits = job.fit(both)
-    fitted_calibrations = job.calibrate(calibrations, both)
-    test = job.collect("test", fitted_calibrations)
-    manifest = bundles.read_manifest(source)
-    about = {
-        config.kind: {
-            "fit": dataclasses.asdict(fit), "loss": config.loss, "left_out": fits[0].left_out, "seed": fits[0].seed,
-            "examples": {name: len(chosen) for name, chosen in job.splits.items()},
-        }
-    }  # fmt: skip
-    fitted = Fitted(
-        {config.kind: fits[0].head},
-        fitted_calibrations,
-        *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
-        loaded.vocabulary.fingerprint(),
-        json.loads(storage.to_json(about)),
-    )
-    bundle = _store(source, output_dir / "bundle", fitted)
-    summary = _summary(job, fits, fitted_calibrations, columns)
-    storage.write_json(output_dir / SUMMARY_FILE, summary)
-    if config_text:
-        storage.write_text(output_dir / "config.gin", config_text)
-    return Trained(bundle, fitted, fits, test, columns["held_out"], job.classes, summary)
+    with storage.one_writer(output_dir, "train_deferral"):
+        job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
+        columns = {name: job.collect(name) for name in ("fit", "held_out")}
+        both = columns_lib.joined(columns["fit"], columns["held_out"])
+        fits = job.fit(both)
+        fitted_calibrations = job.calibrate(calibrations, both)
+        test = job.collect("test", fitted_calibrations)
+        manifest = bundles.read_manifest(source)
+        about = {
+            config.kind: {
+                "fit": dataclasses.asdict(fit), "loss": config.loss, "left_out": fits[0].left_out, "seed": fits[0].seed,
+                "examples": {name: len(chosen) for name, chosen in job.splits.items()},
+            }
+        }  # fmt: skip
+        fitted = Fitted(
+            {config.kind: fits[0].head},
+            fitted_calibrations,
+            *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
+            loaded.vocabulary.fingerprint(),
+            json.loads(storage.to_json(about)),
+        )
+        bundle = _store(source, output_dir / "bundle", fitted)
+        summary = _summary(job, fits, fitted_calibrations, columns)
+        storage.write_json(output_dir / SUMMARY_FILE, summary)
+        if config_text:
+            storage.write_text(output_dir / "config.gin", config_text)
+        return Trained(bundle, fitted, fits, test, columns["held_out"], job.classes, summary)
 
 
 class _Job:
