@@ -133,9 +133,18 @@ class CellStore:
         """Stores a cell that succeeded; once it returns, a restart skips the cell. Returns its row."""
         return self._write({**row, "status": _DONE}, found, references)
 
-    def write_failure(self, row: Mapping[str, Any], reason: str) -> dict[str, Any]:
-        """Notes why a cell failed; a restart tries it again."""
-        return self._write({**row, "status": _FAILED, "error": reason}, [], None)
+    def write_failure(
+        self, row: Mapping[str, Any], reason: str, found: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Notes why a cell failed, and keeps what was decoded of it; a restart tries it again."""
+        return self._write({**row, "status": _FAILED, "error": reason}, found, None)
+
+    def unscored(self, cell: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(records, times) of a cell that was decoded and then failed, as where a metric broke; else empty."""
+        row = self._rows.get(cell)
+        if row is None or row["status"] != _FAILED:
+            return [], {}
+        return self.read(cell).records, row.get("decoding", {})
 
     def _write(
         self, row: dict[str, Any], found: Sequence[Mapping[str, Any]], references: Mapping[str, Any] | None

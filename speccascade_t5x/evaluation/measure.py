@@ -131,6 +131,8 @@ class Measurement:
     def run(self, cell: Cell, order: int | None = None) -> dict[str, Any] | None:
         """The row of a cell, measured now unless it is on disk; None where it failed, whose reason is then stored.
 
+        What was decoded of a failed cell is stored as well, so that it is only scored when the cell is tried again.
+
         Args:
           cell: what to measure.
           order: of its row among the others; None puts it after those there are.
@@ -142,13 +144,16 @@ class Measurement:
         if row is None:
             settings = cell.settings(self.base)
             name = self._name(cell, settings) | ({} if order is None else {"order": order})
+            found, timed = self.store.unscored(cell.id)
             try:
-                found, timed = self._decode(settings)
+                if not found:
+                    found, timed = self._decode(settings)
                 references = self._on_references(cell, settings)
                 self._score_singles(found)
                 figures = self._figures(found, references)
             except (UserError, jax.errors.JaxRuntimeError) as error:
-                row = self.store.write_failure(name, (str(error).splitlines() or [type(error).__name__])[0])
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                row = self.store.write_failure(name | {"decoding": timed}, reason, found)
             else:
                 row = self.store.write(name | figures | timed, found, references)
             self._measured += 1

@@ -194,6 +194,12 @@ class Scorer:
 
 
 def _numbers(scores: Mapping[str, object]) -> dict[str, float]:
-    """Those that are finite numbers: a correlation of equal outputs, or a histogram, is none."""
-    found = {name: value for name, value in scores.items() if isinstance(value, (int, float, np.number))}
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+    """Those that are finite numbers: a correlation of equal outputs, or a text, is none. A number in a mapping in
+    another is called `outer/inner`."""
+    found: dict[str, float] = {}
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in _numbers(value).items()}
+        elif isinstance(value, (int, float, np.number)) and math.isfinite(value):
+            found[name] = float(value)
+    return found

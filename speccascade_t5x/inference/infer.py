@@ -139,7 +139,11 @@ def infer(
         here.see(lambda: len(writer.done_chunks()) == len(chunks), "some chunk")
         path = writer.finish(order)
         in_order = list(writer.read_all())
-        metrics = _metrics(dataset, settings, in_order)
+        failure = None
+        try:
+            metrics = _metrics(dataset, settings, in_order)
+        except UserError as error:  # of the task's own code: all else is written before that is told
+            failure, metrics = error, _metrics(dataclasses.replace(dataset, score=None), settings, in_order)
         writer.write_metrics(metrics)
         timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
         if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
@@ -149,6 +153,8 @@ def infer(
             writer.write_timing(timing)
             writer.write_summary(_summary(dataset, settings, metrics, timing))
         here.wait("the records are whole")
+        if failure is not None:
+            raise UserError(f"{failure}; the predictions are kept in {path}") from failure
         return InferResult(in_order, path, metrics, timing)
 
 
@@ -283,7 +289,8 @@ def _summary(
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
     lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {records.shown(value)} |" for name, value in metrics.items()]
+    cells = ((records.shown(name), records.shown(value)) for name, value in metrics.items())
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     standardised = timing.get("standardised_walltime_improvement", {})
     shown = {name: value for name, value in timing.items() if value is not standardised}
     shown |= {f"standardised walltime improvement, {name}": value for name, value in standardised.items()}

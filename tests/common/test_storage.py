@@ -25,10 +25,10 @@ with storage.one_writer(sys.argv[2], "a job"):
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     folder = tmp_path / "new" / "out"
+    second = storage.one_writer(folder, "a job")
     with storage.one_writer(folder, "a job"):
         with pytest.raises(UserError, match="another process is at work on a job in .*: wait until it has ended"):
-            with storage.one_writer(folder, "a job"):
-                pass
+            second.__enter__()
         with storage.one_writer(folder, "another job"), storage.one_writer(folder, "a job", holds=False):
             pass
     with storage.one_writer(folder, "a job"):

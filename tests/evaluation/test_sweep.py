@@ -159,7 +159,9 @@ def test_a_second_sweep_in_the_folder_is_refused_while_one_is_at_work(run, place
 
     def start_another(news):
         if not refused:
-            with pytest.raises(UserError, match="another process is at work on the sweep in .*two: wait until it") as why:
+            with pytest.raises(
+                UserError, match="another process is at work on the sweep in .*two: wait until it"
+            ) as why:
                 run("two", methods=(), progress=lambda _: None)
             refused.append(str(why.value))
             raise KeyboardInterrupt
@@ -167,6 +169,51 @@ def test_a_second_sweep_in_the_folder_is_refused_while_one_is_at_work(run, place
     with pytest.raises(KeyboardInterrupt):
         run("two", methods=(), progress=start_another)
     assert refused and not list((place / "two").glob(".*.lock"))
+
+
+def test_nothing_decoded_is_lost_over_a_metric(pair, tmp_path, monkeypatch):
+    """A metric breaks on outputs: the cells fail, keep what was decoded, and are only scored the next time."""
+    from speccascade_t5x.data.seqio_tasks import seqio, tf
+
+    broken = [True]
+
+    def odd_values(targets, predictions):
+        if broken[0] and list(targets) != list(predictions):
+            raise ZeroDivisionError("of a metric")
+        scalar = seqio.metrics.Scalar(float(np.mean([len(text) for text in predictions])))
+        return {"length": scalar, "note": seqio.metrics.Text("fine"), "lacks": None, "deep": {"one": np.float32(1.0)}}
+
+    def rows_of(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensor_slices({"inputs": TEXTS, "targets": TEXTS})
+
+    seqio.TaskRegistry.add(
+        "odd_values",
+        source=seqio.FunctionDataSource(rows_of, splits=["validation"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={name: seqio.Feature(seqio.ByteVocabulary(0)) for name in ("inputs", "targets")},
+        metric_fns=[odd_values],
+    )
+    chosen = CHOICE | {"methods": ("lossless",), "seeds": (0,)}
+    try:
+        with pytest.raises(UserError, match="the metric 'odd_values' of task 'odd_values' failed with ZeroDivisionErr"):
+            sweep.sweep(pair, BASE, tmp_path, task="odd_values", **chosen)
+        failed = rows(tmp_path)
+        assert [row["status"] for row in failed] == ["failed"] * 2  # the models alone, without which nothing goes on
+        broken[0] = False
+        decoded = []
+        decode = sweep.Measurement._decode
+        monkeypatch.setattr(
+            sweep.Measurement,
+            "_decode",
+            lambda self, settings: decoded.append(settings.method) or decode(self, settings),
+        )
+        result = sweep.sweep(pair, BASE, tmp_path, task="odd_values", **chosen)
+    finally:
+        seqio.TaskRegistry.remove("odd_values")
+    assert decoded == ["speculative"]  # verifier and drafter alone were not decoded again
+    (group,) = result.groups
+    assert set(group.alone("verifier").row["metrics"]["report"]) >= {"length", "deep/one"}
+    assert all(row["status"] == "done" and row["tokens"] > 0 for row in rows(tmp_path))
 
 
 def test_partial_results_can_be_reported(run, place):
