@@ -36,7 +36,7 @@ class Point:
       row: of its first cell.
       cells: ids of its rows in cells.jsonl.
       quality: per half; the main metric, higher is better.
-      nll: per half, in nats per reference token; empty where the law cannot be told.
+      nll: per half, in nats per reference token; empty where the method has no distribution per token.
       rates: over all items, the mean of the seeds' rates.
       speed_up: per half, time of the verifier alone on the same items over its own, batch 1.
       seconds: per half, mean per item at batch 1, without an interval.
@@ -61,7 +61,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """How people read it."""
+        """Its name in tables and plots."""
         return self.arm if self.alpha is None else f"{self.arm} {self.alpha:g}"
 
     def latency(self, half: str) -> float:

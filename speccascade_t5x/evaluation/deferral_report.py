@@ -166,7 +166,7 @@ def recovered(found: Mapping[str, Curve]) -> dict[str, list[float | None]]:
 def reliability(test: Columns, names: tuple[str, ...]) -> dict[str, Any]:
     """ECE and diagram rows of each model before and after each calibration, over all tokens and by class of the label.
 
-    The class is that of the label, which a model does not know: it says where errors are, and is no input of a rule.
+    The class is that of the label, which a model does not know: it shows where errors are, and no rule reads it.
     """
     found: dict[str, Any] = {}
     kinds = [kind for kind in calibration.KINDS if f"score_{kind}_confidence_q" in test]
@@ -200,14 +200,18 @@ def write(folder: str | Path, report: Mapping[str, Any], title: str) -> Path:
 
 
 def page(report: Mapping[str, Any], title: str, plots: list[str]) -> str:
-    """The report for people, in Markdown."""
+    """The report, in Markdown."""
     sizes = f"{report['examples']} examples, {report['tokens']:,} tokens; loss: {report['loss']}."
     lines = [f"# {title}", "", sizes, ""]
     if report["remark"]:
         lines += [f"**Nothing was learnt:** {report['remark']}.", ""]
     lines += objective_table(report)
     if report["recovered"]:
-        lines += ["", "Share of the way from plug-in OPT to the exact Bayes rule, over all alphas:", ""]
+        lines += [
+            "",
+            "Share of the gap between plug-in OPT and the exact Bayes rule that is closed, over all alphas:",
+            "",
+        ]
         lines += [
             f"- {name}: {100 * each[-1]:.0f} %"
             for name, each in report["recovered"].items()

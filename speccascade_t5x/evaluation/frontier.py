@@ -1,4 +1,4 @@
-"""What a sweep answers: the paper's table, the frontier, and the area under it.
+"""The answers of a sweep: the paper's table, the frontier, and the area under it.
 
 A choice is always made with figures of one half of the items, and shown with figures of the other.
 """
@@ -51,7 +51,7 @@ class Answer:
 
 
 def answers(group: Group, tolerance: float = 0.0) -> list[Answer]:
-    """The table of [SC], Table 2, for every arm that was timed, and the area under its frontier.
+    """Table 2 of "Faster Cascades via Speculative Decoding", for every arm that was timed, and the areas.
 
     Args:
       group: of one condition.
@@ -124,8 +124,8 @@ def area(group: Group, points: Sequence[Point]) -> Estimate | None:
     """Mean quality over latency budgets between the drafter's and the verifier's latency.
 
     At a budget below 1 a method may run as the drafter alone, at any of its points that fits, or as a mixture of them
-    over requests; the verifier alone stands at 1. Which points make its frontier is decided on one half, their
-    figures come from the other: a point that turns out to be a bad choice there counts as one.
+    over requests; the verifier alone is at 1. Which points make its frontier is decided on one half, and their figures
+    come from the other, so a point that was a bad choice counts as one.
 
     Returns:
       None where the drafter or the verifier was not timed, or the drafter is not the faster of the two.

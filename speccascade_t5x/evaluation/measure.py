@@ -1,4 +1,4 @@
-"""Decodes the cells of a sweep, in an order in which methods take turns, and keeps what is needed of each."""
+"""Decodes the cells of a sweep, methods alternating, and keeps what the report needs of each."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class Measurement:
         return [found[prompt.index] for prompt in self.dataset.prompts], times
 
     def _on_references(self, cell: Cell, settings: Settings) -> dict[str, list[float]] | None:
-        """Sums per reference of the cell's law, which its seed does not change."""
+        """Sums per reference of the cell's target distribution, which its seed does not change."""
         if teacher_forced.why_not(self.pair, settings):
             return None
         if cell.point not in self._known:
@@ -253,7 +253,7 @@ def planned(choices: Choices) -> int:
 def measure_all(measurement: Measurement, choices: Choices) -> None:
     """Runs every cell of a sweep: the main condition with its refinement, then the others on the unrefined grids.
 
-    The order is the same on every run, so a restart does what is missing. Methods take turns alpha by alpha.
+    The order is the same on every run, so a restart measures what is missing. Methods alternate, alpha by alpha.
 
     Raises:
       UserError: neither the verifier nor the drafter alone could be measured: nothing could be compared with them.
@@ -338,7 +338,7 @@ def sequence_grid(measurement: Measurement, chosen: Arm, drafted: Cell, count: i
 
 
 def _join_truncation(choices: Choices, grids: dict[str, list[float]]) -> None:
-    """MinP is measured at every alpha at which a TokenV3 is, whatever else it is measured at."""
+    """Adds to the alphas of MinP all those at which a TokenV3 is measured."""
     if grid.TRUNCATION not in grids:
         return
     for each in choices.arms:
@@ -357,8 +357,8 @@ def _turns(arms: Sequence[Arm], grids: Mapping[str, Sequence[float]]) -> Iterato
 
 def _qualities(metrics: Sequence[Mapping[str, float]], metric: str) -> list[float] | None:
     """What a curve is judged by, of each cell: its likelihood, else `metric`; None where some cell has neither."""
-    # The NLL of the law has no sampling noise, which a bend of a metric's curve may be made of. Executions without a
-    # law per token have none, and a sweep over texts without references has no other metric.
+    # The NLL has no sampling noise, which could look like a bend in the curve of a metric. Executions without a
+    # distribution per token have no NLL, and a sweep over a file of texts has no other metric.
     for found in ([-each.get(NLL, np.nan) for each in metrics], [each.get(metric, np.nan) for each in metrics]):
         if not np.isnan(found).any():
             return found
@@ -366,7 +366,7 @@ def _qualities(metrics: Sequence[Mapping[str, float]], metric: str) -> list[floa
 
 
 def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[float]]) -> None:
-    """Adds alphas where curves bend, one to each arm in turn, judged on the half alphas are chosen on."""
+    """Adds alphas where curves bend, one per arm and pass, by the figures of the half alphas are chosen on."""
     main, seed = choices.conditions[0], choices.seeds[0]
     given = {each.name for each in choices.arms if each.alphas is not None}
     led = any(each.rule == grid.TRUNCATED for each in choices.arms)

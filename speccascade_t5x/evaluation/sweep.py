@@ -1,4 +1,4 @@
-"""The `sweep` job: measures methods x alphas on a task, and shows what each setting buys."""
+"""The `sweep` job: measures methods x alphas on a task, and reports quality and speed of each setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ALWAYS_TIMED = ("verifier", "drafter", "lossless")
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has left behind.
+    """The results of a sweep.
 
     Attributes:
       folder: with everything in it.
@@ -105,8 +105,8 @@ def sweep(
       timed_points: most points per arm and condition that are timed: those that matter.
       traces: items on the trace page.
       calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
-      report_only: measure nothing; report the cells that are there, of a sweep that is still at work too.
-      baselines: measured in any case. Leave them alone, but for a test: a gain without them means nothing.
+      report_only: measure nothing; report the finished cells, also those of a sweep that is still running.
+      baselines: always measured. Change them in tests only: a gain without them means nothing.
       progress: called after every cell and block.
 
     Raises:
@@ -175,7 +175,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
-    """Arms that are not measured are passed over, but a name that stands for none is a mistake."""
+    """Arms that are not measured are skipped, but the name of no arm is an error."""
     for name in checks.sequence("varied", varied):
         if name not in {each.name for each in arms}:
             grid.arm(name)

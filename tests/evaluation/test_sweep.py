@@ -142,7 +142,9 @@ def test_the_report_says_what_lacks(whole, place):
     assert "Baselines that were not measured: lossy_sd, lossy_sd_optimal, bild_fixed, bild" in text
     assert "NLL of the references, which charges truncation" in text
     trace = (place / "whole" / "trace.html").read_text("utf-8")
-    assert "verifier alone" in trace and "drafter alone" in trace and "a draft of it stands with probability" in trace
+    assert (
+        "verifier alone" in trace and "drafter alone" in trace and "a draft of it is accepted with probability" in trace
+    )
 
 
 def test_a_folder_of_another_sweep_is_refused(whole, run, place):
