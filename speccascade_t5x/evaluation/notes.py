@@ -14,7 +14,7 @@ _DIGITS, _MOST_DIGITS = 2, 6
 # Said in place of `truncation` where quality is the NLL.
 NLL_CHARGES = (
     "Quality is the NLL of the references, which charges truncation: a token that was cut away costs -log 1e-6. No "
-    "gain here can be an artefact of truncation, but a loss can, above all that of MinP. A metric of outputs shows both."
+    "gain here can be an artefact of truncation, but a loss can, above all MinP's. A metric of outputs shows both."
 )
 
 

@@ -13,6 +13,7 @@ from speccascade_t5x.evaluation import frontier, notes, operating_points
 from speccascade_t5x.evaluation.analysis import Group
 from speccascade_t5x.evaluation.grid import Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
+from speccascade_t5x.evaluation.statistics import Bootstrap
 from speccascade_t5x.interfaces import UserError
 
 # (choose, report) each: chosen by the first, shown with the second.
@@ -104,6 +105,13 @@ def test_a_gain_is_called_an_artefact_where_min_p_shows_it_too(cascade, truncate
     (text,) = notes.truncation(group(ours, fair), "exact_match")
     assert said in text and text.startswith("token_v3 at alpha 0.3: exact_match ")
     assert "MinP" in text
+
+
+def test_few_items_decide_nothing():
+    few = {half: Bootstrap(7, draws=200).mean(np.arange(7.0) + 80) for half in (CHOOSE, REPORT)}
+    ours, fair = (dataclasses.replace(point(arm, 0.3, (85, 85), None), quality=few) for arm in ("token_v3", "min_p"))
+    (text,) = notes.truncation(group(ours, fair), "exact_match")
+    assert text.endswith("Undecided: there are too few items for an interval.") and "[" not in text
 
 
 def test_chance_is_called_rounding_where_nothing_is_sampled():

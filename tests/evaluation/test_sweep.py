@@ -285,7 +285,7 @@ def test_a_rate_is_calibrated_and_checked_on_held_out_items(run, place):
     assert abs(found["chosen_on"] - 0.7) == min(abs(rate - 0.7) for rate in known.values())
     (row,) = [row for row in rows(place / "calibrated") if row["cell"] == found["cell"]]
     assert found["held_out"]["value"] == pytest.approx(row["rates"]["report"]["deferral_rate"])
-    assert found["held_out"]["units"] == 3 and found["held_out"]["low"] is None  # three items have no interval
+    assert found["held_out"]["units"] == 3 and found["held_out"]["low"] is None  # too few
     (out,) = run("unreached", calibrate={"verifier_calls_per_token": 3.0}).calibrated
     assert not out["reached"]
 
