@@ -22,6 +22,7 @@ LIBRARY = [
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
+    "scipy>=1.14,<2",
     "tensorstore>=0.1.80,<0.2",
 ]
 # What the data and cli edges add; seqio brings TensorFlow.

@@ -34,7 +34,7 @@ _MACROS = {
     "output_dir": (str, "where plan.json and config.gin go"),
     "split": (str, "split of the task (default: validation)"),
     "limit": (int, "measure on the first so many examples (default: 16)"),
-    "measure": (int, "decode with so many of the best, and show the measured gain beside the predicted one"),
+    "measure": (int, "decode with so many of the best, and show what they gain on examples they were not chosen by"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
     "acceptance": (figures, 'instead of measuring: "0.8,0.5;0.6", a row per reviewer, Max-Gram last'),
     "costs": (numbers, "with --acceptance: a step of each drafter model, in steps of the verifier"),

@@ -25,7 +25,7 @@ _MACROS = {
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
     "task": (str, "a registered seqio task to collect labels on"),
     "cached": (str, "a folder of `speccascade cache`, of one split, instead of a task"),
-    "split": (str, "split of the task (default: train)"),
+    "split": (str, "split of the task (default: validation)"),
     "limit": (int, "collect on the first so many examples (default: 4000)"),
     "kind": (str, "prefix (the loss gap, for learned_gap) or token (candidates, for learned_token)"),
     "loss": (str, "zero_one or log: whose gap a prefix head estimates"),
@@ -126,6 +126,9 @@ class Live(train_deferral.Observer):
 
     def calibrating(self, kind: str) -> None:
         self._say(f"calibrating: {kind}")
+
+    def warned(self, text: str) -> None:
+        self._say(f"note: {text}")
 
     def started(self, seed: int, step: int, steps: int) -> None:
         self._bar.update(self._row, description=f"fitting seed {seed}", total=steps, completed=step)

@@ -6,6 +6,7 @@ A file is written beside its place, flushed to disk and renamed, so that a reade
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -21,6 +22,61 @@ from speccascade_t5x.interfaces import UserError
 def file_stem(task: str) -> str:
     """The task name as it stands in file names: ':' and '/' become '_'."""
     return task.replace(":", "_").replace("/", "_")
+
+
+@contextlib.contextmanager
+def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[None]:
+    """Holds a folder for one job of this process, so that a second one started there is refused.
+
+    The lock is the operating system's, on a file that is removed at the end: a killed process leaves none, and the
+    file it leaves blocks nobody. Where no lock can be had, as on some network file systems, nothing is held.
+
+    Args:
+      folder: where the job writes; made if missing.
+      job: what must not run there twice. Jobs of different names do not exclude each other.
+      holds: whether this host is the one that holds it; False does nothing.
+
+    Raises:
+      UserError: another process, or another call in this one, is at work there.
+    """
+    if not holds:
+        yield
+        return
+    path = Path(folder) / f".{file_stem(job)}.lock"
+    handle = _locked(path, job)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is held, or another process could hold what is removed
+            os.close(handle)
+
+
+def _locked(path: Path, job: str) -> int | None:
+    """The open file of a lock; None where none can be had."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # what is written there next says why
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another process is at work on {job} in {path.parent}: wait until it has ended, or use another output "
+                "folder"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)  # the holder has just ended, and removed the file
 
 
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -133,23 +133,24 @@ class _Job:
     ) -> Cached:
         """Writes a corpus, or keeps the one that is there if it was made with the same options."""
         source = dict(source) | ({"limit": self.limit} if self.limit else {}) | {"settings": self.settings}
-        if (folder / shards.MANIFEST).exists():
-            manifest = shards.read_manifest(folder)
-            wanted = {"task": name, "split": split, "vocabulary": spoken.fingerprint(), **source}
-            wanted |= {f"{feature}_len": room for feature, room in self.lengths.items()}
-            _check_kept(folder, manifest, wanted)
-            return Cached(folder, manifest, kept=True)
-        manifest = shards.write(
-            folder,
-            self._counted(examples, f"{name} {split}"),
-            name=name,
-            split=split,
-            spoken=spoken,
-            lengths=self.lengths,
-            source=source,
-            examples_per_shard=self.examples_per_shard,
-        )
-        return Cached(folder, manifest, kept=False)
+        with storage.one_writer(self.output_dir, f"the corpus {folder.relative_to(self.output_dir)}"):
+            if (folder / shards.MANIFEST).exists():
+                manifest = shards.read_manifest(folder)
+                wanted = {"task": name, "split": split, "vocabulary": spoken.fingerprint(), **source}
+                wanted |= {f"{feature}_len": room for feature, room in self.lengths.items()}
+                _check_kept(folder, manifest, wanted)
+                return Cached(folder, manifest, kept=True)
+            manifest = shards.write(
+                folder,
+                self._counted(examples, f"{name} {split}"),
+                name=name,
+                split=split,
+                spoken=spoken,
+                lengths=self.lengths,
+                source=source,
+                examples_per_shard=self.examples_per_shard,
+            )
+            return Cached(folder, manifest, kept=False)
 
     def _counted(self, examples: Iterator, what: str) -> Iterator:
         count = 0

@@ -8,6 +8,8 @@ whoever imports the module that defines them (usually a gin file); this module o
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
 import os
 import shutil
 import sys
@@ -271,9 +273,10 @@ def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
 
 
 def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str]) -> dict[str, Any]:
-    """Returns the task's metrics for the predicted texts of some of its examples.
+    """Returns the task's metrics for the predicted texts of some of its examples, as JSON types.
 
-    Targets and predictions pass through the task's postprocessor first, as seqio does it.
+    Targets and predictions pass through the task's postprocessor first, as seqio does it. What a metric returns is
+    normalised, see `metric_value`.
 
     Args:
       task_name: a registered seqio task.
@@ -281,7 +284,8 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
       predictions: one text per example.
 
     Raises:
-      UserError: there is no such task, an example has no target, or the counts differ.
+      UserError: there is no such task, an example has no target, the counts differ, or the task's own code fails; the
+        message names the function and what it raised.
     """
     task = _task(task_name)
     if len(scored) != len(predictions):
@@ -298,11 +302,61 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
         }
         for e in scored
     ]
-    targets = [
-        task.postprocess_fn(e.targets_text, example=f, is_target=True) for e, f in zip(scored, fields, strict=True)
-    ]
-    outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
+    with _named(task_name, "postprocessor"):
+        targets = [
+            task.postprocess_fn(e.targets_text, example=f, is_target=True) for e, f in zip(scored, fields, strict=True)
+        ]
+        outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
     results: dict[str, Any] = {}
     for metric in task.predict_metric_fns:
-        results.update(metric(targets, outputs))
+        name = getattr(metric, "__name__", type(metric).__name__)
+        with _named(task_name, f"metric {name!r}"):
+            found = metric(targets, outputs)
+            results |= metric_value(found if isinstance(found, Mapping) else {name: found})
     return results
+
+
+@contextlib.contextmanager
+def _named(task_name: str, what: str) -> Iterator[None]:
+    """Turns whatever a task's own code raises into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
+
+
+def metric_value(value: Any) -> Any:
+    """What a metric function returned, as JSON types: numbers, texts, lists and mappings of them.
+
+    seqio's `Scalar` and `Text` stand for what they hold. NaN and infinities become None. Of seqio's pictures, sounds
+    and histograms, and of any other object, the kind is kept.
+    """
+    if isinstance(value, seqio.metrics.Scalar):
+        return metric_value(value.value)
+    if isinstance(value, seqio.metrics.Text):
+        return metric_value(value.textdata)
+    if isinstance(value, Mapping):
+        return {_as_text(name): metric_value(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [metric_value(part) for part in value]
+    if isinstance(value, (str, bytes)):
+        return _as_text(value)
+    if value is None or (isinstance(value, int) and value.bit_length() < 1024):
+        return value
+    if hasattr(value, "__array__"):  # numpy, jax, TensorFlow
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufSUO":
+            array = array.astype(np.float64 if array.dtype.kind == "V" else str)  # bfloat16, and dates and the like
+        return metric_value(array.tolist())
+    if isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+        return None
+    return f"a value of type {type(value).__name__}"
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

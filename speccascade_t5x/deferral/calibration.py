@@ -218,7 +218,7 @@ def fit_vector(batches: Batches, temperature: Calibration, steps: int = _VECTOR_
 
 
 def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
-    """The non-decreasing map from max-probability to hit rate of least squared error (pool adjacent violators).
+    """The non-decreasing map from max-probability to hit rate of least squared error.
 
     Args:
       confidence: [N] largest probabilities.
@@ -227,6 +227,8 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     Raises:
       UserError: there is no position, or every label is a hit, or none is.
     """
+    from scipy import optimize  # takes a while to load, and only fitting needs it
+
     confidence, hits = np.asarray(confidence, np.float64), np.asarray(hits, np.float64)
     if not len(hits):
         raise UserError("there is no position to calibrate on: the fitting split is empty")
@@ -236,20 +238,12 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     values, inverse = np.unique(confidence, return_inverse=True)
     weights = np.bincount(inverse).astype(np.float64)
     means = np.bincount(inverse, weights=hits) / weights
-    levels, sizes, counts = [], [], []  # blocks: mean, weight, how many distinct values
-    for mean, weight in zip(means, weights, strict=True):
-        levels.append(mean), sizes.append(weight), counts.append(1)
-        while len(levels) > 1 and levels[-2] >= levels[-1]:
-            total = sizes[-2] + sizes[-1]
-            merged = (levels[-2] * sizes[-2] + levels[-1] * sizes[-1]) / total
-            pooled = counts[-2] + counts[-1]
-            del levels[-2:], sizes[-2:], counts[-2:]
-            levels.append(merged), sizes.append(total), counts.append(pooled)
+    fitted = optimize.isotonic_regression(means, weights=weights)
     # The fitted steps as a piecewise linear map through the first and last value of each block.
-    last = np.cumsum(counts) - 1
-    knots = np.stack([values[last - np.array(counts) + 1], values[last]], axis=1).ravel()
-    heights = np.repeat(levels, 2)
-    # The number of knots is always the same, so no fit compiles its own program; repeating the last knot is harmless.
+    first, last = fitted.blocks[:-1], fitted.blocks[1:] - 1
+    knots = np.stack([values[first], values[last]], axis=1).ravel()
+    heights = np.repeat(fitted.x[first], 2)
+    # Always as many knots, so that no fit compiles a program of its own; a last one that is repeated changes nothing.
     places = np.linspace(0, len(knots) - 1, _MOST_KNOTS).round().astype(int) if len(knots) > _MOST_KNOTS else None
     places = np.minimum(np.arange(_MOST_KNOTS), len(knots) - 1) if places is None else places
     knots, heights = knots[places], heights[places]

@@ -1,6 +1,6 @@
-"""What a sweep leaves on disk while it runs: every finished cell, whole.
+"""What a sweep keeps on disk while it runs: every finished cell, written atomically.
 
-    <output_dir>/sweep.json              what the sweep measures; a folder of another sweep is refused
+    <output_dir>/sweep.json              what the sweep measures; the folder of another sweep is rejected
     <output_dir>/cells.jsonl             one row per finished cell: every figure of the report comes from these rows
     <output_dir>/cells/<cell>.json.gz    the row and its records: predictions, tokens, who wrote them, counters
     <output_dir>/timing/block-00000.json wall times of all timed points on a few examples, see `timing`
@@ -116,7 +116,7 @@ class CellStore:
         return row if row and row["status"] == _DONE else None
 
     def has(self, cell: str) -> bool:
-        """Whether a cell is on disk, be it that it failed."""
+        """Whether a cell is on disk, even if it failed."""
         return self._path(cell).exists()
 
     def read(self, cell: str) -> StoredCell:
@@ -133,9 +133,18 @@ class CellStore:
         """Stores a cell that succeeded; once it returns, a restart skips the cell. Returns its row."""
         return self._write({**row, "status": _DONE}, found, references)
 
-    def write_failure(self, row: Mapping[str, Any], reason: str) -> dict[str, Any]:
-        """Notes why a cell failed; a restart tries it again."""
-        return self._write({**row, "status": _FAILED, "error": reason}, [], None)
+    def write_failure(
+        self, row: Mapping[str, Any], reason: str, found: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Notes why a cell failed, and keeps what was decoded of it; a restart tries it again."""
+        return self._write({**row, "status": _FAILED, "error": reason}, found, None)
+
+    def unscored(self, cell: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(records, times) of a cell that was decoded and then failed, as where a metric broke; else empty."""
+        row = self._rows.get(cell)
+        if row is None or row["status"] != _FAILED:
+            return [], {}
+        return self.read(cell).records, row.get("decoding", {})
 
     def _write(
         self, row: dict[str, Any], found: Sequence[Mapping[str, Any]], references: Mapping[str, Any] | None

@@ -27,13 +27,13 @@ BASELINES = (
     *("verifier", "drafter", "lossless", "lossy_sd", "lossy_sd_optimal", "bild_fixed", "bild"),
     *("token_cascade:chow", "sequence_cascade"),
 )
-# The fair baseline of the first at every alpha: the same kept tokens, with no drafter in the law.
+# The fair baseline of the first at every alpha: the same kept tokens, without the drafter's distribution.
 TRUNCATED, TRUNCATION = "token_v3", "min_p"
-# Where a rule's range is open, or its law stops changing before its end: the span its alphas are taken from.
+# Where a rule's range is open, or its distribution stops changing before its end: the span its alphas are taken from.
 _SPANS = {
     "chow_log": (0.0, 2.0),  # nats; beyond, hardly any position is left to defer
     "diff_log": (-1.5, 1.5),
-    "opt": (-1.0, 1.0),  # |max p - max q| <= D_TV(p, q), so at temperature 1 the law changes nowhere else
+    "opt": (-1.0, 1.0),  # |max p - max q| <= D_TV(p, q), so at temperature 1 nothing changes beyond
     "opt_log": (-3.0, 3.0),
     "bild_fixed": (0.0, 6.0),
     "bild": (0.0, 6.0),
@@ -169,10 +169,11 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
 
 
 def default_alphas(chosen: Arm, count: int) -> tuple[float, ...]:
-    """So many alphas spread over the arm's range, its ends left out: these are the lossless law and the drafter's.
+    """Evenly spaced alphas within the arm's range.
 
-    Where the range is open, or most of it changes nothing, they spread over a stated part of it (`_SPANS`). The
-    alphas of a sequence cascade depend on the drafter's outputs: `sequence_alphas`.
+    Its ends are left out: there the distribution is the verifier's, or the drafter's. Where the range is open, or most
+    of it changes nothing, a part of it is used instead (`_SPANS`). The alphas of a sequence cascade depend on the
+    drafter's outputs, see `sequence_alphas`.
     """
     if chosen.range is None:
         return ()
@@ -227,7 +228,7 @@ def refined(alphas: Sequence[float], costs: Sequence[float], qualities: Sequence
 
 
 def _short(alpha: float) -> float:
-    """Four significant digits: an alpha is read by people, and files are named after it."""
+    """Four significant digits: tables show alphas, and files are named after them."""
     return float(f"{alpha:.4g}")
 
 
@@ -273,7 +274,7 @@ def _stem(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is decoded and stored at once."""
+    """One point with one seed: what is decoded and stored together."""
 
     arm: Arm
     alpha: float | None

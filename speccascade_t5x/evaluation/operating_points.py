@@ -87,7 +87,7 @@ def _named(group: Group) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Reads operating points; a folder stands for the file in it.
+    """Reads operating points from the file, or from the folder that contains it.
 
     Raises:
       UserError: it is missing, damaged, empty, or of a newer format.
@@ -164,7 +164,7 @@ def choose(
 
 
 def in_words(point: Mapping[str, Any], metric: str) -> str:
-    """A point and what to expect of it, in a line."""
+    """A point and its expected quality and latency, in one line."""
     quality = point["quality"]
     ends = "" if quality.get("low") is None else f" [{quality['low']:.4g}, {quality['high']:.4g}]"
     return (

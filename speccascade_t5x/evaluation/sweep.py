@@ -1,4 +1,4 @@
-"""The `sweep` job: measures methods x alphas on a task, and shows what each setting buys."""
+"""The `sweep` job: measures methods x alphas on a task, and reports quality and speed of each setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ALWAYS_TIMED = ("verifier", "drafter", "lossless")
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has left behind.
+    """The results of a sweep.
 
     Attributes:
       folder: with everything in it.
@@ -100,13 +100,13 @@ def sweep(
       seeds: one random key each; at temperature 0 the first alone.
       metric: what quality is: a metric of the task (its first by default), or "nll".
       quality_tolerance: how far below the verifier's a quality still counts as its, in units of the metric.
-      timing_items: how many items wall times are measured on, half of them from each half.
-      timing_repeats: rounds of the wall times.
+      timing_items: how many items wall times are measured on, drawn at random, half of them from each half.
+      timing_repeats: rounds of the wall times; each takes the next seed.
       timed_points: most points per arm and condition that are timed: those that matter.
       traces: items on the trace page.
       calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
-      report_only: measure nothing; report the cells that are there, of a sweep that is still at work too.
-      baselines: measured in any case. Leave them alone, but for a test: a gain without them means nothing.
+      report_only: measure nothing; report the finished cells, also those of a sweep that is still running.
+      baselines: always measured. Change them in tests only: a gain without them means nothing.
       progress: called after every cell and block.
 
     Raises:
@@ -147,22 +147,23 @@ def sweep(
     }
     here = hosts.current()
     _check_hosts(here, pair, calibrate)
-    store = _open(here, output_dir, config, report_only)
-    tell = progress or (lambda _: None)
-    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
-    if target is not None:
-        found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
-        path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
-        return SweepResult(store.folder, [], found, {"calibration": path})
-    if not report_only:
-        measure_all(measurement, choices)
-        if here.first:  # while the others rest
-            _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
-    result = SweepResult(store.folder, [], [], {})
-    if here.first:
-        result = _report(measurement, choices, quality_tolerance, traces)
-    here.wait("the sweep is reported")
-    return result
+    with storage.one_writer(output_dir, "the sweep", here.first and not report_only):
+        store = _open(here, output_dir, config, report_only)
+        tell = progress or (lambda _: None)
+        measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
+        if target is not None:
+            found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
+            path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
+            return SweepResult(store.folder, [], found, {"calibration": path})
+        if not report_only:
+            measure_all(measurement, choices)
+            if here.first:  # while the others rest
+                _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
+        result = SweepResult(store.folder, [], [], {})
+        if here.first:
+            result = _report(measurement, choices, quality_tolerance, traces)
+        here.wait("the sweep is reported")
+        return result
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
@@ -174,7 +175,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
-    """Arms that are not measured are passed over, but a name that stands for none is a mistake."""
+    """Arms that are not measured are skipped, but the name of no arm is an error."""
     for name in checks.sequence("varied", varied):
         if name not in {each.name for each in arms}:
             grid.arm(name)
@@ -289,7 +290,8 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
         chosen = {name: value for name, value in row["settings"].items() if value is not None}
         points[row["point"]] = dataclasses.replace(base, **chosen)
     prompts = {prompt.index: prompt for prompt in measurement.dataset.prompts}
-    watch = timing.Stopwatch(pair, points, prompts, timing.timed_items(measurement.halves, items), repeats)
+    drawn = timing.timed_items(measurement.halves, items)
+    watch = timing.Stopwatch(pair, points, prompts, drawn, repeats, choices.seeds)
     stamps: list[tuple[int, float]] = []
 
     def advance(done: int, total: int) -> None:

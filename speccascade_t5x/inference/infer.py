@@ -121,34 +121,41 @@ def infer(
         made_with["mesh"] = pair.partitioning.described()
     identity = f"{config_text}\n" + "".join(f"# {name}: {value}\n" for name, value in made_with.items())
     team = hosts.team(pair.partitioning, here)
-    writer, done = _open(here, output_dir, dataset.name, identity, len(chunks))
-    mine = {i: chunks[i] for i in team.mine([i for i in range(len(chunks)) if i not in done])}
-    if progress and done:
-        held = sum(int(batch.valid.sum()) for i in done for batch in chunks[i])
-        progress(held, len(dataset.prompts), {})
-    coming = _decoded(runner, dataset, [batch for chunk in mine.values() for batch in chunk], refill, progress)
-    whole = _store(writer if team.leads else None, mine, coming, hosts.StopInDecoding(team, stop))
-    ended = here.gather("all is decoded", {"whole": whole, "leads": team.leads, **_spent(runner)})
-    if not all(host["whole"] for host in ended):
-        kept = len(writer.done_chunks())
-        raise Preempted(f"told to stop; {kept} of {len(chunks)} chunks are kept: the same command continues")
-    if not here.first:
+    with storage.one_writer(output_dir, dataset.name, here.first):
+        writer, done = _open(here, output_dir, dataset.name, identity, len(chunks))
+        mine = {i: chunks[i] for i in team.mine([i for i in range(len(chunks)) if i not in done])}
+        if progress and done:
+            held = sum(int(batch.valid.sum()) for i in done for batch in chunks[i])
+            progress(held, len(dataset.prompts), {})
+        coming = _decoded(runner, dataset, [batch for chunk in mine.values() for batch in chunk], refill, progress)
+        whole = _store(writer if team.leads else None, mine, coming, hosts.StopInDecoding(team, stop))
+        ended = here.gather("all is decoded", {"whole": whole, "leads": team.leads, **_spent(runner)})
+        if not all(host["whole"] for host in ended):
+            kept = len(writer.done_chunks())
+            raise Preempted(f"told to stop; {kept} of {len(chunks)} chunks are kept: the same command continues")
+        if not here.first:
+            here.wait("the records are whole")
+            return InferResult([], writer.path, {}, {})
+        here.see(lambda: len(writer.done_chunks()) == len(chunks), "some chunk")
+        path = writer.finish(order)
+        in_order = list(writer.read_all())
+        failure = None
+        try:
+            metrics = _metrics(dataset, settings, in_order)
+        except UserError as error:  # of the task's own code: all else is written before that is told
+            failure, metrics = error, _metrics(dataclasses.replace(dataset, score=None), settings, in_order)
+        writer.write_metrics(metrics)
+        timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
+        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
+            timing = json.loads(timed.read_text("utf-8"))
+        else:
+            timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
+            writer.write_timing(timing)
+            writer.write_summary(_summary(dataset, settings, metrics, timing))
         here.wait("the records are whole")
-        return InferResult([], writer.path, {}, {})
-    here.see(lambda: len(writer.done_chunks()) == len(chunks), "some chunk")
-    path = writer.finish(order)
-    in_order = list(writer.read_all())
-    metrics = _metrics(dataset, settings, in_order)
-    writer.write_metrics(metrics)
-    timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
-    if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
-        timing = json.loads(timed.read_text("utf-8"))
-    else:
-        timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
-        writer.write_timing(timing)
-        writer.write_summary(_summary(dataset, settings, metrics, timing))
-    here.wait("the records are whole")
-    return InferResult(in_order, path, metrics, timing)
+        if failure is not None:
+            raise UserError(f"{failure}; the predictions are kept in {path}") from failure
+        return InferResult(in_order, path, metrics, timing)
 
 
 def _open(
@@ -282,7 +289,8 @@ def _summary(
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
     lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {records.shown(value)} |" for name, value in metrics.items()]
+    cells = ((records.shown(name), records.shown(value)) for name, value in metrics.items())
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     standardised = timing.get("standardised_walltime_improvement", {})
     shown = {name: value for name, value in timing.items() if value is not standardised}
     shown |= {f"standardised walltime improvement, {name}": value for name, value in standardised.items()}

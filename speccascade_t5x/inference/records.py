@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,9 +159,15 @@ class RecordWriter:
         return storage.write_text(self.output_dir / f"{self._stem}-summary.md", markdown)
 
 
-def shown(value: float | Sequence[float]) -> str:
-    """A metric for people: four digits, lists with commas between."""
-    return f"{value:.4g}" if not isinstance(value, Sequence) else ", ".join(f"{part:.4g}" for part in value) or "-"
+def shown(value: Any) -> str:
+    """A metric in one human-readable line: numbers with four digits, commas between the parts of a list."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(shown, value)) or "-"
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        return f"{value:.4g}"
+    return "-" if value is None else " ".join(str(value).split())
 
 
 def _escape(name: str) -> str:

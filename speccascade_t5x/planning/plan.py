@@ -45,7 +45,8 @@ class Candidate:
       tokens_per_round: expected.
       calls_per_token: of the verifier and of each model below it.
       gain: tokens per unit of time over the verifier alone; above 1 it pays.
-      measured: the same, measured; None where it was not.
+      chosen_by: the same, measured on the examples that candidates are ranked by; None where it was not.
+      measured: the same, measured on the other examples, so that it is not the best of many; None where it was not.
     """
 
     drafter: str
@@ -55,6 +56,7 @@ class Candidate:
     calls_per_token: tuple[float, ...]
     gain: float
     lenience: float | None = None
+    chosen_by: float | None = None
     measured: float | None = None
 
     @property
@@ -113,8 +115,8 @@ def plan(
       acceptance: instead of measuring: row i is how often a token of each level below i stands at level i's review;
         levels are the verifier, its drafters, and Max-Gram last.
       costs: with acceptance: a step of each drafter model, in steps of the verifier.
-      measure: decode with so many candidates, the best of each drafter first, and put the measured gain beside the
-        prediction; these then rank first, by what was measured.
+      measure: decode with so many candidates, the best of each drafter first; these then rank first. Every other
+        example is left out of the prediction and the ranking, and the gain that is shown is measured on these.
       progress: told what is going on.
 
     Raises:
@@ -135,15 +137,20 @@ def plan(
     if not models and reads:
         raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
     runner = Runner(pair, settings if models else dataclasses.replace(settings, drafter="max_gram"))
-    batches = runner.batches(datasets.read(runner.prompt_form, task, split, input, limit).prompts)
+    prompts = datasets.read(runner.prompt_form, task, split, input, limit).prompts
+    if measure and len(prompts) < 2:
+        raise UserError("measure needs at least 2 examples, to choose on one and measure on another: give more")
+    batches = runner.batches(prompts[::2] if measure else prompts)
     progress("measuring acceptance and step costs")
     found = probing.measure(pair, settings, batches, lenience)
     ranked = rank_measured(found, models, reads, lenience)
     chosen = _worth_measuring(ranked, measure)
     if chosen:
         progress("decoding with " + "; ".join(ranked[i].label for i in chosen))
-        for i, gain in zip(chosen, _measured_gains(pair, settings, [ranked[i] for i in chosen], batches), strict=True):
-            ranked[i] = dataclasses.replace(ranked[i], measured=gain)
+        tried = [ranked[i] for i in chosen]
+        by, on = (_measured_gains(pair, settings, tried, own) for own in (batches, runner.batches(prompts[1::2])))
+        for i, chosen_by, measured in zip(chosen, by, on, strict=True):
+            ranked[i] = dataclasses.replace(ranked[i], chosen_by=chosen_by, measured=measured)
     return _finish(tuple(ranked), found, pair, settings, output_dir)
 
 
@@ -302,12 +309,15 @@ def _finish(
     settings: Settings,
     output_dir: str | Path | None,
 ) -> Plan:
-    """Writes plan.json. Where the best were measured, the measured ones are ranked by what was measured, first."""
-    ranked = tuple(sorted(ranked, key=lambda c: (c.measured is None, -(c.measured or c.gain))))
+    """Writes plan.json. Where the best were measured, these are ranked first, by what was measured to choose by.
+
+    The best must also gain on the examples it was not chosen by.
+    """
+    ranked = tuple(sorted(ranked, key=lambda c: (c.chosen_by is None, -(c.chosen_by or c.gain))))
     alone = next(c for c in ranked if c.draft_len == 0)
     best = ranked[0]
-    gain = best.gain if best.measured is None else best.measured
-    if gain <= (alone.measured or alone.gain) and best is not alone:
+    gain = best.gain if best.measured is None else min(best.chosen_by, best.measured)
+    if gain <= alone.gain and best is not alone:
         ranked = (alone, *(c for c in ranked if c is not alone))
     speculate = ranked[0].draft_len > 0 and gain > 1.0
     path = None

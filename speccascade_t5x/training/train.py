@@ -162,17 +162,18 @@ def train(
         rows = -(-data.batch_size // share) * share
         eval_batches = packing.InOrder(held_out, rows, data.inputs_len, data.targets_len)
     told = observer if observer and here.first else train_loop.Observer()
-    curves = Curves(output_dir, config_text, told) if here.first else told
-    result = train_loop.train_loop(
-        model, batches, config, output_dir=output_dir, start_from=begin, eval_batches=eval_batches,
-        teacher=instructor, observer=curves, mesh=layout, stop=stop,
-    )  # fmt: skip
-    summary = _summary(result, batches, curves.read() if here.first else [], mesh.size)
-    if here.first:
-        storage.write_json(output_dir / "train-summary.json", summary)
-        storage.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
-    here.wait("the summary is written")
-    return summary
+    with storage.one_writer(output_dir, "training", here.first):
+        curves = Curves(output_dir, config_text, told) if here.first else told
+        result = train_loop.train_loop(
+            model, batches, config, output_dir=output_dir, start_from=begin, eval_batches=eval_batches,
+            teacher=instructor, observer=curves, mesh=layout, stop=stop,
+        )  # fmt: skip
+        summary = _summary(result, batches, curves.read() if here.first else [], mesh.size)
+        if here.first:
+            storage.write_json(output_dir / "train-summary.json", summary)
+            storage.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
+        here.wait("the summary is written")
+        return summary
 
 
 class Curves(train_loop.Observer):

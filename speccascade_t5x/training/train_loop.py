@@ -76,7 +76,7 @@ class TrainResult:
       history: each report, with "step".
       evaluations: each evaluation, with "step".
       tokens: encoder and decoder tokens seen by this process, padding not counted.
-      train_s: seconds of training, compiling, evaluation and checkpoints apart.
+      train_s: seconds until the steps were done; compiling, evaluation and checkpoints apart.
       compile_s: seconds of compiling.
     """
 
@@ -209,6 +209,7 @@ class _Run:
         if eval_batches and resumed_from is None:
             self._evaluate(state.params, eval_batches, result)
         waiting: collections.deque = collections.deque()
+        jax.block_until_ready(state)
         clock, pause = time.perf_counter(), 0.0
         while step < config.steps:
             batch = self._put(self.batches(step), step)
@@ -224,6 +225,7 @@ class _Run:
             saves = store is not None and (last or told or step % config.checkpoint_every == 0)
             evaluates = bool(eval_batches) and (last or (config.eval_every and step % config.eval_every == 0))
             if last or saves or evaluates or step % config.log_every == 0:
+                jax.block_until_ready((state, sums))  # a call returns long before its step is done
                 seconds = time.perf_counter() - clock - pause
                 self._report(jax.device_get(sums), step, seconds, store, result)
                 if evaluates:

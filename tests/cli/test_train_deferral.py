@@ -32,7 +32,8 @@ def test_a_packaged_task_into_a_bundle_that_infer_reads(corpus, capsys):
     assert "nothing was learnt: the kept head is the one the fit began with" in out
     assert "lossless at alpha < 0 and the drafter alone at alpha >= 0; collect more examples" in out
     assert "**Nothing was learnt:** the kept head is the one" in Path("out/deferral-report.md").read_text()
-    assert "collected fit: 2 examples" in err and "Traceback" not in err
+    assert "collected fit: 2 examples" in err and "Traceback" not in err and "note:" not in err
+    assert "SPLIT = 'validation'" in Path("out/config.gin").read_text()
     report = json.loads(Path("out/deferral-report.json").read_text())
     assert len(report["alphas"]) == 10 and "label oracle (unreachable)" in report["curves"]
     assert {"config.gin", "deferral-report.md", "deferral-summary.json", "deferral-metrics.jsonl", "tensorboard"} <= {

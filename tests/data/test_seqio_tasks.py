@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import fractions
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from corpora import ROWS
+from speccascade_t5x.common import storage
 from speccascade_t5x.data import seqio_tasks
 from speccascade_t5x.data.seqio_tasks import seqio, tf
+from speccascade_t5x.inference import records
 from speccascade_t5x.interfaces import UserError
 
 LENGTHS = {"inputs": 8, "targets": 6}
@@ -174,3 +179,50 @@ def test_what_a_failing_block_wrote_is_shown(capfd):
     with seqio_tasks._quiet_stderr():
         os.write(2, b"chatter\n")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (seqio.metrics.Scalar(np.float32(0.5)), 0.5),
+        (seqio.metrics.Text(b"two of two"), "two of two"),
+        ("0.85", "0.85"),
+        ({"a": 1.0, 2: [np.int64(3), None]}, {"a": 1.0, "2": [3, None]}),
+        (np.array([1.0, np.nan]), [1.0, None]),
+        (np.array([True, False]), [True, False]),
+        (tf.constant([b"x", b"\xff"]), ["x", "\ufffd"]),
+        (jnp.bfloat16(1.5), 1.5),
+        (jnp.arange(2), [0, 1]),
+        (None, None),
+        (float("nan"), None),
+        (-np.inf, None),
+        (10**400, None),
+        (fractions.Fraction(1, 4), 0.25),
+        (1 + 2j, "a value of type complex"),
+        (seqio.metrics.Histogram([1.0, 2.0]), "a value of type Histogram"),
+        (np.datetime64("2026-01-02"), "2026-01-02"),
+    ],
+)
+def test_what_metrics_return_is_kept_as_json(value, kept):
+    scores = score_with(lambda targets, predictions: {"m": value, b"n": 1})
+    assert scores == {"m": kept, "n": 1} and json.loads(storage.to_json(scores)) == scores
+    assert "\n" not in records.shown(scores["m"])
+
+
+def test_a_metric_that_fails_is_named():
+    def shaky(targets, predictions):
+        return 1 / 0
+
+    with pytest.raises(UserError, match="metric 'shaky' of task 'odd' failed with ZeroDivisionError: division by zero"):
+        score_with(shaky)
+    assert score_with(lambda targets, predictions: 0.25) == {"<lambda>": 0.25}  # no mapping: called after its function
+
+
+def score_with(metric) -> dict:
+    """The scores of two texts by one metric."""
+    texts = [{"inputs": "abc", "targets": "ABC"}, {"inputs": "de", "targets": "DE"}]
+    register("odd", texts, metric_fns=[metric])
+    try:
+        return seqio_tasks.score("odd", seqio_tasks.examples("odd", "test", LENGTHS), ["A", "B"])
+    finally:
+        seqio.TaskRegistry.remove("odd")

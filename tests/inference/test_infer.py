@@ -194,6 +194,18 @@ def test_a_finished_run_is_left_alone(pair, lines, tmp_path):
     assert again.records == first.records and again.timing == first.timing
 
 
+def test_a_second_run_of_the_same_input_is_refused_while_one_is_at_work(pair, lines, tmp_path):
+    refused = []
+
+    def start_another(examples, total, rates):
+        with pytest.raises(UserError, match="another process is at work on lines in .*out: wait until it has ended"):
+            infer(pair, Settings(**SHAPE), tmp_path / "out", input=str(lines))
+        refused.append(examples)
+
+    infer(pair, Settings(**SHAPE), tmp_path / "out", input=str(lines), progress=start_another)
+    assert refused and len(read(tmp_path / "out", "lines")) == len(LINES)
+
+
 def test_records_of_other_runs_are_not_mixed_in(pair, lines, tmp_path):
     out = tmp_path / "out"
     infer(pair, Settings(**SHAPE), out, input=str(lines), limit=2)

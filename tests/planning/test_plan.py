@@ -73,6 +73,46 @@ def test_what_cannot_be_planned(options, message):
         plan.plan(None, **{"settings": Settings()} | options)
 
 
+def test_what_is_shown_was_not_chosen_by(tmp_path, monkeypatch):
+    """Candidates are ranked on every other example, and the gains that are shown come from the rest."""
+    pair = generate.load(small_pair.write(tmp_path / "bundle"))
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(["aa", "bb", "cc", "dd"]), "utf-8")
+    probed, decoded = [], []
+    known = probing.Measured(
+        alone=measuring.Run(1.0, 12, {"committed": 12}, (), ((1,) * 12,)),
+        acceptance=cost_model.Acceptance({(0, 1): (0.9,), (0, 2): (0.5,), (1, 2): (0.5,)}),
+        lenient=None,
+        costs=cost_model.Costs.relative([0.1]),
+        corrections=dict.fromkeys(KINDS, 1.0),
+        probes={},
+    )
+
+    def ids(batches):
+        return sorted(int(i) for batch in batches for i in batch.example_ids[batch.valid])
+
+    def measure(pair, settings, batches, lenience):
+        probed.append(ids(batches))
+        return known
+
+    def gains(pair, settings, candidates, batches):
+        decoded.append(ids(batches))
+        gain = 3.0 if len(decoded) % 2 else 0.9  # flattered where it was chosen
+        return [gain - 0.5 * i for i in range(len(candidates))]
+
+    monkeypatch.setattr(probing, "measure", measure)
+    monkeypatch.setattr(plan, "_measured_gains", gains)
+    found = plan.plan(pair, make_settings(**SHAPE), input=str(lines), measure=2)
+    assert probed == [[0, 2]] and decoded == [[0, 2], [1, 3]]
+    assert not found.speculate and found.candidates[0].draft_len == 0  # it gains nothing where it was not chosen
+    shown = {candidate.chosen_by: candidate.measured for candidate in found.candidates if candidate.measured}
+    assert shown == {3.0: 0.9, 2.5: 0.4}
+    plan.plan(pair, make_settings(**SHAPE), input=str(lines))
+    assert probed[1] == [0, 1, 2, 3]  # all, where nothing is measured beyond
+    with pytest.raises(UserError, match="measure needs at least 2 examples"):
+        plan.plan(pair, make_settings(**SHAPE), input=str(lines), limit=1, measure=1)
+
+
 def test_continuation_by_hand():
     rows = [[A, A, B, A, R, R], [R, A, A]]
     # Starts: 4 rounds and the last of the second row; of these 3 went on, and of the next 3 two.
@@ -95,7 +135,8 @@ def measured(tmp_path_factory):
 def test_a_measured_plan(measured):
     pair, found, folder = measured
     tested = [candidate for candidate in found.candidates if candidate.measured is not None]
-    assert len(tested) == 3 and all(candidate.measured > 0 for candidate in tested)
+    assert len(tested) == 3 and all(candidate.measured > 0 and candidate.chosen_by > 0 for candidate in tested)
+    assert found.measured.alone.outputs and len(found.measured.alone.lengths) == 2  # the third text is for the gain
     curves = {(0, 1), (0, 2), (1, 2)}
     assert set(found.measured.acceptance.curves) == set(found.measured.lenient.curves) == curves
     assert {candidate.lenience for candidate in found.candidates if candidate.k_matrix} == {None, 2.0}
@@ -104,7 +145,7 @@ def test_a_measured_plan(measured):
     assert found.measured.costs.step > 0 and len(found.measured.costs.drafters) == 1
     # The same probe, counted independently of how the plan reads it.
     run = generate.Runner(pair, make_settings(**SHAPE, draft_len=probing.PROBE_LEN))
-    totals = pair.run(small_pair.TEXTS, run.settings).totals
+    totals = pair.run(small_pair.TEXTS[::2], run.settings).totals
     tokens = found.measured.probes["drafter for verifier"]["tokens_per_round"]
     assert tokens == pytest.approx(totals["committed"] / totals["rounds"])
     written = plan_files.read(folder)

@@ -11,6 +11,7 @@ import pytest
 
 from inference import small_pair
 from speccascade_t5x.checkpoints import bundle as bundles
+from speccascade_t5x.common import paths
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral.fitting import FitConfig
@@ -52,6 +53,38 @@ def data(place):
 @pytest.fixture(scope="module")
 def trained(place, data):
     return train_deferral.train_deferral(place / "pair", data, place / "out", HEAD, FIT, KINDS)
+
+
+@pytest.mark.parametrize(
+    ("noted", "source", "said"),
+    [
+        ({}, ("toy", "validation"), ""),
+        ({}, ("toy", "train"), "the split of 'toy' is called 'train'; if the pair was trained on it, there its models"),
+        (
+            {"trained_on": [{"task": "a", "split": "b"}]},
+            ("a", "b"),
+            "the pair was trained on the split 'b' of 'a'; there",
+        ),
+        ({"trained_on": [{"task": "a", "split": "b"}]}, ("other", "train"), ""),  # of another task
+    ],
+)
+def test_a_split_the_pair_was_trained_on_is_named(noted, source, said):
+    found = train_deferral.trained_on(noted, *source)
+    assert found.startswith(said) and bool(found) == bool(said)
+
+
+def test_training_data_are_warned_of(place, data, trained):
+    told = []
+
+    class Told(train_deferral.Observer):
+        def warned(self, text):
+            told.append(text)
+
+    assert data.source() == ("toy", "train") and train_deferral.Data(task="t").source() == ("t", "validation")
+    train_deferral.train_deferral(place / "pair", data, place / "out", HEAD, FIT, KINDS, observer=Told())
+    assert len(told) == 1 and "is called 'train'" in told[0]
+    packaged = bundles.read_manifest(paths.pretrained_dir() / "restore_de_pair")
+    assert train_deferral.trained_on(packaged, "restore_de", "train")
 
 
 def test_splits_are_by_example(trained, place):

@@ -111,6 +111,22 @@ def test_each_shape_compiles_once_and_no_step_waits(monkeypatch):
     assert len(traced) == 2 and len(fetched) == 2
 
 
+def test_rates_are_of_finished_work_however_often_they_are_told():
+    """Divided by the time that calls take, frequent reports told dozens of times what the machine made."""
+    heavy = dataclasses.replace(MODEL, emb_dim=256, mlp_dim=1024)
+    stamps = []
+
+    class Watch(train_loop.Observer):
+        def logged(self, step, metrics):
+            stamps.append(time.perf_counter())
+
+    result = train_loop.train_loop(heavy, Copying(64), config(7, log_every=1), observer=Watch())
+    # From the first report on nothing is compiled, and all that is done beside training is reporting.
+    told = sum(1 / row["steps_per_s"] for row in result.history[1:])
+    assert 0.7 * (stamps[-1] - stamps[0]) <= told <= stamps[-1] - stamps[0]
+    assert result.train_s >= told
+
+
 def test_a_second_call_continues_with_the_same_bits(tmp_path):
     whole = train_loop.train_loop(MODEL, Copying(), config(12), output_dir=tmp_path / "whole")
     train_loop.train_loop(MODEL, Copying(), config(8), output_dir=tmp_path / "parts")

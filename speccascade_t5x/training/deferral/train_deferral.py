@@ -49,7 +49,7 @@ class Data:
     Attributes:
       cached: folder of tokenised shards (`speccascade cache`), of one split.
       task: a registered seqio task, instead.
-      split: of the task.
+      split: of the task; one that the pair was not trained on, or the head learns from models that know the answers.
       limit: only the first so many examples; None for all.
       inputs_len, targets_len: longest inputs and targets; longer ones are cut, their EOS kept.
       batch_size: rows scored together.
@@ -61,7 +61,7 @@ class Data:
 
     cached: str | None = None
     task: str | None = None
-    split: str = "train"
+    split: str = "validation"
     limit: int | None = 4000
     inputs_len: int = 512
     targets_len: int = 128
@@ -79,6 +79,13 @@ class Data:
             checks.whole(name, getattr(self, name), 1)
         if self.limit is not None:
             checks.whole("limit", self.limit, 1)
+
+    def source(self) -> tuple[str, str]:
+        """(task, split) of the examples."""
+        if self.task is not None:
+            return self.task, self.split
+        manifest = shards.read_manifest(self.cached)
+        return str(manifest.get("name")), str(manifest.get("split"))
 
     def corpus(self, spoken: vocabulary.Vocabulary) -> shards.Corpus:
         """The examples.
@@ -159,6 +166,9 @@ class Observer(fitting.Observer):
     def calibrating(self, kind: str) -> None:
         """A calibration begins."""
 
+    def warned(self, text: str) -> None:
+        """Something a reader of the results should know."""
+
 
 def train_deferral(
     pair: str | Path,
@@ -200,35 +210,55 @@ def train_deferral(
     loaded = bundles.load_bundle(source)
     if loaded.drafter is None:
         raise UserError(f"the bundle {pair} holds a verifier alone: deferral needs a drafter to defer from")
+    if known := trained_on(bundles.read_manifest(source), *data.source()):
+        observer.warned(known)
     scored = Scored(loaded.drafter, loaded.verifier, loaded.vocabulary, temperature)
     spec = pair_scores.spec_of(scored, head.hidden, head.top)
     config = HeadConfig(head.kind, spec, head.loss, fit.objective, head.width, head.layers)
-    job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
-    columns = {name: job.collect(name) for name in ("fit", "held_out")}
-    both = columns_lib.joined(columns["fit"], columns["held_out"])
-    fits = job.fit(both)
-    fitted_calibrations = job.calibrate(calibrations, both)
-    test = job.collect("test", fitted_calibrations)
-    manifest = bundles.read_manifest(source)
-    about = {
-        config.kind: {
-            "fit": dataclasses.asdict(fit), "loss": config.loss, "left_out": fits[0].left_out, "seed": fits[0].seed,
-            "examples": {name: len(chosen) for name, chosen in job.splits.items()},
-        }
-    }  # fmt: skip
-    fitted = Fitted(
-        {config.kind: fits[0].head},
-        fitted_calibrations,
-        *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
-        loaded.vocabulary.fingerprint(),
-        json.loads(storage.to_json(about)),
-    )
-    bundle = _store(source, output_dir / "bundle", fitted)
-    summary = _summary(job, fits, fitted_calibrations, columns)
-    storage.write_json(output_dir / SUMMARY_FILE, summary)
-    if config_text:
-        storage.write_text(output_dir / "config.gin", config_text)
-    return Trained(bundle, fitted, fits, test, columns["held_out"], job.classes, summary)
+    with storage.one_writer(output_dir, "train_deferral"):
+        job = _Job(scored, data, config, fit, output_dir, data_mesh(devices), observer)
+        columns = {name: job.collect(name) for name in ("fit", "held_out")}
+        both = columns_lib.joined(columns["fit"], columns["held_out"])
+        fits = job.fit(both)
+        fitted_calibrations = job.calibrate(calibrations, both)
+        test = job.collect("test", fitted_calibrations)
+        manifest = bundles.read_manifest(source)
+        about = {
+            config.kind: {
+                "fit": dataclasses.asdict(fit), "loss": config.loss, "left_out": fits[0].left_out, "seed": fits[0].seed,
+                "examples": {name: len(chosen) for name, chosen in job.splits.items()},
+            }
+        }  # fmt: skip
+        fitted = Fitted(
+            {config.kind: fits[0].head},
+            fitted_calibrations,
+            *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
+            loaded.vocabulary.fingerprint(),
+            json.loads(storage.to_json(about)),
+        )
+        bundle = _store(source, output_dir / "bundle", fitted)
+        summary = _summary(job, fits, fitted_calibrations, columns)
+        storage.write_json(output_dir / SUMMARY_FILE, summary)
+        if config_text:
+            storage.write_text(output_dir / "config.gin", config_text)
+        return Trained(bundle, fitted, fits, test, columns["held_out"], job.classes, summary)
+
+
+def trained_on(manifest: Mapping[str, Any], task: str, split: str) -> str:
+    """Says what is wrong with a split that the pair was trained on; empty where nothing is known to be.
+
+    Args:
+      manifest: of the bundle, whose "trained_on" lists {"task", "split"}, where it is noted.
+      task: that the examples are of.
+      split: likewise.
+    """
+    why = "there its models know the answers, so a head learns from cases that do not come back: use a held-out split"
+    noted = manifest.get("trained_on")
+    if isinstance(noted, list) and {"task": task, "split": split} in noted:
+        return f"the pair was trained on the split {split!r} of {task!r}; {why}"
+    if not noted and split.startswith("train"):
+        return f"the split of {task!r} is called {split!r}; if the pair was trained on it, {why}"
+    return ""
 
 
 class _Job:
