@@ -262,14 +262,12 @@ def test_a_damaged_bundle(lines, capsys):
     assert "bundle/bundle.json" in refused(capsys, *command)
 
 
-def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tmp_path, shared):
-    trained = shared / "pair_t5x"
-    if not trained.is_dir():
-        pytest.skip("needs the trained T5X pair (pair_t5x) of the shared material")
+def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tmp_path, fixtures):
+    trained = fixtures / "restore_de_drafter"
     command = [f"--input={lines}", "--output_dir=out", "--gin_file=runs/infer.gin"]
-    command += ["--gin_file=pairs/from_checkpoints.gin", f"--gin.VERIFIER='{trained}/verifier'"]
+    command += ["--gin_file=pairs/from_checkpoints.gin", f"--gin.VERIFIER='{trained}'"]
     assert "needs DRAFTER, VOCABULARY: set --gin.DRAFTER=VALUE" in refused(capsys, *command)
-    good = [*command, f"--gin.DRAFTER='{trained}/drafter'"]
+    good = [*command, f"--gin.DRAFTER='{trained}'"]
     wide = [*good, "--gin.VOCABULARY='bytes'", "--gin.generate.from_checkpoints.extra_ids=200"]
     assert "the verifier has 384 logits but the vocabulary 459 pieces" in refused(capsys, *wide)
     assert "nowhere.model" in refused(capsys, *good, "--gin.VOCABULARY='nowhere.model'")
@@ -277,7 +275,7 @@ def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tm
     assert "nowhere does not exist" in refused(capsys, *missing)
 
     task = ["--gin_file=runs/infer_restore_de.gin", "--gin_file=pairs/from_checkpoints.gin", "--output_dir=out"]
-    task += [f"--gin.{name.upper()}='{trained}/{name}'" for name in ("verifier", "drafter")]
+    task += [f"--gin.{name}='{trained}'" for name in ("VERIFIER", "DRAFTER")]
     message = refused(capsys, *task, f"--gin.VOCABULARY='{train_sentencepiece(tmp_path)}'")
     assert "of task 'restore_de' has a vocabulary of 384 pieces (byte)" in message
 

@@ -23,8 +23,8 @@ def run(capsys, *argv):
         ("t5x_v1_0", "npz folder", "not recorded", "T5 1.0 (relu MLP, tied logits)"),
     ],
 )
-def test_it_tells_the_essentials(shared, capsys, name, kind, step, family):
-    code, out, err = run(capsys, shared / "fixtures" / name)
+def test_it_tells_the_essentials(fixtures, capsys, name, kind, step, family):
+    code, out, err = run(capsys, fixtures / name)
     assert code == 0 and err == ""
     lines = {line[:14].strip(): line[14:] for line in out.splitlines()}
     assert (lines["kind"], lines["step"], lines["model"]) == (kind, step, family)

@@ -364,9 +364,9 @@ def test_an_output_that_exists_is_left_alone(root, tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
-def test_the_rules_agree_with_the_corpus_beside_the_checkout(shared):
+def test_the_rules_agree_with_the_corpus(fixtures):
     """Its README describes the rules; its rows show what they keep, and their order where they were cut."""
-    folder = shared / "data" / "l10n_en_de"
+    folder = fixtures / "l10n_en_de"
     found = {name: rows(folder, name) for name in build_corpus.SPLITS}
     sample = found["train"][:5000] + found["validation"] + found["test"]
     assert sum(l10n_cleaning.why_dropped(en, de, LIMITS) is not None for en, de, _ in sample) <= 0.001 * len(sample)

@@ -29,11 +29,9 @@ GREEDY = SHAPE | {"temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
-def bundle(shared, tmp_path_factory) -> Path:
+def bundle(fixtures, tmp_path_factory) -> Path:
     """The reference model as verifier, read as a prefix LM, and one of its own making as drafter."""
-    source = shared / "fixtures" / "t5x_decoder_only"
-    if not source.is_dir():
-        pytest.skip("needs t5x_decoder_only of the shared material, which is not there")
+    source = fixtures / "t5x_decoder_only"
     folder = tmp_path_factory.mktemp("decoder_only")
     found = checkpoints.load(source / "checkpoint_3")
     verifier = Bound(

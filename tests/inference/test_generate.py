@@ -203,16 +203,13 @@ def test_checkpoints_give_what_the_bundle_gives(pair):
     assert other.generate(TEXTS, batch_size=SHAPE["batch_size"]) == pair.generate(TEXTS, **SHAPE)
 
 
-def test_a_vocabulary_wider_than_the_logits_is_refused(shared: Path, tmp_path):
-    folder = shared / "pair_t5x"
-    if not folder.is_dir():
-        pytest.skip("needs the trained T5X pair (pair_t5x) of the shared material")
+def test_a_vocabulary_wider_than_the_logits_is_refused(fixtures: Path, tmp_path):
     lengths = {"max_input_len": 32, "max_len": 32}
     with pytest.raises(UserError, match=r"the verifier has 384 logits but the vocabulary 459 pieces"):
-        generate.from_checkpoints(verifier=folder / "verifier", extra_ids=200, **lengths)
+        generate.from_checkpoints(verifier=fixtures / "restore_de_drafter", extra_ids=200, **lengths)
     model = train_sentencepiece(tmp_path)
     with pytest.raises(UserError, match=r"384 logits but the vocabulary 4\d\d pieces"):
-        generate.from_checkpoints(verifier=folder / "drafter", vocabulary=model, extra_ids=380, **lengths)
+        generate.from_checkpoints(verifier=fixtures / "restore_de_drafter", vocabulary=model, extra_ids=380, **lengths)
 
 
 def test_settings_keep_what_they_were_given():

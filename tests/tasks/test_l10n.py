@@ -176,12 +176,12 @@ def test_training_shuffles_anew_each_epoch_and_by_seed(tmp_path, monkeypatch):
     assert first != epochs(seed=2)
 
 
-def test_the_pipeline_gives_what_the_pair_was_trained_on(shared, monkeypatch):
+def test_the_pipeline_gives_what_the_pair_was_trained_on(fixtures, monkeypatch):
     """The first 64 validation rows under 80 bytes, against ids that T5X itself was fed."""
-    monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(shared / "data" / "l10n_en_de"))
+    monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(fixtures / "l10n_en_de"))
     configure("l10n.restore_de_rows.max_target_bytes = 79")
     found = seqio_tasks.examples("restore_de", "validation", {"inputs": 96, "targets": 96}, limit=64)
-    with np.load(shared / "pair_t5x" / "verifier" / "expected.npz") as expected:
+    with np.load(fixtures / "restore_de_drafter" / "expected.npz") as expected:
         for name, column in (("encoder_input_tokens", "inputs"), ("decoder_target_tokens", "targets")):
             padded = np.zeros_like(expected[name])
             for row, example in enumerate(found):

@@ -53,8 +53,8 @@ def test_a_perfect_smoothed_model_has_no_loss():
 
 
 @pytest.mark.parametrize("fixture", ["t5x_native", "t5x_v1_0"])
-def test_loss_and_scores_of_t5x(shared, fixture):
-    folder = shared / "fixtures" / fixture
+def test_loss_and_scores_of_t5x(fixtures, fixture):
+    folder = fixtures / fixture
     expected = np.load(folder / "expected.npz")
     bound = checkpoints.load(folder / "checkpoint_3")
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

@@ -115,9 +115,9 @@ class Repeated:
 
 
 @pytest.mark.parametrize("fixture", ["t5x_native", "t5x_v1_0"])
-def test_three_more_steps_of_a_t5x_run(shared, fixture):
+def test_three_more_steps_of_a_t5x_run(fixtures, fixture):
     """From T5X's own train state (parameters, moments, step) to the losses and parameters T5X reached."""
-    folder = shared / "fixtures" / fixture
+    folder = fixtures / fixture
     expected = np.load(folder / "train_continue.npz")
     bound = checkpoints.load(folder / "checkpoint_3")
     step, slots = t5x_slots(folder / "checkpoint_3")
