@@ -78,8 +78,7 @@ def refill(program: Program, state: State, rows: Array, inputs: PyTree, key: Arr
       example_ids: as for `init`.
     """
     fresh = init(program, inputs, key, example_ids)
-    choose = lambda new, old: jnp.where(probs.expand_right(rows, new.ndim), new, old)  # noqa: E731
-    return jax.tree.map(choose, fresh, state)
+    return jax.tree.map(lambda new, old: jnp.where(probs.expand_right(rows, new.ndim), new, old), fresh, state)
 
 
 def move(state: State, waiting: State, source: Array, target: Array) -> State:
@@ -91,8 +90,7 @@ def move(state: State, waiting: State, source: Array, target: Array) -> State:
       source: [R] rows of `waiting`, all samples of an example.
       target: [R] rows of `state` they go to; B where there is nothing to move.
     """
-    put = lambda old, new: old.at[target].set(new[source], mode="drop")  # noqa: E731
-    return jax.tree.map(put, state, waiting)
+    return jax.tree.map(lambda old, new: old.at[target].set(new[source], mode="drop"), state, waiting)
 
 
 def run(

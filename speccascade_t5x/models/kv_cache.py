@@ -54,8 +54,7 @@ def write(stored: Array, block: Array, positions: Array) -> Array:
 
 def slices(stored: Array, block: Array, positions: Array) -> Array:
     """`write` with one slice per row."""
-    row_write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))  # noqa: E731
-    return jax.vmap(row_write)(stored, block, positions)
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))(stored, block, positions)
 
 
 def selected(stored: Array, block: Array, positions: Array) -> Array:
