@@ -33,6 +33,7 @@ _RENAMED = {
     "runtime.fitting": "data.length_buckets",
     "runtime.options": "common.checks",
     "runtime.plans": "inference.plan_files",
+    "tpu.cells": "tpu.slice_cells",
     "tpu.roofline": "planning.roofline",
     "tpu.slice_plan": "planning.slice_plan",
 }

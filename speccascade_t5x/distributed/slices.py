@@ -8,10 +8,10 @@ v6e. Source: Google Cloud's TPU documentation, the page "TPU configurations" of 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
 
 
@@ -85,9 +85,6 @@ def named(name: str) -> Slice:
     """
     plain = re.sub(r"_(?=\d+$)", "-", name)
     if plain not in _NAMES:
-        near = difflib.get_close_matches(plain, _NAMES, n=1)
-        known = ", ".join(each.short_name for each in SLICES)
-        raise UserError(
-            f"there is no TPU slice {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"use {known}")
-        )
+        known = [each.name if ":" in name else each.short_name for each in SLICES]
+        raise UserError(f"there is no TPU slice {name!r}: {checks.suggestion(plain, known)}")
     return _NAMES[plain]

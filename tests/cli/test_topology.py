@@ -61,7 +61,7 @@ def test_sizes_and_bindings():
     ("name", "message"),
     [
         ("v4_9", r"there is no TPU slice 'v4_9': did you mean 'v4-\d+'\? \(or give the sizes of the mesh, DATAxMODEL"),
-        ("somewhere", r"there is no TPU slice 'somewhere': use v2-8, v2-32, .* \(or give the sizes of the mesh"),
+        ("somewhere", r"there is no TPU slice 'somewhere': known are v2-128, .* \(or give the sizes of the mesh"),
     ],
 )
 def test_unknown_topologies(name, message):

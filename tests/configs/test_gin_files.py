@@ -112,7 +112,7 @@ def test_a_later_rule_file_replaces_an_earlier_one():
 def test_a_pair_file_replaces_the_pair_of_a_run_file():
     files = ["runs/infer_l10n_en_de.gin", "pairs/from_checkpoints.gin"]
     gin_flags.load(files, given("pairs/from_checkpoints.gin"))  # PAIR is not asked for any more
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints"
     gin_flags.load([*files, "pairs/restore_de.gin"], given("pairs/from_checkpoints.gin"))
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.load()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.load"
     assert gin.query_parameter("generate.load.path") is not None

@@ -86,7 +86,7 @@ def test_a_pair_file_keeps_the_lengths_of_the_run(pair):
     given = ["TASK = 'xsum'", "DRAFTER = 'a'", "VERIFIER = 'b'"]
     gin_flags.load(["runs/infer_text_task.gin", pair], given)
     assert (settings().max_input_len, settings().max_len) == lengths.LENGTHS["xsum"]
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints"
     with pytest.raises(UserError, match="needs VERIFIER: set"):
         gin_flags.load(["runs/infer_text_task.gin", pair], given[:2])
 

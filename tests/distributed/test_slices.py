@@ -41,7 +41,7 @@ def test_names_are_unique_and_lead_back():
 @pytest.mark.parametrize("name", ["v4-12", "v4:2x2x3", "v4", "v4-2x2x1", "h100-8", "", "v4:8", "V4-8"])
 def test_what_is_no_slice(name):
     with pytest.raises(
-        UserError, match="there is no TPU slice '.*': (did you mean 'v|use v2-8, v2-32, .*, v5e-16)"
+        UserError, match="there is no TPU slice '.*': (did you mean 'v|known are v2-128, .*, v5e-16)"
     ) as caught:
         slices.named(name)
     assert "\n" not in str(caught.value)

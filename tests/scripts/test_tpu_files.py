@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from speccascade_t5x.cli import hosts, preemption
+from speccascade_t5x.cli import host_processes, preemption
 from speccascade_t5x.distributed import slices
 
 ROOT = Path(__file__).resolve().parents[2]
 TPU = ROOT / "scripts" / "tpu"
-AGAIN = {hosts.EXIT_CODE, preemption.EXIT_CODE}
+AGAIN = {host_processes.EXIT_CODE, preemption.EXIT_CODE}
 # Notes its words, one a line; `scp` copies, and `ssh` runs the command, in the folder that stands for a worker's home.
 GCLOUD = """\
 #!/usr/bin/env bash

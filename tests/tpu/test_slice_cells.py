@@ -46,7 +46,7 @@ def test_files_differ_where_cells_do():
     ("arguments", "message"),
     [
         ({"topology": "v4:2x2x3"}, r"no TPU slice 'v4:2x2x3': did you mean 'v4:2x2x\d'\?"),
-        ({"topology": "moon"}, r"there is no TPU slice 'moon': use v2-8, v2-32"),
+        ({"topology": "moon"}, r"there is no TPU slice 'moon': known are v2-128, "),
         ({"topology": "v3-8"}, r"for v3-8: name a slice of v4, v5e, v5p, v6e"),
         ({"model": 3}, "model=3 does not divide the 4 chips of v4:2x2x1: use 1, 2, 4"),
         ({"model": 0}, "model=0 is outside its range"),
