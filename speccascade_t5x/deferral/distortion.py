@@ -47,14 +47,15 @@ class Distortion:
 
         Args:
           logits: of the model.
-          inside: [B] bool, for "slice": rows that do not change.
+          inside: [B] bool, for "slice": rows that do not change; None changes all.
         """
         logits = logits.astype(jnp.float32)
         if self.kind == "temperature":
             return logits / self.values[0]
         if self.kind == "slice":
             bias = self.values[1] * jax.random.normal(jax.random.key(0), logits.shape[-1:])
-            return jnp.where(inside[:, None, None], logits, (logits + bias) / self.values[0])
+            changed = (logits + bias) / self.values[0]
+            return changed if inside is None else jnp.where(inside[:, None, None], logits, changed)
         kind = jnp.take(jnp.asarray(self.classes), jnp.argmax(logits, axis=-1))
         return logits / jnp.take(jnp.asarray(self.values, jnp.float32), kind)[..., None]
 

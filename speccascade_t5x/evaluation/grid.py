@@ -93,7 +93,7 @@ class Arm:
         return self.options.get("rule", "lossless") if "rule" in methods.METHODS[self.method].reads else None
 
     @property
-    def range(self) -> tuple[float, float] | None:
+    def range(self) -> tuple[float, float] | Any:
         """Lowest and highest valid alpha; None where it takes no alpha."""
         if self.method == "sequence_cascade":
             return -math.inf, math.inf
@@ -157,7 +157,7 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
     Raises:
       UserError: the message names the range.
     """
-    if chosen.range is None:
+    if chosen.range is None or chosen.rule is None:
         raise UserError(f"the method {chosen.name!r} takes no alpha, but alpha={alpha:g} was given: leave it out")
     if not math.isfinite(alpha):
         raise UserError(f"alpha={alpha} of the method {chosen.name!r} is not finite")
@@ -302,7 +302,11 @@ class Cell:
         Raises:
           UserError: an option outside its range.
         """
-        chosen = {"temperature": self.condition.temperature, "top_p": self.condition.top_p, "seed": self.seed}
+        chosen: dict[str, Any] = {
+            "temperature": self.condition.temperature,
+            "top_p": self.condition.top_p,
+            "seed": self.seed,
+        }
         chosen |= {"alpha": self.alpha} | dict(self.arm.options)
         if self.arm.reads_draft_len:
             chosen["draft_len"] = self.condition.draft_len
@@ -318,8 +322,7 @@ def check_base(base: Settings) -> None:
     for field in dataclasses.fields(Settings):
         if field.name not in (*_ARM, *_OWN):
             continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        if getattr(base, field.name) != default:
+        if getattr(base, field.name) != getattr(Settings(), field.name):
             raise UserError(
                 f"generate.Settings.{field.name} is chosen by the sweep itself: use its methods, alphas, draft_lens, "
                 "temperatures, top_ps and seeds instead"

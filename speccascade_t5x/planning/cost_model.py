@@ -282,12 +282,12 @@ def fit_reviews(rows: Sequence[tuple[float, float]], left: Sequence[float]) -> t
       rows: (reviews, reviewed tokens) per round of each probe.
       left: the time of its round that nothing else explains.
     """
-    rows, left = np.asarray(rows, float), np.asarray(left, float)
-    best, found = float(left @ left), np.zeros(2)
+    terms, rest = np.asarray(rows, float), np.asarray(left, float)
+    best, found = float(rest @ rest), np.zeros(2)
     for columns in ([0, 1], [0], [1]):
         solution = np.zeros(2)
-        solution[columns] = np.linalg.lstsq(rows[:, columns], left, rcond=None)[0]
-        error = rows @ solution - left
+        solution[columns] = np.linalg.lstsq(terms[:, columns], rest, rcond=None)[0]
+        error = terms @ solution - rest
         if (solution >= 0.0).all() and error @ error < best:
             best, found = float(error @ error), solution
     return float(found[0]), float(found[1])

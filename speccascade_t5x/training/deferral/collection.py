@@ -121,9 +121,9 @@ def collect(
     }
 
     @jax.jit
-    def run(models: dict[str, Bound], inputs: Array, targets: Array) -> dict[str, Array]:
+    def run(models: dict[str, Any], inputs: Array, targets: Array) -> dict[str, Array]:
         placed, truth = dataclasses.replace(scored, **models), None
-        if scored.truth is not None:
+        if placed.truth is not None:
             logits, _ = scored_logits(placed.truth, inputs, targets)
             truth = probs.raw(logits[..., : scored.width], scored.vocabulary.vocab_size)
         pair = pair_of(placed, spec, inputs, targets)
@@ -216,6 +216,4 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)
-    storage.write_bytes(path, [buffer.getbuffer()])
+    storage.write_bytes(path, [storage.npz(columns, compress=False)])
