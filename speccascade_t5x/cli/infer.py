@@ -15,7 +15,15 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-from speccascade_t5x.cli import gin_flags, host_processes, operating_point, preemption, settings_flags, topology
+from speccascade_t5x.cli import (
+    gin_flags,
+    host_processes,
+    operating_point,
+    preemption,
+    progress,
+    settings_flags,
+    topology,
+)
 from speccascade_t5x.common import storage
 from speccascade_t5x.inference import records
 
@@ -136,18 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[object]:
     """A bar on stderr with examples/s and acceptance; nothing where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("decoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]} examples/s  acceptance {task.fields[acceptance]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    speed = "{task.fields[speed]} examples/s  acceptance {task.fields[acceptance]}"
+    with progress.bar("decoding", speed) as bar:
         row = bar.add_task("", total=None, speed="-", acceptance="-")
 
         def advance(examples: int, total: int, rates: Mapping[str, float]) -> None:

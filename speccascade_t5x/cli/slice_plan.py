@@ -13,27 +13,20 @@ import sys
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, precompile
+from speccascade_t5x.cli.flag_types import numbers, wholes
 from speccascade_t5x.common import storage
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "0.8,0.7" as numbers."""
-    return tuple(float(part) for part in text.split(","))
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """ "1,16" as whole numbers."""
-    return tuple(int(part) for part in text.split(","))
-
 
 # Short flag -> (type, help). These are macros of runs/slice_plan.gin.
 _MACROS = {
     "pair": (str, "of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
     "topology": (str, "a slice, such as v5e-16 or v5e:4x4 (default: v4:2x2x1)"),
-    "acceptance": (numbers, "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75"),
+    "acceptance": (
+        numbers,
+        "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75",
+    ),
     "plan": (str, "plan.json of `speccascade plan` instead, made on any machine"),
-    "batch_sizes": (counts, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
-    "draft_lens": (counts, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
+    "batch_sizes": (wholes, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
+    "draft_lens": (wholes, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
     "input_len": (int, "encoder positions (default: 512)"),
     "max_len": (int, "output tokens (default: 128)"),
     "rule": (str, "of the decode (default: lossless); one that reads the drafter's law costs a step more"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.core import rules
 from speccascade_t5x.distributed.partitioning import STANDARD_RULES, Rules, with_batch_of
 from speccascade_t5x.inference import plan_files
@@ -176,13 +176,10 @@ def verdict(found: SlicePlan) -> list[str]:
 def plain(found: SlicePlan) -> str:
     """For a terminal."""
     table = [_HEAD, *rows(found)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([f"{found.name}, model={found.model}", "", *text, "", *verdict(found)])
+    return "\n".join([f"{found.name}, model={found.model}", "", *text_table.plain(table), "", *verdict(found)])
 
 
 def markdown(found: SlicePlan) -> str:
-    """For people who read files."""
-    lines = [f"# {found.name}, model={found.model}", "", "| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(found)]
+    """The same as Markdown."""
+    lines = [f"# {found.name}, model={found.model}", "", *text_table.markdown([_HEAD, *rows(found)])]
     return "\n".join([*lines, "", *(f"- {line}" for line in verdict(found)), ""])

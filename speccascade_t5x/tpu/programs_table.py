@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from speccascade_t5x.common import text_table
 from speccascade_t5x.tpu.hardware import GIB
 
 _HEAD = (
@@ -29,8 +30,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """The table, and what its columns mean."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows(results)]
+    lines = text_table.markdown([_HEAD, *rows(results)])
     made = sorted({_made(result) for result in results})
     return "\n".join([*lines, "", _NOTE, "Compiled with " + "; ".join(made) + ".", *_messages(results), ""])
 
@@ -38,9 +38,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
 def plain(results: Sequence[Mapping[str, Any]]) -> str:
     """The same for a terminal."""
     table = [_HEAD, *rows(results)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*text, *_messages(results)])
+    return "\n".join([*text_table.plain(table), *_messages(results)])
 
 
 def gib(nbytes: int | float | None) -> str:
