@@ -174,7 +174,9 @@ def build_table(
     )
 
 
-def _joined(sequences: Iterable[Sequence[int] | np.ndarray], vocab_size: int, start_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _joined(
+    sequences: Iterable[Sequence[int] | np.ndarray], vocab_size: int, start_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """All sequences joined, each after `start_id`, and where each begins."""
     parts = [np.asarray(sequence, np.int64).ravel() for sequence in sequences]
     if not sum(part.size for part in parts):
