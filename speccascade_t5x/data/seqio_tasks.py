@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -255,15 +255,6 @@ def _task(name: str) -> seqio.Task:
         f"there is no task {name!r}: {checks.suggestion(name, tasks)} (a task is registered by importing its module in "
         "a gin file, as in `from speccascade_t5x.tasks import l10n`)"
     )
-
-
-def task_metrics(task_name: str) -> list[Callable[[list, list], Mapping[str, Any]]]:
-    """Returns the task's metric functions over predictions: (targets, predictions) -> dict.
-
-    Raises:
-      UserError: there is no such task.
-    """
-    return list(_task(task_name).predict_metric_fns)
 
 
 def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:

@@ -25,7 +25,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from speccascade_t5x.common import checks, storage
-from speccascade_t5x.core import probs
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral.features import FeatureSpec
 from speccascade_t5x.distributed.partitioning import data_mesh
@@ -39,7 +38,6 @@ from speccascade_t5x.training.deferral.pair_scores import (
     fingerprint,
     flat,
     pair_of,
-    scored_logits,
     token_classes,
 )
 
@@ -96,7 +94,6 @@ def collect(
     whole = {
         "drafter": fingerprint(scored.drafter),
         "verifier": fingerprint(scored.verifier),
-        "truth": scored.truth and fingerprint(scored.truth),
         "temperature": scored.temperature,
         "vocabulary": scored.vocabulary.fingerprint(),
         "data": corpus.fingerprint,
@@ -116,18 +113,13 @@ def collect(
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     models = {
         name: Bound(bound.model, jax.device_put(bound.params, everywhere))
-        for name in ("drafter", "verifier", "truth")
-        if (bound := getattr(scored, name)) is not None
+        for name, bound in (("drafter", scored.drafter), ("verifier", scored.verifier))
     }
 
     @jax.jit
     def run(models: dict[str, Any], inputs: Array, targets: Array) -> dict[str, Array]:
-        placed, truth = dataclasses.replace(scored, **models), None
-        if placed.truth is not None:
-            logits, _ = scored_logits(placed.truth, inputs, targets)
-            truth = probs.raw(logits[..., : scored.width], scored.vocabulary.vocab_size)
-        pair = pair_of(placed, spec, inputs, targets)
-        return columns_of(pair, spec, classes, targets, candidates, scores, truth)
+        pair = pair_of(dataclasses.replace(scored, **models), spec, inputs, targets)
+        return columns_of(pair, spec, classes, targets, candidates, scores)
 
     done = 0
     for number, part in enumerate(parts):

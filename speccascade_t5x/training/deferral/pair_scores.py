@@ -37,14 +37,12 @@ class Scored:
       drafter, verifier: bound LanguageModels.
       vocabulary: of both.
       temperature: at which tokens will be sampled: D_TV(p, q) is measured there, everything else at 1.
-      truth: the model tokens are sampled from, where it is known: exact gaps are then collected too.
     """
 
     drafter: Bound
     verifier: Bound
     vocabulary: vocabulary.Vocabulary
     temperature: float = 1.0
-    truth: Bound | None = None
 
     @property
     def width(self) -> int:
