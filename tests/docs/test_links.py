@@ -40,11 +40,8 @@ def broken(page: Path) -> list[str]:
             continue
         path, _, anchor = urllib.parse.unquote(link).partition("#")
         target = (page.parent / path).resolve() if path else page
-        if (
-            not target.exists()
-            or not target.is_relative_to(ROOT)
-            or (anchor and anchor not in anchors(target.read_text(encoding="utf-8")))
-        ):
+        there = target.exists() and target.is_relative_to(ROOT)
+        if not there or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             found.append(link)
     return found
 
