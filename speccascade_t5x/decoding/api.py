@@ -55,6 +55,18 @@ def speculative(
 
     Raises:
       UserError: the two vocabularies do not fit each other, or alpha has another number of rows.
+
+    A table over four tokens that counts upwards to EOS, 3, as drafter and as verifier:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from speccascade_t5x import models
+    >>> upwards = models.bigram(20.0 * jnp.eye(4, k=1))
+    >>> output = speculative(
+    ...     drafter=upwards, verifier=upwards, rule=rules.Lossless(), inputs={"rows": jnp.zeros((1, 1), jnp.int32)},
+    ...     config=DecodeConfig(max_len=6, draft_len=2, eos_id=3), key=jax.random.key(0), example_ids=jnp.array([0]),
+    ... )
+    >>> print(output.tokens, output.lengths, output.source)  # two accepted drafts and a bonus token
+    [[1 2 3 0 0 0]] [3] [[1 1 3 0 0 0]]
     """
     program = speculative_program(drafter, verifier, rule, config, sampling, draft_stop)
     return decode(program, inputs, key, example_ids)

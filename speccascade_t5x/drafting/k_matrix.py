@@ -78,6 +78,12 @@ def k_matrix(rows: Sequence[Sequence[int]], models: int, copies: bool) -> KMatri
     Raises:
       UserError: wrong shape, a negative or fractional entry, one below the diagonal, an empty first row, or a
         drafter that nothing uses.
+
+    The drafter writes 8 tokens and a copying drafter 4 more; while the drafter writes, 5 copies are reviewed at a time:
+
+    >>> k = k_matrix([[8, 4], [0, 5]], models=1, copies=True)
+    >>> k.length(0), k.length(1)
+    (12, 5)
     """
     size = models + copies
     rows = [list(row) for row in rows]

@@ -65,6 +65,11 @@ class ByteVocabulary(Vocabulary):
     Args:
       extra_ids: ids reserved after the 259 ordinary ones. 0 as in seqio; 125 fills up to the 384
         rows ByT5 checkpoints have. Extra ids decode to nothing.
+
+    >>> ByteVocabulary().encode("Tür")
+    [87, 198, 191, 117]
+    >>> ByteVocabulary().decode([87, 198, 191, 117, 1, 99])
+    'Tür'
     """
 
     kind = "byte"
