@@ -151,7 +151,7 @@ def infer(
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
             writer.write_timing(timing)
-            writer.write_summary(_summary(dataset, settings, metrics, timing))
+        writer.write_summary(_summary(dataset, settings, metrics, timing))
         here.wait("the records are whole")
         if failure is not None:
             raise UserError(f"{failure}; the predictions are kept in {path}") from failure
