@@ -171,8 +171,7 @@ def _watch(child: int, reports: int, name: str) -> int:
             if not own and (held or (report and any(word in report[1] for word in _RUNTIME))):
                 held += line
                 continue
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            _pass_on(line)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code < 0 and b"distributed service" in held:
@@ -180,11 +179,16 @@ def _watch(child: int, reports: int, name: str) -> int:
             _say(name, _lost_sentence())
         return EXIT_CODE
     if code != EXIT_CODE:
-        sys.stderr.buffer.write(held)
+        _pass_on(held)
     if code >= 0:
         return code
     _say(name, f"the process of this host was ended by {signal.Signals(-code).name}; the same command continues")
     return 128 - code
+
+
+def _pass_on(said: bytes) -> None:
+    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
+    sys.stderr.flush()
 
 
 def _lost_sentence() -> str:
