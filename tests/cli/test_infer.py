@@ -95,7 +95,7 @@ def test_every_short_flag_is_in_the_config(lines, capsys):
     argv = [f"--{name}={value}" for name, value in flags.items()]
     assert cli.main(["infer", f"--input={lines}", "--output_dir=out", "--limit=1", "--truncate", *argv]) == 0
     capsys.readouterr()
-    gin_flags.load(["out/config.gin"], [])
+    gin_flags.load([str(Path("out/config.gin").resolve())], [])
     assert gin.get_configurable(generate.Settings)() == generate.Settings(**flags, truncate=True)
     assert "LIMIT = 1" in files()["config.gin"].decode()
 
