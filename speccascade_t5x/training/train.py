@@ -20,7 +20,7 @@ import jax
 
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import tree
-from speccascade_t5x.common import checks, markdown, storage
+from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
 from speccascade_t5x.distributed.partitioning import Topology
@@ -317,12 +317,16 @@ def _summary(
 def _page(name: str, summary: Mapping[str, Any]) -> str:
     """A page for people."""
     figures = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
-    lines = [f"# {markdown.text(name)}: {summary['steps']} steps", "", *markdown.table(("figure", "value"), figures)]
+    lines = [
+        f"# {text_table.escaped(name)}: {summary['steps']} steps",
+        "",
+        *text_table.markdown([("figure", "value"), *figures]),
+    ]
     before, after = summary["before"], summary["after"]
     if after:
         header = ("evaluation", f"after step {before['step']}", f"after step {after['step']}")
         rows = [(key, f"{before.get(key, 0):.4f}", f"{after[key]:.4f}") for key in after if key != "step"]
-        lines += ["", *markdown.table(header, rows)]
+        lines += ["", *text_table.markdown([header, *rows])]
     if summary["resumed_from"] is not None:
         lines += ["", "This run was resumed: tokens and times are those of its last part."]
     return "\n".join(lines) + "\n"

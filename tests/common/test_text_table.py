@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from speccascade_t5x.common import markdown
+from speccascade_t5x.common import text_table
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,14 @@ from speccascade_t5x.common import markdown
     ],
 )
 def test_a_text_is_shown_as_it_is(value, shown):
-    assert markdown.text(value) == shown
+    assert text_table.escaped(value) == shown
 
 
 def test_every_row_has_as_many_cells_as_the_header():
-    lines = markdown.table(("na|me", "value"), [("x\n| forged | 1 |", 2)])
-    assert lines == [r"| na\|me | value |", "| --- | --- |", r"| x \| forged \| 1 \| | 2 |"]
+    lines = text_table.markdown([("na|me", "value"), ("x\n| forged | 1 |", 2)])
+    assert lines == [r"| na\|me | value |", "|---|---|", r"| x \| forged \| 1 \| | 2 |"]
+
+
+def test_a_cell_is_one_line_and_one_column():
+    rows = [("name", "value"), ("a\tb\r\nc", "1")]
+    assert text_table.plain(rows) == ["name   value", "a b c  1"]
