@@ -24,7 +24,7 @@ from rich.console import Console
 
 import speccascade_t5x
 from speccascade_t5x.cli import demo_report as report
-from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.cli import gin_flags, settings_flags, terminal
 from speccascade_t5x.cli.demo_result import DemoOptions, DemoResult, Example, MethodResult
 from speccascade_t5x.common import paths
 from speccascade_t5x.core import accounting, rules
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that knows no umlauts shows '?' instead of ending the run.
         sys.stdout.reconfigure(errors="replace")
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    log = Console(stderr=True, highlight=False)
+    console = terminal.console(width=width)
+    log = terminal.console(stderr=True)
     if not log.is_terminal:
         run_demo(options, console)
         return 0
