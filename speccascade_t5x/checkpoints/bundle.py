@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, deferral_files, folders, orbax_tree, tree
+from speccascade_t5x.checkpoints import architecture, deferral_files, flat_params, folders, orbax_tree
 from speccascade_t5x.checkpoints.opened import Opened, Placing
 from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.deferral.fitted import Fitted
@@ -309,7 +309,7 @@ def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None
     config = architecture.from_fields(config, where, network)
     start_id = _part(manifest, "decode", path).get("start_id", 0)
     leaves = orbax_tree.open_tensors(path / name)
-    tree.require_match(architecture.shapes(config), leaves, str(path / name))
+    flat_params.require_match(architecture.shapes(config), leaves, str(path / name))
     pieces = path / VOCABULARY_FILE
     return Opened(
         "member",
@@ -363,17 +363,19 @@ def _check_members(members: Mapping[str, Bound], vocabulary: Vocabulary) -> None
             "another vocabulary."
         )
     for name, member in members.items():
-        tree.require_match(architecture.shapes(member.model.config), tree.flatten(member.params), f"The {name}")
+        flat_params.require_match(
+            architecture.shapes(member.model.config), flat_params.flatten(member.params), f"The {name}"
+        )
 
 
 def _describe(member: Bound) -> dict[str, Any]:
-    for name, leaf in tree.flatten(member.params).items():
-        tree.require_finite(name, np.asarray(leaf), "The model to be saved")
+    for name, leaf in flat_params.flatten(member.params).items():
+        flat_params.require_finite(name, np.asarray(leaf), "The model to be saved")
     config = dataclasses.asdict(member.model.config)
     return {
         "network": architecture.network(member.model.config),
         "config": config,
-        "parameters": tree.count(member.params),
+        "parameters": flat_params.count(member.params),
     }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, tree
+from speccascade_t5x.checkpoints import architecture, flat_params
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 
@@ -21,8 +21,8 @@ def compare(original: Bound, written: Bound, found: Bound, target: str) -> float
     """
     if found.model != written.model:
         raise UserError(f"{target} reads back as another architecture: {found.model}; it was not kept.")
-    flat = tree.flatten(found.params)
-    for name, leaf in tree.flatten(written.params).items():
+    flat = flat_params.flatten(found.params)
+    for name, leaf in flat_params.flatten(written.params).items():
         if not np.array_equal(np.asarray(leaf), np.asarray(flat[name])):
             raise UserError(f"{target}: tensor {name!r} reads back with other values; it was not kept.")
     draw = np.random.default_rng(0)

@@ -8,8 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import speccascade_t5x.checkpoints as checkpoints
-from speccascade_t5x.checkpoints import bundle, remote, t5x_pair, tensors
+from speccascade_t5x.checkpoints import bundle, loading, remote, t5x_pair, tensors
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Part
 from speccascade_t5x.models.decoder_only import DecoderOnlyConfig
@@ -38,14 +37,14 @@ def describe(path: str | Path, *, verify: bool = False, allow_drivers: Collectio
       UserError: see `checkpoints.load`; nothing is told of a checkpoint that could not be loaded.
     """
     with remote.local_copy(path) as local:
-        if checkpoints.detect(local) == "bundle":
+        if loading.detect(local) == "bundle":
             found = _describe_bundle(local, verify)
         elif t5x_pair.is_pair(local):
             members = t5x_pair.open_members(local, verify=verify)
             found = {"kind": "t5x_pair", "step": members["verifier"].step, "vocabulary": None}
             found["models"] = {role: _describe_model(members[role]) for role in bundle.MEMBERS}
         else:
-            opened = checkpoints.open_model(local, verify=verify, allow_drivers=allow_drivers)
+            opened = loading.open_model(local, verify=verify, allow_drivers=allow_drivers)
             found = {"kind": opened.kind, "step": opened.step, "models": {"model": _describe_model(opened)}}
             found["vocabulary"] = _vocabulary(opened)
     return {"path": str(path), "what": _KINDS[found["kind"]], **found}

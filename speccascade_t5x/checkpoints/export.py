@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import speccascade_t5x.checkpoints as checkpoints
 from speccascade_t5x.checkpoints import (
     architecture,
     bundle,
+    flat_params,
     folders,
     huggingface,
+    loading,
     orbax_tree,
     remote,
     scanned,
     t5x_native,
     t5x_pair,
     tensors,
-    tree,
 )
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
@@ -131,7 +131,7 @@ def export(
             lengths = {"inputs": max_input_len, "targets": max_len}
             made = _bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
             return job.write_bundle(made, folder, str(target))
-        opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
+        opened = loading.open_model(place, allow_drivers=allow_drivers)
         return job.write_model(opened, folder, str(target), step, optimizer_state)
 
 
@@ -175,7 +175,7 @@ class _local_target:
 
 def _require_room(place: Path, format: str) -> None:
     """A table is never left behind in silence: it travels from bundle to bundle; other formats hold models alone."""
-    if format != "bundle" and checkpoints.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
+    if format != "bundle" and loading.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
         raise UserError(
             f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
             f"models ({place / 'verifier'}) to leave the table behind."
@@ -188,7 +188,7 @@ def _require_free(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten.")
-    if checkpoints.detect(path) in ("t5x_steps", "member"):
+    if loading.detect(path) in ("t5x_steps", "member"):
         raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten.")
 
 
@@ -231,7 +231,7 @@ class _Job:
             table=made.table,
             about_table=about,
         )
-        count = sum(tree.count(member.params) for member in members.values())
+        count = sum(flat_params.count(member.params) for member in members.values())
         return self._report(folder, target, count, None, 0, max(drift, default=None))
 
     def write_pair(self, members: Mapping[str, Bound], folder: Path, target: str, step: int) -> Report:
@@ -244,7 +244,7 @@ class _Job:
             if self.verify:
                 found = t5x_pair.load(partial)
                 drift = [compare(members[role], cast[role], found[role], target) for role in cast]
-        count = sum(tree.count(member.params) for member in cast.values())
+        count = sum(flat_params.count(member.params) for member in cast.values())
         return self._report(folder, target, count, step, 0, max(drift, default=None))
 
     def _chunk_bytes(self) -> int:
@@ -262,12 +262,12 @@ class _Job:
             getattr(self, f"_write_{self.format}")(partial, opened, bound, step, kept)
             folders.write_checksums(partial)
             self._check_sizes(partial)
-            drift = compare(original, bound, checkpoints.load(partial), target) if self.verify else None
+            drift = compare(original, bound, loading.load(partial), target) if self.verify else None
         noted = step if self.format in _STEP_FORMATS else None
-        return self._report(folder, target, tree.count(bound.params), noted, len(kept), drift)
+        return self._report(folder, target, flat_params.count(bound.params), noted, len(kept), drift)
 
     def _write_t5x(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
-        flat = tree.flatten(bound.params)
+        flat = flat_params.flatten(bound.params)
         config = bound.model.config
         tensors_of = scanned.stack(flat, config.num_heads) if _is_scalable(config) else flat.items()
         params = ((name, np.asarray(leaf, self.dtype)) for name, leaf in tensors_of)
@@ -277,7 +277,7 @@ class _Job:
     def _write_orbax(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
         params = jax.tree.map(lambda leaf: np.asarray(leaf, self.dtype), bound.params)
         if kept:
-            state = {"step": np.asarray(step, np.int32), "param_states": tree.nest(dict(_state(opened, kept)))}
+            state = {"step": np.asarray(step, np.int32), "param_states": flat_params.nest(dict(_state(opened, kept)))}
             params = {"target": params, "state": state}
         inner = partial / "written"  # Orbax makes its folder itself
         orbax_tree.save(
@@ -289,7 +289,7 @@ class _Job:
         _write_config(partial, bound, step)
 
     def _write_huggingface(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
-        flat = tree.flatten(bound.params)
+        flat = flat_params.flatten(bound.params)
         ids = {}
         if opened.kind == "member":
             decode = bundle.read_manifest(opened.path.parent).get("decode", {})
@@ -308,7 +308,7 @@ class _Job:
         """What will be read back: float32 values the written dtype can hold."""
         if self.dtype == np.float32:
             return params
-        return tree.nest({name: self._rounded(name, leaf) for name, leaf in tree.flatten(params).items()})
+        return flat_params.nest({name: self._rounded(name, leaf) for name, leaf in flat_params.flatten(params).items()})
 
     def _rounded(self, name: str, leaf: jax.Array) -> jax.Array:
         rounded = leaf.astype(self.dtype)
@@ -374,14 +374,14 @@ def _bundle_of(
     allow_drivers: Collection[str],
 ) -> Bundle:
     """A bundle as it is, or one made of checkpoints."""
-    if checkpoints.detect(place) == "bundle":
+    if loading.detect(place) == "bundle":
         if drafter is not None or vocabulary is not None:
             raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members.")
         found = bundle.load_bundle(place)
         return dataclasses.replace(found, description=description or found.description)
-    opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
+    opened = loading.open_model(place, allow_drivers=allow_drivers)
     pieces = _vocabulary(opened, vocabulary, extra_ids)
-    small = None if drafter is None else checkpoints.load(drafter, allow_drivers=allow_drivers)
+    small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
     models = {"verifier": opened.load(), "drafter": small}
     decode = {"start_id": opened.model.start_id}
     return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)

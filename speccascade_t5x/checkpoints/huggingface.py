@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, safetensors_files, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, safetensors_files
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Leaf, Part, Tensor
 from speccascade_t5x.common import storage
@@ -186,7 +186,7 @@ def _logits(found: dict[str, Tensor], config: T5Config, scaled: bool, folder: Pa
 
 def _rename(found: Mapping[str, Tensor], config: T5Config, head: Leaf | None, folder: Path) -> dict[str, Leaf]:
     """Our names to tensors, once theirs are exactly those of the architecture."""
-    wanted = tree.flatten(architecture.shapes(config))
+    wanted = flat_params.flatten(architecture.shapes(config))
     names = {name: their_name(name) for name in wanted}
     if _HEAD not in found:  # it is there only as a view of the embedding, if at all
         names.pop(_LOGITS, None)
@@ -195,7 +195,7 @@ def _rename(found: Mapping[str, Tensor], config: T5Config, head: Leaf | None, fo
         shape = wanted[name].shape
         return Tensor(shape[::-1] if names[name][1] else shape, np.dtype(np.float32), lambda: iter(()))
 
-    tree.require_match({theirs: as_stored(name) for name, (theirs, _) in names.items()}, found, str(folder))
+    flat_params.require_match({theirs: as_stored(name) for name, (theirs, _) in names.items()}, found, str(folder))
     leaves: dict[str, Leaf] = {
         name: dataclasses.replace(found[theirs], shape=wanted[name].shape, transposed=True) if turned else found[theirs]
         for name, (theirs, turned) in names.items()
@@ -239,7 +239,7 @@ def write(
         )
     dtype = np.dtype(dtype)
     names = {theirs: (name, turned) for name, (theirs, turned) in _their_names(model.config).items()}
-    shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(architecture.shapes(model.config)).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in flat_params.flatten(architecture.shapes(model.config)).items()}
     their_shapes = {theirs: shapes[n][::-1] if turned else shapes[n] for theirs, (n, turned) in names.items()}
 
     def their_values(theirs: str) -> np.ndarray:
@@ -258,7 +258,7 @@ def write(
 def _their_names(config: T5Config) -> dict[str, tuple[str, bool]]:
     """Ours to theirs, in the order of layers."""
     digits = re.compile(r"(\d+)")
-    flat = tree.flatten(architecture.shapes(config))
+    flat = flat_params.flatten(architecture.shapes(config))
     order = sorted(flat, key=lambda name: [int(part) if part.isdigit() else part for part in digits.split(name)])
     return {name: their_name(name) for name in order}
 

@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, tree
+from speccascade_t5x.checkpoints import architecture, flat_params
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Block, Tensor, count, row_bands
 from speccascade_t5x.interfaces import UserError
@@ -37,7 +37,7 @@ def open_model(folder: Path) -> Opened:
     with _in_words(path), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(_SUFFIX) for name in archive.namelist()]
         leaves = {name: _tensor(archive, name, path) for name in names}
-    tree.require_match(architecture.shapes(config), leaves, str(path))
+    flat_params.require_match(architecture.shapes(config), leaves, str(path))
     return Opened("npz", folder, architecture.model(config), leaves)
 
 

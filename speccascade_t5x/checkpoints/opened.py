@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.checkpoints import architecture, scanned, tensors, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, scanned, tensors
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.tensors import Leaf, Placement, Tensor
 from speccascade_t5x.interfaces import Bound, UserError
@@ -44,7 +44,7 @@ class Opened:
 
     def load(self, placement: Placement | None = None) -> Bound:
         """Reads the parameters as float32 arrays, tensor by tensor; see `tensors.to_devices`."""
-        return Bound(self.model, tree.nest(tensors.to_devices(self.leaves, str(self.path), placement)))
+        return Bound(self.model, flat_params.nest(tensors.to_devices(self.leaves, str(self.path), placement)))
 
 
 def from_t5x(kind: str, folder: Path, found: Mapping[str, Tensor], **more: Any) -> Opened:
@@ -64,5 +64,5 @@ def from_t5x(kind: str, folder: Path, found: Mapping[str, Tensor], **more: Any) 
         leaves = scanned.unstack(found, source, axis, beside.get("relative_position_tables"))
         is_scanned = any(leaves.get(name) is not tensor for name, tensor in found.items())
     config = architecture.from_shapes(leaves, beside, source)
-    tree.require_match(architecture.shapes(config), leaves, source)
+    flat_params.require_match(architecture.shapes(config), leaves, source)
     return Opened(kind, folder, architecture.model(config), leaves, scanned=is_scanned, **more)

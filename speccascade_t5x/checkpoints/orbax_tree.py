@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from speccascade_t5x.checkpoints import architecture, opened, stores, tensors, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, opened, stores, tensors
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Block, Placement, Tensor
 from speccascade_t5x.interfaces import PyTree, UserError
@@ -79,8 +79,8 @@ def restore(path: Path, expected: PyTree, *, branch: str | None = None, placemen
       UserError: it is no Orbax checkpoint, is damaged, or holds other tensors.
     """
     found = open_tensors(path, branch=branch)
-    tree.require_match(expected, found, str(path))
-    return tree.nest(tensors.to_devices(found, str(path), placement))
+    flat_params.require_match(expected, found, str(path))
+    return flat_params.nest(tensors.to_devices(found, str(path), placement))
 
 
 def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
     found = metadata.tree if metadata is not None else None
     if not isinstance(found, dict) or not found:
         raise UserError(f"The Orbax checkpoint {path} holds no parameters.")
-    flat = tree.flatten(found)
+    flat = flat_params.flatten(found)
     on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for name, leaf in flat.items():
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)

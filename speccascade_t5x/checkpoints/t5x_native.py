@@ -19,7 +19,7 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-from speccascade_t5x.checkpoints import opened, stores, tensors, tree, zarr
+from speccascade_t5x.checkpoints import flat_params, opened, stores, tensors, zarr
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Tensor
 from speccascade_t5x.interfaces import UserError
@@ -239,9 +239,9 @@ def write(
     kept = {name: _store(folder, f"state/param_states/{name}", values, chunk_bytes) for name, values in state}
     training = {"step": np.asarray(step, np.int32)}
     if kept:  # T5X's `load_t5x_checkpoint` stumbles over an empty one
-        training["param_states"] = tree.nest(kept)
+        training["param_states"] = flat_params.nest(kept)
     index = flax.serialization.msgpack_serialize(
-        {"version": VERSION, "optimizer": {"target": tree.nest(target), "state": training}}
+        {"version": VERSION, "optimizer": {"target": flat_params.nest(target), "state": training}}
     )
     (folder / INDEX_FILE).write_bytes(index)
 

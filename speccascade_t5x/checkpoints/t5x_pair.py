@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, bundle, folders, t5x_native, tree
+from speccascade_t5x.checkpoints import architecture, bundle, flat_params, folders, loading, t5x_native
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.common import storage
@@ -39,11 +38,11 @@ def members_of(
     Raises:
       UserError: there is only one model, or more than two; or a checkpoint cannot be read.
     """
-    if checkpoints.detect(source) != "bundle":
+    if loading.detect(source) != "bundle":
         if drafter is None:
             raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models.")
         named = {"drafter": drafter, "verifier": source}
-        return {role: checkpoints.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
+        return {role: loading.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
     if drafter is not None:
         raise UserError(f"{source} is a bundle and has its own members; leave the drafter out.")
     found = bundle.load_bundle(source)
@@ -70,7 +69,9 @@ def write(
       chunk_bytes: largest file before compression.
     """
     wide = np.dtype(jnp.dtype(dtype))
-    flat = {f"{role}/{name}": leaf for role in MEMBERS for name, leaf in tree.flatten(members[role].params).items()}
+    flat = {
+        f"{role}/{name}": leaf for role in MEMBERS for name, leaf in flat_params.flatten(members[role].params).items()
+    }
     values = ((name, np.asarray(leaf, wide)) for name, leaf in flat.items())
     t5x_native.write(folder, values, step=step, chunk_bytes=chunk_bytes)
     facts: dict[str, Any] = {"members": {}, "step": step}
@@ -132,7 +133,7 @@ def open_members(folder: str | Path, *, verify: bool = True) -> dict[str, Opened
     step = architecture.read_json(folder / CONFIG_FILE).get("step")
     found = t5x_native.read_tensors(folder)
     wanted = {f"{role}/{name}": s for role in MEMBERS for name, s in _shapes(named[role]).items()}
-    tree.require_match(tree.nest(wanted), found, str(folder))
+    flat_params.require_match(flat_params.nest(wanted), found, str(folder))
     leaves = {role: {name: found[f"{role}/{name}"] for name in _shapes(named[role])} for role in MEMBERS}
     step = step if type(step) is int else None
     return {role: Opened("t5x_pair", folder, named[role], leaves[role], step=step) for role in MEMBERS}
@@ -152,4 +153,4 @@ def _network(model: Model) -> str:
 
 
 def _shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
-    return tree.flatten(architecture.shapes(model.config))
+    return flat_params.flatten(architecture.shapes(model.config))

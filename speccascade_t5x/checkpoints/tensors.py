@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.interfaces import Array, UserError
 
 BLOCK_BYTES = 4 * 2**20
@@ -106,7 +106,7 @@ def to_host(name: str, tensor: Tensor, source: str, dtype: Any = np.float32) -> 
         filled = 0
         for where, block in tensor.blocks():
             if jnp.issubdtype(block.dtype, jnp.floating):
-                tree.require_finite(name, block, source)
+                flat_params.require_finite(name, block, source)
             stored[where] = block
             filled += block.size
     except UserError:

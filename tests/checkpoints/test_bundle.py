@@ -18,7 +18,7 @@ import pytest
 
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.checkpoints import orbax_tree, tree
+from speccascade_t5x.checkpoints import flat_params, orbax_tree
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
@@ -110,8 +110,8 @@ def test_bundle_of_one_model(tmp_path):
 
 def test_plain_orbax_reads_the_members(saved):
     restored = ocp.StandardCheckpointer().restore(saved / "verifier")
-    expected = tree.flatten(make_model().params)
-    for name, value in tree.flatten(restored).items():
+    expected = flat_params.flatten(make_model().params)
+    for name, value in flat_params.flatten(restored).items():
         np.testing.assert_array_equal(value, expected[name])
 
 

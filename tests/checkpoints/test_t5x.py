@@ -18,7 +18,7 @@ import pytest
 import tensorstore
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, t5x_native, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, t5x_native
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5
 
@@ -68,9 +68,9 @@ def test_path_at_the_top_of_an_old_spec(tmp_path):
 
 def test_tensors_inside_the_index(tmp_path):
     """T5X keeps tensors without partitioning axes in the msgpack itself, packed by Flax."""
-    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(make_model().params).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in flat_params.flatten(make_model().params).items()}
     (tmp_path / "checkpoint").write_bytes(
-        flax.serialization.msgpack_serialize({"version": 3, "optimizer": {"target": tree.nest(flat)}})
+        flax.serialization.msgpack_serialize({"version": 3, "optimizer": {"target": flat_params.nest(flat)}})
     )
     assert_same(checkpoints.load(tmp_path), make_model())
 
@@ -297,10 +297,10 @@ def test_inline_arrays_are_checked(tmp_path):
 
 def test_other_networks_are_refused_by_name(tmp_path):
     model = make_model()
-    flat = tree.flatten(model.params)
+    flat = flat_params.flatten(model.params)
     (tmp_path / "a").mkdir()
     decoder = {f"decoder/{k}" if k == EMBEDDING else k: v for k, v in flat.items() if not k.startswith("encoder/")}
-    write_native(tmp_path / "a" / "checkpoint_1", Bound(model.model, tree.nest(decoder)))
+    write_native(tmp_path / "a" / "checkpoint_1", Bound(model.model, flat_params.nest(decoder)))
     with pytest.raises(UserError, match="encoder_decoder_attention/key/kernel' is not part of the architecture"):
         checkpoints.load(tmp_path / "a")  # a decoder-only network has no cross-attention
     write_native(
@@ -313,9 +313,9 @@ def test_other_networks_are_refused_by_name(tmp_path):
 
 def test_an_extra_or_lost_layer_is_named(tmp_path):
     model = make_model()
-    flat = tree.flatten(model.params)
+    flat = flat_params.flatten(model.params)
     del flat["decoder/layers_1/mlp/wo/kernel"]
-    folder = write_native(tmp_path / "checkpoint_1", Bound(model.model, tree.nest(flat)))
+    folder = write_native(tmp_path / "checkpoint_1", Bound(model.model, flat_params.nest(flat)))
     with pytest.raises(UserError, match=r"'decoder/layers_1/mlp/wo/kernel' of shape \(16, 8\) is missing"):
         checkpoints.load(folder)
 
