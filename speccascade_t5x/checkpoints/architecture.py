@@ -72,14 +72,14 @@ def from_fields(fields: Mapping[str, Any], source: str, network: str | None = No
     for name in (field.name for field in dataclasses.fields(config) if field.type == "int"):
         value = known.get(name)
         if value is None:
-            raise UserError(f"{source} does not say {name!r}, which the architecture needs.")
+            raise UserError(f"{source} does not say {name!r}, which the architecture needs")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{source} says {name} = {value!r}; it must be a whole number above 0.")
+            raise UserError(f"{source} says {name} = {value!r}; it must be a whole number above 0")
         if name.endswith("_layers") and value > _MOST_LAYERS:
-            raise UserError(f"{source} says {name} = {value}; more than {_MOST_LAYERS} layers are not supported.")
+            raise UserError(f"{source} says {name} = {value}; more than {_MOST_LAYERS} layers are not supported")
     activations = known.setdefault("mlp_activations", ["relu"])
     if not isinstance(activations, list | tuple) or not all(isinstance(a, str) for a in activations):
-        raise UserError(f"{source} says mlp_activations = {activations!r}; it must be a list of names.")
+        raise UserError(f"{source} says mlp_activations = {activations!r}; it must be a list of names")
     try:
         return config(**{**known, "mlp_activations": tuple(activations)})
     except (TypeError, ValueError) as error:
@@ -111,7 +111,7 @@ def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str
     gated = "decoder/layers_0/mlp/wi_0/kernel" in found
     wi = _shape(found, f"decoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel", 2, source)
     if heads < 1 or query[1] % heads:
-        raise UserError(f"{source}: the query kernel of width {query[1]} does not split into {heads} heads.")
+        raise UserError(f"{source}: the query kernel of width {query[1]} does not split into {heads} heads")
     fields = {
         "vocab_size": embedding[0],
         "emb_dim": embedding[1],
@@ -130,10 +130,10 @@ def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str
 
 def _shape(found: Mapping[str, Any], name: str, rank: int, source: str) -> tuple[int, ...]:
     if name not in found:
-        raise UserError(f"{source} is not a T5 checkpoint: it has no tensor {name!r}.")
+        raise UserError(f"{source} is not a T5 checkpoint: it has no tensor {name!r}")
     shape = tuple(found[name].shape)
     if len(shape) != rank:
-        raise UserError(f"{source}: tensor {name!r} has shape {shape}, expected {rank} dimensions.")
+        raise UserError(f"{source}: tensor {name!r} has shape {shape}, expected {rank} dimensions")
     return shape
 
 
@@ -157,12 +157,12 @@ def read_text(path: Path) -> str:
     """A small text file, or a UserError naming it."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{path} is larger than {_LARGEST_FILE} bytes, which no configuration is.")
+            raise UserError(f"{path} is larger than {_LARGEST_FILE} bytes, which no configuration is")
         return path.read_text("utf-8")
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file.") from error
+        raise UserError(f"{path} is not a text file") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,9 +170,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object is expected.")
+        raise UserError(f"{path} holds a {type(value).__name__} where an object is expected")
     return value
 
 

@@ -124,7 +124,7 @@ def save_bundle(
     """
     path = Path(path)
     if path.exists() and not (overwrite and (path / MANIFEST).is_file()):
-        raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten.")
+        raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten")
     members = {"verifier": verifier} | ({"drafter": drafter} if drafter is not None else {})
     if drafter_vocabulary is not None:
         vocabularies.check_same(drafter_vocabulary, vocabulary)
@@ -182,7 +182,7 @@ def load_bundle(
         member = open_member(path, name, manifest)
         members[name] = member.load(placement if placing is None else placing[name](member.model))
     if "verifier" not in members:
-        raise UserError(f"{path / MANIFEST} names no verifier.")
+        raise UserError(f"{path / MANIFEST} names no verifier")
     _check_members(members, vocabulary)
     return Bundle(
         path=path,
@@ -250,7 +250,7 @@ def _copied(source: Path, target: Path) -> Iterator[tuple[Path, dict[str, Any]]]
     manifest = read_manifest(source)
     check_files(source, manifest)
     if target.exists() and target.resolve() != source.resolve():
-        raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there.")
+        raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there")
     with folders.published(target, "bundle") as partial:
         for name in _part(manifest, "files", source):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -267,20 +267,20 @@ def _load_table(path: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary)
     known = _part(manifest, "ngrams", path).get("vocabulary")
     if known != vocabulary.fingerprint():
         raise UserError(
-            f"The n-gram table of the bundle {path} was counted with another vocabulary (fingerprint "
+            f"the n-gram table of the bundle {path} was counted with another vocabulary (fingerprint "
             f"{str(known)[:16]}, the bundle's is {vocabulary.fingerprint()[:16]}); build it again with "
-            "`speccascade tables`."
+            "`speccascade tables`"
         )
     try:
         with np.load(path / TABLE_FILE, allow_pickle=False) as file:
             table = NGramTable(**{name: file[name] for name in file.files})
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         place = path / TABLE_FILE
-        raise UserError(f"{place} is damaged ({error}); build it again with `speccascade tables`.") from error
+        raise UserError(f"{place} is damaged ({error}); build it again with `speccascade tables`") from error
     if table.vocab_size < vocabulary.vocab_size:
         raise UserError(
             f"{path / TABLE_FILE} has {table.vocab_size} ids but the vocabulary {vocabulary.vocab_size} pieces; build "
-            "it again with `speccascade tables`."
+            "it again with `speccascade tables`"
         )
     return table
 
@@ -296,16 +296,16 @@ def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None
     manifest = manifest if manifest is not None else read_manifest(path)
     members = _part(manifest, "members", path)
     if name not in MEMBERS or not isinstance(members.get(name), dict):
-        raise UserError(f"The bundle {path} has no member {name!r}; it has {', '.join(sorted(members)) or 'none'}.")
+        raise UserError(f"the bundle {path} has no member {name!r}; it has {', '.join(sorted(members)) or 'none'}")
     where = f"{path / MANIFEST}, member {name!r}"
     config = members[name].get("config")
     if not isinstance(config, dict):
-        raise UserError(f"{where}: no 'config' with the architecture.")
+        raise UserError(f"{where}: no 'config' with the architecture")
     network = members[name].get("network")
     fields = architecture.FIELDS.get(network) if isinstance(network, str) else None
     unknown = sorted(set(config) - fields) if fields else [network]
     if unknown:
-        raise UserError(f"{where}: {unknown[0]!r} is not known to this release of speccascade_t5x; upgrade it.")
+        raise UserError(f"{where}: {unknown[0]!r} is not known to this release of speccascade_t5x; upgrade it")
     config = architecture.from_fields(config, where, network)
     start_id = _part(manifest, "decode", path).get("start_id", 0)
     leaves = orbax_tree.open_tensors(path / name)
@@ -325,12 +325,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = architecture.read_json(path / MANIFEST)
     version = manifest.get("version")
     if manifest.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(f"{path / MANIFEST} is not a bundle of speccascade_t5x (format {manifest.get('format')!r}).")
+        raise UserError(f"{path / MANIFEST} is not a bundle of speccascade_t5x (format {manifest.get('format')!r})")
     if version > VERSION:
         raise UserError(
-            f"The bundle {path} has format version {version} but this release of "
+            f"the bundle {path} has format version {version} but this release of "
             "speccascade_t5x reads up to "
-            f"{VERSION}; upgrade the package."
+            f"{VERSION}; upgrade the package"
         )
     return manifest
 
@@ -341,36 +341,36 @@ def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the first file that is missing, truncated or changed.
     """
-    folders.check_files(path, _part(manifest, "files", path), f"The bundle {path}", path / MANIFEST)
+    folders.check_files(path, _part(manifest, "files", path), f"the bundle {path}", path / MANIFEST)
 
 
 def _check_members(members: Mapping[str, Bound], vocabulary: Vocabulary) -> None:
     """Every model must be a T5 with a logit for each piece; widths beyond that are padding. All read one input."""
     for name, member in members.items():
         if not isinstance(member.model, architecture.Model):
-            raise UserError(f"The {name} is a {type(member.model).__name__}; bundles hold T5 models only.")
+            raise UserError(f"the {name} is a {type(member.model).__name__}; bundles hold T5 models only")
     if len({member.model.input_name for member in members.values()}) > 1:
         raise UserError(
-            "One member of the bundle is an encoder-decoder and the other decoder-only; a pair is of one kind."
+            "one member of the bundle is an encoder-decoder and the other decoder-only; a pair is of one kind"
         )
     widths = {name: member.model.vocab_size for name, member in members.items()}
     narrow = [name for name, width in widths.items() if width < vocabulary.vocab_size]
     if narrow:
         sizes = " and ".join(f"the {name} {width}" for name, width in widths.items())
         raise UserError(
-            f"The vocabulary has {vocabulary.vocab_size} pieces but {sizes} logits, so the "
+            f"the vocabulary has {vocabulary.vocab_size} pieces but {sizes} logits, so the "
             f"{narrow[0]} was made for "
-            "another vocabulary."
+            "another vocabulary"
         )
     for name, member in members.items():
         flat_params.require_match(
-            architecture.shapes(member.model.config), flat_params.flatten(member.params), f"The {name}"
+            architecture.shapes(member.model.config), flat_params.flatten(member.params), f"the {name}"
         )
 
 
 def _describe(member: Bound) -> dict[str, Any]:
     for name, leaf in flat_params.flatten(member.params).items():
-        flat_params.require_finite(name, np.asarray(leaf), "The model to be saved")
+        flat_params.require_finite(name, np.asarray(leaf), "the model to be saved")
     config = dataclasses.asdict(member.model.config)
     return {
         "network": architecture.network(member.model.config),
@@ -382,12 +382,12 @@ def _describe(member: Bound) -> dict[str, Any]:
 def _checked_lengths(lengths: Mapping[str, Any], source: str) -> dict[str, int]:
     for name in _LENGTHS:
         if type(lengths.get(name)) is not int or lengths[name] < 1:
-            raise UserError(f"{source}: feature length {name!r} must be a whole number above 0.")
+            raise UserError(f"{source}: feature length {name!r} must be a whole number above 0")
     return {name: int(lengths[name]) for name in _LENGTHS}
 
 
 def _part(manifest: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     part = manifest.get(key)
     if not isinstance(part, dict):
-        raise UserError(f"{path / MANIFEST} has no section {key!r}.")
+        raise UserError(f"{path / MANIFEST} has no section {key!r}")
     return part

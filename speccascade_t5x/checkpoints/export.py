@@ -117,9 +117,9 @@ def export(
     """
     _check_options(format, dtype, optimizer_state, step, max_file_mb, max_shard_mb)
     if format != "bundle" and vocabulary is not None:
-        raise UserError(f"a vocabulary goes into a bundle; the format {format!r} has no room for it.")
+        raise UserError(f"a vocabulary goes into a bundle; the format {format!r} has no room for it")
     if format not in ("bundle", "t5x_pair") and drafter is not None:
-        raise UserError(f"a drafter goes into a bundle or a t5x_pair; the format {format!r} holds one model.")
+        raise UserError(f"a drafter goes into a bundle or a t5x_pair; the format {format!r} holds one model")
     limit = None if max_file_mb is None else int(max_file_mb * _MB)
     with remote.local_copy(source) as place, _local_target(target, overwrite) as folder:
         job = _Job(format, np.dtype(jnp.dtype(dtype)), limit, int(max_shard_mb * _MB), verify)
@@ -139,16 +139,16 @@ def _check_options(
     format: str, dtype: str, optimizer_state: bool, step: int | None, max_file_mb: float | None, max_shard_mb: float
 ) -> None:
     if format not in FORMATS:
-        raise UserError(f"there is no format {format!r}: use one of {', '.join(FORMATS)}.")
+        raise UserError(f"there is no format {format!r}: use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
-        raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(DTYPES)}.")
+        raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(DTYPES)}")
     if optimizer_state and format not in _STATE_FORMATS:
-        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STATE_FORMATS)}.")
+        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STATE_FORMATS)}")
     if step is not None and (type(step) is not int or step < 0 or format not in _STEP_FORMATS):
-        raise UserError(f"step = {step!r} is not usable: a whole number from 0 on, for {' or '.join(_STEP_FORMATS)}.")
+        raise UserError(f"step = {step!r} is not usable: a whole number from 0 on, for {' or '.join(_STEP_FORMATS)}")
     for name, value in (("max_file_mb", max_file_mb), ("max_shard_mb", max_shard_mb)):
         if value is not None and not (isinstance(value, int | float) and value >= 0.01):
-            raise UserError(f"{name} = {value!r} is too small: give at least 0.01.")
+            raise UserError(f"{name} = {value!r} is too small: give at least 0.01")
 
 
 class _local_target:
@@ -178,7 +178,7 @@ def _require_room(place: Path, format: str) -> None:
     if format != "bundle" and loading.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
         raise UserError(
             f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
-            f"models ({place / 'verifier'}) to leave the table behind."
+            f"models ({place / 'verifier'}) to leave the table behind"
         )
 
 
@@ -187,9 +187,9 @@ def _require_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten.")
+        raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten")
     if loading.detect(path) in ("t5x_steps", "member"):
-        raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten.")
+        raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +313,7 @@ class _Job:
     def _rounded(self, name: str, leaf: jax.Array) -> jax.Array:
         rounded = leaf.astype(self.dtype)
         if not bool(jnp.isfinite(rounded).all()):
-            raise UserError(f"tensor {name!r} has values beyond the range of {self.dtype.name}: write it as bfloat16.")
+            raise UserError(f"tensor {name!r} has values beyond the range of {self.dtype.name}: write it as bfloat16")
         return rounded.astype(jnp.float32)
 
     def _check_sizes(self, partial: Path) -> None:
@@ -321,7 +321,7 @@ class _Job:
         if self.limit is not None and size > self.limit:
             raise UserError(
                 f"the file {name} would have {size / _MB:.2f} MB, more than the {self.limit / _MB:g} MB of "
-                "max_file_mb, and cannot be split further in this format; allow larger files or choose another format."
+                "max_file_mb, and cannot be split further in this format; allow larger files or choose another format"
             )
 
     def _report(
@@ -339,15 +339,13 @@ def _is_scalable(config: architecture.Config) -> bool:
 
 def _require_state(opened: Opened, format: str) -> None:
     if opened.scanned:
-        raise UserError(f"the optimizer state of {opened.path} belongs to scanned layers, which are unstacked here.")
+        raise UserError(f"the optimizer state of {opened.path} belongs to scanned layers, which are unstacked here")
     if format == "t5x" and _is_scalable(opened.model.config):
-        raise UserError(
-            f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'."
-        )
+        raise UserError(f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'")
     if opened.state_others:
-        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array.")
+        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array")
     if not opened.state:
-        raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along.")
+        raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along")
 
 
 def _state(opened: Opened, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -376,7 +374,7 @@ def _bundle_of(
     """A bundle as it is, or one made of checkpoints."""
     if loading.detect(place) == "bundle":
         if drafter is not None or vocabulary is not None:
-            raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members.")
+            raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members")
         found = bundle.load_bundle(place)
         return dataclasses.replace(found, description=description or found.description)
     opened = loading.open_model(place, allow_drivers=allow_drivers)
@@ -394,5 +392,5 @@ def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None)
         return bundle.load_vocabulary(opened.path.parent)
     path = opened.vocabulary_file if named is None else named
     if path is None:
-        raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model.")
+        raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model")
     return SentencePieceVocabulary(path, _T5_EXTRA_IDS if extra_ids is None else extra_ids)

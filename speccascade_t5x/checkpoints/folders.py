@@ -40,7 +40,7 @@ def published(path: Path, what: str) -> Iterator[Path]:
     except UserError:
         raise
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
-        raise UserError(f"Cannot write the {what} {path}: {tensors.reason(error)}; nothing was kept.") from error
+        raise UserError(f"cannot write the {what} {path}: {tensors.reason(error)}; nothing was kept") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -72,13 +72,13 @@ def check(folder: Path) -> None:
     facts = architecture.read_json(path)
     version = facts.get("version")
     if facts.get("format") != _FORMAT or type(version) is not int or not isinstance(facts.get("files"), dict):
-        raise UserError(f"{path} is damaged; delete it to read the checkpoint without checksums.")
+        raise UserError(f"{path} is damaged; delete it to read the checkpoint without checksums")
     if version > _VERSION:
         raise UserError(
             f"{path} has format version {version} but this release of speccascade_t5x reads up to {_VERSION}; "
-            "upgrade the package."
+            "upgrade the package"
         )
-    check_files(folder, facts["files"], f"The checkpoint {folder}", path)
+    check_files(folder, facts["files"], f"the checkpoint {folder}", path)
 
 
 def check_files(folder: Path, files: Mapping[str, Any], what: str, source: Path) -> None:
@@ -86,19 +86,19 @@ def check_files(folder: Path, files: Mapping[str, Any], what: str, source: Path)
     for name, facts in files.items():
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{source} lists the unsafe file name {name!r}.")
+            raise UserError(f"{source} lists the unsafe file name {name!r}")
         size, digest = (facts.get("bytes"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{what} is incomplete: {name} is missing; copy it again.")
+            raise UserError(f"{what} is incomplete: {name} is missing; copy it again")
         try:
             found = file.stat().st_size
             if found != size:
-                raise UserError(f"{what} is damaged: {name} has {found} of {size} bytes; copy it again.")
+                raise UserError(f"{what} is damaged: {name} has {found} of {size} bytes; copy it again")
             if _sha256(file) != digest:
-                raise UserError(f"{what} is damaged: the content of {name} has changed; copy it again.")
+                raise UserError(f"{what} is damaged: the content of {name} has changed; copy it again")
         except OSError as error:
-            raise UserError(f"Cannot read {file}: {error.strerror}.") from error
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 def largest_file(folder: Path) -> tuple[int, str]:

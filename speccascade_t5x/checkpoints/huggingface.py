@@ -101,7 +101,7 @@ def open_model(folder: Path) -> Opened:
     if not any(folder.glob(f"*{safetensors_files.SUFFIX}")):
         raise UserError(
             f"{folder} holds no safetensors file; weights in other formats are pickles, which are never opened: "
-            "convert them with save_pretrained(..., safe_serialization=True)."
+            "convert them with save_pretrained(..., safe_serialization=True)"
         )
     path = folder / CONFIG_FILE
     fields = architecture.read_json(path)
@@ -114,7 +114,7 @@ def open_model(folder: Path) -> Opened:
     leaves = _rename(found, config, head, folder)
     start_id = fields.get("decoder_start_token_id", 0)
     if type(start_id) is not int or not 0 <= start_id < config.vocab_size:
-        raise UserError(f"{path} says decoder_start_token_id = {start_id!r}; it must be an id of the vocabulary.")
+        raise UserError(f"{path} says decoder_start_token_id = {start_id!r}; it must be an id of the vocabulary")
     pieces = folder / _PIECES_FILE
     vocabulary = pieces if pieces.is_file() else None
     return Opened("huggingface", folder, T5(config, start_id=start_id), leaves, vocabulary_file=vocabulary)
@@ -124,26 +124,26 @@ def _read_config(fields: Mapping[str, Any], source: str, has_head: bool) -> tupl
     """(architecture, whether the decoder's output is scaled before the logits) of a config.json."""
     kind = fields.get("model_type")
     if kind not in _MODEL_TYPES:
-        raise UserError(f"{source} describes a {kind!r} model; of Hugging Face's, only T5 and mT5 are read.")
+        raise UserError(f"{source} describes a {kind!r} model; of Hugging Face's, only T5 and mT5 are read")
     for name, value in _FIXED.items():
         if fields.get(name, value) != value:
-            raise UserError(f"{source} says {name} = {fields[name]!r}; only {value!r} is supported.")
+            raise UserError(f"{source} says {name} = {fields[name]!r}; only {value!r} is supported")
     ours = {name: fields[theirs] for theirs, name in _SIZES.items() if theirs in fields}
     ours["num_decoder_layers"] = fields.get("num_decoder_layers") or fields.get("num_layers")
     activation = fields.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise UserError(f"{source} says feed_forward_proj = {activation!r}; supported are {', '.join(_ACTIVATIONS)}.")
+        raise UserError(f"{source} says feed_forward_proj = {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
     ours["mlp_activations"] = _ACTIVATIONS[activation]
     dropout = fields.get("dropout_rate", 0.1)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise UserError(f"{source} says dropout_rate = {dropout!r}; it must be at least 0 and below 1.")
+        raise UserError(f"{source} says dropout_rate = {dropout!r}; it must be at least 0 and below 1")
     ours["dropout_rate"] = float(dropout)
     ours["logits_via_embedding"] = not has_head
     scaled = fields.get("scale_decoder_outputs")
     if scaled is None:
         scaled = fields.get("tie_word_embeddings", kind == "t5") is not False
     if not isinstance(scaled, bool):
-        raise UserError(f"{source} says scale_decoder_outputs = {scaled!r}; it must be true or false.")
+        raise UserError(f"{source} says scale_decoder_outputs = {scaled!r}; it must be true or false")
     return architecture.from_fields(ours, source), scaled
 
 
@@ -154,9 +154,7 @@ def _drop_copies(found: dict[str, Tensor], folder: Path) -> None:
         if copy is not None and _SHARED not in found:
             found[_SHARED] = copy
         elif copy is not None and not _equal(copy, found[_SHARED]):
-            raise UserError(
-                f"{folder}: tensor {name!r} differs from {_SHARED!r}; T5 has one embedding for both stacks."
-            )
+            raise UserError(f"{folder}: tensor {name!r} differs from {_SHARED!r}; T5 has one embedding for both stacks")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -170,7 +168,7 @@ def _logits(found: dict[str, Tensor], config: T5Config, scaled: bool, folder: Pa
     """(whether logits are tied as T5X ties them, the matrix of its own otherwise)."""
     head, shared = found.get(_HEAD), found.get(_SHARED)
     if shared is None:
-        raise UserError(f"{folder} is not a T5 checkpoint: it has no tensor {_SHARED!r}.")
+        raise UserError(f"{folder} is not a T5 checkpoint: it has no tensor {_SHARED!r}")
     if head is None:
         # Tied without the scale: as a matrix of its own, since T5X scales whatever it ties.
         return scaled, None if scaled else Part(shared, shared.shape[::-1], np.transpose)
@@ -231,11 +229,11 @@ def write(
       OSError: it cannot be written.
     """
     if not isinstance(model, T5):
-        raise UserError("Hugging Face's T5 has no decoder-only model: export this one as a bundle, t5x or orbax.")
+        raise UserError("Hugging Face's T5 has no decoder-only model: export this one as a bundle, t5x or orbax")
     if model.config.table_per_layer:
         raise UserError(
             "Hugging Face's T5 has one relative position table per stack, but this model one per layer: export it as "
-            "a bundle, t5x or orbax."
+            "a bundle, t5x or orbax"
         )
     dtype = np.dtype(dtype)
     names = {theirs: (name, turned) for name, (theirs, turned) in _their_names(model.config).items()}
@@ -274,7 +272,7 @@ def their_config(model: T5, dtype: str, eos_id: int, pad_id: int) -> dict[str, A
     if config.mlp_activations not in known:
         raise UserError(
             f"Hugging Face's T5 has no name for mlp_activations = {list(config.mlp_activations)}; it knows "
-            f"{', '.join(_ACTIVATIONS)}."
+            f"{', '.join(_ACTIVATIONS)}"
         )
     return {
         "architectures": ["T5ForConditionalGeneration"],

@@ -31,17 +31,17 @@ def detect(path: str | Path) -> str:
       UserError: nothing is there, or nothing known; the message says what was looked for.
     """
     if remote.is_remote(path):
-        raise UserError(f"{path} is a remote address; copy the checkpoint to a local folder first.")
+        raise UserError(f"{path} is a remote address; copy the checkpoint to a local folder first")
     path = Path(path)
     try:
         return _detect(path)
     except OSError as error:
-        raise UserError(f"Cannot look into {path}: {error.strerror or error}.") from error
+        raise UserError(f"cannot look into {path}: {error.strerror or error}") from error
 
 
 def _detect(path: Path) -> str:
     if not path.exists():
-        raise UserError(f"{path} does not exist; a checkpoint is {_LOOKED_FOR}.")
+        raise UserError(f"{path} does not exist; a checkpoint is {_LOOKED_FOR}")
     if (path / MANIFEST).is_file():
         return "bundle"
     if (path.resolve().parent / MANIFEST).is_file():
@@ -63,9 +63,9 @@ def _detect(path: Path) -> str:
     if pickles:
         raise UserError(
             f"{path} holds {pickles[0]}, which may run code when opened and is never read; "
-            "save the model as safetensors."
+            "save the model as safetensors"
         )
-    raise UserError(f"{path} holds no checkpoint; looked for {_LOOKED_FOR}.")
+    raise UserError(f"{path} holds no checkpoint; looked for {_LOOKED_FOR}")
 
 
 def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collection[str] = ()) -> Opened:
@@ -83,7 +83,7 @@ def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collecti
     if kind == "bundle":
         members = read_manifest(path).get("members")
         if not isinstance(members, dict) or set(members) != {"verifier"}:
-            raise UserError(f"{path} is a bundle of two models; name one: {path / 'verifier'} or {path / 'drafter'}.")
+            raise UserError(f"{path} is a bundle of two models; name one: {path / 'verifier'} or {path / 'drafter'}")
         return open_model(path / "verifier", verify=verify)
     if kind == "member":
         path = path.resolve()
@@ -94,7 +94,7 @@ def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collecti
     if kind == "t5x_steps":
         newest = path / f"checkpoint_{max(_steps(path))}"
         if detect(newest) not in ("t5x_native", "t5x_orbax", "orbax"):
-            raise UserError(f"{newest} is not a T5X checkpoint.")
+            raise UserError(f"{newest} is not a T5X checkpoint")
         return open_model(newest, verify=verify, allow_drivers=allow_drivers)
     if verify:
         folders.check(path)
@@ -108,7 +108,7 @@ def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collecti
     try:
         return openers[kind](path)
     except OSError as error:
-        raise UserError(f"Cannot read {error.filename or path}: {error.strerror or error}.") from error
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
 
 
 def load(

@@ -29,9 +29,7 @@ def open_model(folder: Path) -> Opened:
     """
     fields = architecture.read_json_fields(folder / CONFIG_FILE)
     if fields.get("scan_layers"):
-        raise UserError(
-            f"{folder / CONFIG_FILE} says scan_layers = True; npz folders with scanned layers are not read."
-        )
+        raise UserError(f"{folder / CONFIG_FILE} says scan_layers = True; npz folders with scanned layers are not read")
     config = architecture.from_fields(fields, str(folder / CONFIG_FILE))
     path = folder / PARAMS_FILE
     with _in_words(path), zipfile.ZipFile(path) as archive:
@@ -46,9 +44,9 @@ def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not an npz file: {error}.") from error
+        raise UserError(f"{path} is damaged or not an npz file: {error}") from error
 
 
 def _tensor(archive: zipfile.ZipFile, name: str, path: Path) -> Tensor:
@@ -58,12 +56,12 @@ def _tensor(archive: zipfile.ZipFile, name: str, path: Path) -> Tensor:
             shape, fortran, dtype = _read_header(file)
             start = file.tell()
         except ValueError as error:
-            raise UserError(f"{path}: {name!r} is not a numpy array: {error}.") from error
+            raise UserError(f"{path}: {name!r} is not a numpy array: {error}") from error
     if dtype.hasobject:
-        raise UserError(f"{path}: {name!r} holds Python objects, which are never loaded.")
+        raise UserError(f"{path}: {name!r} holds Python objects, which are never loaded")
     size = archive.getinfo(name + _SUFFIX).file_size - start
     if int(np.prod(shape, dtype=object)) * dtype.itemsize != size:
-        raise UserError(f"{path}: {name!r} is damaged: {size} bytes for shape {shape} of {dtype.name}.")
+        raise UserError(f"{path}: {name!r} is damaged: {size} bytes for shape {shape} of {dtype.name}")
     stored = shape[::-1] if fortran else shape
     return Tensor(shape, dtype, lambda: _blocks(path, name, start, stored, dtype), transposed=fortran)
 

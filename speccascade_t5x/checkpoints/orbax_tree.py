@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 
 from speccascade_t5x.checkpoints import architecture, flat_params, opened, stores, tensors
 from speccascade_t5x.checkpoints.opened import Opened
@@ -63,7 +62,7 @@ def save(path: Path, params: PyTree, *, dtype: Any = np.float32, file_bytes: int
         if (path / _COMMIT_FILE).is_file():
             (path / _COMMIT_FILE).write_text("Checkpoint commit was successful.\n")
     except (ValueError, OSError) as error:  # tensorstore reports a full disk as a ValueError
-        raise UserError(f"Cannot write the Orbax checkpoint {path}: {tensors.reason(error)}") from error
+        raise UserError(f"cannot write the Orbax checkpoint {path}: {tensors.reason(error)}") from error
 
 
 def restore(path: Path, expected: PyTree, *, branch: str | None = None, placement: Placement | None = None) -> PyTree:
@@ -93,7 +92,7 @@ def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:
     if branch is not None:
         found = {name.removeprefix(f"{branch}/"): leaf for name, leaf in found.items() if name.startswith(f"{branch}/")}
     if not found:
-        raise UserError(f"The Orbax checkpoint {path} holds no parameters{f' below {branch!r}' if branch else ''}.")
+        raise UserError(f"the Orbax checkpoint {path} holds no parameters{f' below {branch!r}' if branch else ''}")
     prefix = f"{branch}/" if branch else ""
     return {name: _tensor(path, prefix + name, leaf, facts) for name, leaf in found.items()}
 
@@ -108,7 +107,7 @@ def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         raise UserError(f"{path} is not an Orbax checkpoint, or damaged: {tensors.reason(error)}") from error
     found = metadata.tree if metadata is not None else None
     if not isinstance(found, dict) or not found:
-        raise UserError(f"The Orbax checkpoint {path} holds no parameters.")
+        raise UserError(f"the Orbax checkpoint {path} holds no parameters")
     flat = flat_params.flatten(found)
     on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     for name, leaf in flat.items():
@@ -116,7 +115,7 @@ def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         if shape is None or dtype is None:
             continue  # neither a parameter nor an optimizer state; whoever asks for it is told
         if tensors.count(tuple(shape)) * np.dtype(dtype).itemsize > on_disk * _HIGHEST_RATIO:
-            raise UserError(f"{path}: tensor {name!r} of shape {tuple(shape)} cannot lie in {on_disk} bytes.")
+            raise UserError(f"{path}: tensor {name!r} of shape {tuple(shape)} cannot lie in {on_disk} bytes")
     return flat, facts
 
 
@@ -135,7 +134,7 @@ def _quietly() -> Iterator[None]:
 def _tensor(path: Path, name: str, leaf: Any, facts: Mapping[str, Any]) -> Tensor:
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if shape is None or dtype is None:
-        raise UserError(f"{path}: {name!r} is a {type(leaf).__name__}, not an array.")
+        raise UserError(f"{path}: {name!r} is a {type(leaf).__name__}, not an array")
     return Tensor(tuple(shape), np.dtype(dtype), lambda: _blocks(path, name, tuple(shape), facts))
 
 
@@ -150,10 +149,7 @@ def _blocks(path: Path, name: str, shape: tuple[int, ...], facts: Mapping[str, A
     spec = {"driver": "zarr3" if facts.get("use_zarr3") else "zarr", "kvstore": kvstore}
     if facts.get("store_array_data_equal_to_fill_value"):
         spec["fill_missing_data_reads"] = False  # no chunk was left out, so one that is missing was lost
-    store = tensorstore.open(spec, open=True, read=True).result()
-    if tuple(store.shape) != shape:
-        raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
-    yield from stores.blocks(store)
+    return stores.read(spec, shape)
 
 
 def open_t5x(folder: Path) -> Opened:

@@ -30,6 +30,18 @@ def blocks(store: tensorstore.TensorStore) -> Iterator[Block]:
         yield (where,), store[where].read().result()
 
 
+def read(spec: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[Block]:
+    """The values of the array a spec names, which must have the shape that is known of it.
+
+    Raises:
+      ValueError: it cannot be read, or has another shape.
+    """
+    store = tensorstore.open(dict(spec), open=True, read=True).result()
+    if tuple(store.shape) != shape:
+        raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
+    yield from blocks(store)
+
+
 def open_foreign(name: str, spec: Mapping[str, Any], allowed: Collection[str]) -> Tensor:
     """An array outside its checkpoint's folder, or in another format, at the place its spec names.
 
@@ -44,18 +56,18 @@ def open_foreign(name: str, spec: Mapping[str, Any], allowed: Collection[str]) -
     """
     kvstore = spec.get("kvstore")
     if not isinstance(kvstore, dict):
-        raise UserError(f"Tensor {name!r} is stored in {kvstore!r}, which names no driver.")
+        raise UserError(f"tensor {name!r} is stored in {kvstore!r}, which names no driver")
     followed = {"driver": spec["driver"], "kvstore": kvstore}
     for driver in _drivers(followed):
         if driver != "zarr" and driver not in allowed:
             named = ", ".join(sorted(allowed))
-            raise UserError(f"Tensor {name!r} is stored with driver {driver!r}, not one of those you allow: {named}.")
+            raise UserError(f"tensor {name!r} is stored with driver {driver!r}, not one of those you allow: {named}")
     if spec["driver"] in _CHUNKED:
         followed["fill_missing_data_reads"] = False  # a chunk that is not there was lost: no zeros for it
     try:
         store = tensorstore.open(followed, open=True, read=True).result()
     except (ValueError, OSError) as error:
-        raise UserError(f"Tensor {name!r} cannot be opened where it is stored: {tensors.reason(error)}") from error
+        raise UserError(f"tensor {name!r} cannot be opened where it is stored: {tensors.reason(error)}") from error
     return Tensor(tuple(store.shape), store.dtype.numpy_dtype, lambda: blocks(store))
 
 

@@ -33,7 +33,7 @@ _PLACEHOLDER_BUCKET = "t5x-dummy-bucket"
 _INLINE_ARRAY = 1  # Flax's msgpack extension code of an ndarray
 _INLINE_SCALAR = 3  # and of a numpy scalar
 _LARGEST_INDEX = 2**30
-_UNLESS = " If you trust its origin, allow drivers by name."
+_UNLESS = "; if you trust its origin, allow drivers by name"
 
 
 def open_model(folder: Path, allow_drivers: Collection[str] = ()) -> Opened:
@@ -96,26 +96,24 @@ def _read_index(path: Path) -> Mapping[str, Any]:
     """The 'optimizer' part of the index: nested dicts of specs and arrays."""
     try:
         if path.stat().st_size > _LARGEST_INDEX:
-            raise UserError(f"The checkpoint index {path} is larger than {_LARGEST_INDEX} bytes, which none is.")
+            raise UserError(f"the checkpoint index {path} is larger than {_LARGEST_INDEX} bytes, which none is")
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"Cannot read the checkpoint index {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the checkpoint index {path}: {error.strerror}") from error
     try:
         index = msgpack.unpackb(raw, raw=False, strict_map_key=True, ext_hook=_inline_array)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise UserError(
-            f"The checkpoint index {path} is damaged or not one of T5X: {tensors.reason(error)}."
-        ) from error
+        raise UserError(f"the checkpoint index {path} is damaged or not one of T5X: {tensors.reason(error)}") from error
     version = index.get("version") if isinstance(index, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(
-            f"The checkpoint index {path} has format version {version} but this release of speccascade_t5x reads up "
-            f"to {VERSION}; upgrade the package."
+            f"the checkpoint index {path} has format version {version} but this release of speccascade_t5x reads up "
+            f"to {VERSION}; upgrade the package"
         )
     optimizer = index.get("optimizer") if isinstance(index, dict) else None
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     if not isinstance(target, dict) or not target:
-        raise UserError(f"The checkpoint index {path} names no parameters (no 'optimizer/target').")
+        raise UserError(f"the checkpoint index {path} names no parameters (no 'optimizer/target')")
     return optimizer
 
 
@@ -146,7 +144,7 @@ def _flatten(node: Mapping[str, Any], prefix: str, others: list[str] | None = No
         elif others is not None:
             others.append(name)
         else:
-            raise UserError(f"The checkpoint index holds a {type(value).__name__} for {name!r}, not a tensor.")
+            raise UserError(f"the checkpoint index holds a {type(value).__name__} for {name!r}, not a tensor")
     return flat
 
 
@@ -167,15 +165,15 @@ def _locate(folder: Path, name: str, spec: Mapping[str, Any], allow_drivers: Col
     where = _relative_path(name, spec)
     path = folder / where
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}); refusing to read it.")
+        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}); refusing to read it")
     if not (path / zarr.HEADER_FILE).is_file():
-        raise UserError(f"{folder}: the files of tensor {name!r} are missing ({where}/.zarray).")
+        raise UserError(f"{folder}: the files of tensor {name!r} are missing ({where}/.zarray)")
     tensor = zarr.open_array(path, name)
     metadata = spec.get("metadata")
     indexed = metadata.get("shape") if isinstance(metadata, dict) else None
     if indexed is not None and (not isinstance(indexed, list) or tuple(indexed) != tensor.shape):
         shown = tuple(indexed) if isinstance(indexed, list) else indexed
-        raise UserError(f"{folder}: tensor {name!r} has shape {shown} in the index but {tensor.shape} on disk.")
+        raise UserError(f"{folder}: tensor {name!r} has shape {shown} in the index but {tensor.shape} on disk")
     return tensor
 
 
@@ -183,19 +181,17 @@ def _relative_path(name: str, spec: Mapping[str, Any]) -> str:
     """The array's folder as the spec names it, once that is known to be harmless."""
     kvstore = spec.get("kvstore")
     if spec["driver"] != "zarr" or not isinstance(kvstore, dict):
-        raise UserError(f"Tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read.{_UNLESS}")
+        raise UserError(f"tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read{_UNLESS}")
     if not _is_local(kvstore):
         driver = kvstore.get("driver")
-        raise UserError(
-            f"Tensor {name!r} is stored with driver {driver!r}; only files in the folder are read.{_UNLESS}"
-        )
+        raise UserError(f"tensor {name!r} is stored with driver {driver!r}; only files in the folder are read{_UNLESS}")
     where = kvstore.get("path") or spec.get("path")
     if not isinstance(where, str) or not where.strip("/"):
-        raise UserError(f"The checkpoint index gives no path for tensor {name!r}.")
+        raise UserError(f"the checkpoint index gives no path for tensor {name!r}")
     path = PurePosixPath(where)
     if path.is_absolute() or ".." in path.parts or "\\" in where or "\0" in where:
         raise UserError(
-            f"Tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read.{_UNLESS}"
+            f"tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read{_UNLESS}"
         )
     return str(path)
 

@@ -40,14 +40,14 @@ def members_of(
     """
     if loading.detect(source) != "bundle":
         if drafter is None:
-            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models.")
+            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models")
         named = {"drafter": drafter, "verifier": source}
         return {role: loading.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
     if drafter is not None:
-        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out.")
+        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out")
     found = bundle.load_bundle(source)
     if found.drafter is None:
-        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter.")
+        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter")
     return {"drafter": found.drafter, "verifier": found.verifier}
 
 
@@ -90,20 +90,20 @@ def models(folder: str | Path) -> dict[str, Model]:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; {_ADVICE}.")
+        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; {_ADVICE}")
     members = architecture.read_json(path).get("members")
     if not isinstance(members, dict) or set(members) != set(MEMBERS):
-        raise UserError(f"{path} does not describe a drafter and a verifier; {_ADVICE}.")
+        raise UserError(f"{path} does not describe a drafter and a verifier; {_ADVICE}")
     found = {}
     for role in MEMBERS:
         facts, source = members[role], f"{path} ({role})"
         fields = facts.get("config") if isinstance(facts, dict) else None
         if not isinstance(fields, dict) or facts.get("network") not in architecture.NETWORKS:
-            raise UserError(f"{source} names no architecture this release knows.")
+            raise UserError(f"{source} names no architecture this release knows")
         start_id = facts.get("start_id")
         config = architecture.from_fields(fields, source, facts["network"])
         if type(start_id) is not int or not 0 <= start_id < config.vocab_size:
-            raise UserError(f"{source} says start_id = {start_id!r}; it must be an id of the vocabulary.")
+            raise UserError(f"{source} says start_id = {start_id!r}; it must be an id of the vocabulary")
         found[role] = architecture.model(config, start_id)
     return found
 

@@ -113,13 +113,13 @@ def to_host(name: str, tensor: Tensor, source: str, dtype: Any = np.float32) -> 
         raise
     except MemoryError as error:
         size = f"{count(tensor.shape) * np.dtype(dtype).itemsize} bytes"
-        raise UserError(f"{source}: not enough memory for tensor {name!r} ({size}).") from error
+        raise UserError(f"{source}: not enough memory for tensor {name!r} ({size})") from error
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{source}: tensor {name!r} cannot be read: {reason(error)}; copy the checkpoint again."
+            f"{source}: tensor {name!r} cannot be read: {reason(error)}; copy the checkpoint again"
         ) from error
     if filled != found.size:
-        raise UserError(f"{source}: {filled} of {found.size} values of tensor {name!r} are there; copy it again.")
+        raise UserError(f"{source}: {filled} of {found.size} values of tensor {name!r} are there; copy it again")
     return found
 
 

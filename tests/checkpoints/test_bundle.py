@@ -152,7 +152,7 @@ def test_vocabularies_of_the_members_must_be_the_same(tmp_path):
 
 
 def test_models_that_do_not_fit_their_configuration(tmp_path):
-    with pytest.raises(UserError, match=r"The drafter does not fit .*'decoder/layers_0/mlp/wi_0/kernel'"):
+    with pytest.raises(UserError, match=r"the drafter does not fit .*'decoder/layers_0/mlp/wi_0/kernel'"):
         save(tmp_path / "pair", drafter=Bound(make_model(SMALL).model, make_model().params))
     broken = make_model(SMALL)
     broken.params["decoder"]["decoder_norm"]["scale"] *= jnp.nan
@@ -233,7 +233,7 @@ def test_nothing_there(tmp_path):
         checkpoints.load_bundle(tmp_path / "none")
     with pytest.raises(UserError, match="remote address"):
         checkpoints.detect("gs://bucket/checkpoint_1")
-    with pytest.raises(UserError, match="Cannot look into .*: File name too long"):
+    with pytest.raises(UserError, match="cannot look into .*: File name too long"):
         checkpoints.load(tmp_path / ("x" * 300))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="pytorch_model.bin, which may run code when opened"):
@@ -243,10 +243,10 @@ def test_nothing_there(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user: root may read and write everything")
 def test_no_permission_names_the_file(copy, tmp_path):
     (copy / "bundle.json").chmod(0)
-    with pytest.raises(UserError, match=r"Cannot read .*bundle.json: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read .*bundle.json: Permission denied"):
         checkpoints.load_bundle(copy)
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Cannot write the bundle .*Permission denied"):
+    with pytest.raises(UserError, match="cannot write the bundle .*Permission denied"):
         save(tmp_path / "new")
     tmp_path.chmod(0o700)
 
@@ -271,7 +271,7 @@ def test_full_disk_leaves_nothing(saved, tmp_path):
     target = tmp_path / "pair"
     command = [sys.executable, "-c", program, str(saved), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused: Cannot write")
+    assert done.stdout.startswith("refused: cannot write")
     assert list(tmp_path.iterdir()) == []
 
 

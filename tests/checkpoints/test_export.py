@@ -275,7 +275,7 @@ def test_full_disk_leaves_nothing(source, tmp_path, form):
     """)
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out"), form]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused: Cannot write"), done.stdout + done.stderr
+    assert done.stdout.startswith("refused: cannot write"), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
