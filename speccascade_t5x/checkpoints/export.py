@@ -15,6 +15,7 @@ import numpy as np
 from speccascade_t5x.checkpoints import (
     architecture,
     bundle,
+    export_sources,
     flat_params,
     folders,
     huggingface,
@@ -28,18 +29,16 @@ from speccascade_t5x.checkpoints import (
 )
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
+from speccascade_t5x.checkpoints.kinds import identify
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
 DTYPES = ("float32", "bfloat16", "float16")
 _MB = 10**6
 _STATE_FORMATS = ("orbax", "t5x")  # those that have room for an optimizer state
 _STEP_FORMATS = (*_STATE_FORMATS, "t5x_pair")
-_T5_EXTRA_IDS = 100
-_BYTE_EXTRA_IDS = 125
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +124,11 @@ def export(
         job = _Job(format, np.dtype(jnp.dtype(dtype)), limit, int(max_shard_mb * _MB), verify)
         _require_room(place, format)
         if format == "t5x_pair":
-            members = t5x_pair.members_of(place, drafter, allow_drivers)
+            members = export_sources.members_of(place, drafter, allow_drivers)
             return job.write_pair(members, folder, str(target), step or 0)
         if format == "bundle":
             lengths = {"inputs": max_input_len, "targets": max_len}
-            made = _bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
+            made = export_sources.bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
             return job.write_bundle(made, folder, str(target))
         opened = loading.open_model(place, allow_drivers=allow_drivers)
         return job.write_model(opened, folder, str(target), step, optimizer_state)
@@ -175,7 +174,8 @@ class _local_target:
 
 def _require_room(place: Path, format: str) -> None:
     """A table is never left behind in silence: it travels from bundle to bundle; other formats hold models alone."""
-    if format != "bundle" and loading.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
+    found = identify(place)
+    if format != "bundle" and found.kind == "bundle" and "ngrams" in bundle.read_manifest(found.folder):
         raise UserError(
             f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
             f"models ({place / 'verifier'}) to leave the table behind"
@@ -188,7 +188,8 @@ def _require_free(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten")
-    if loading.detect(path) in ("t5x_steps", "member"):
+    found = identify(path)
+    if found.of_steps or found.kind == "member":
         raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten")
 
 
@@ -360,37 +361,3 @@ def _write_config(folder: Path, bound: Bound, step: int) -> None:
     config = bound.model.config
     facts = {"network": architecture.network(config), "config": dataclasses.asdict(config), "step": step}
     (folder / "config.json").write_text(storage.to_json(facts, indent=1) + "\n", "utf-8")
-
-
-def _bundle_of(
-    place: Path,
-    drafter: str | Path | None,
-    vocabulary: str | Path | None,
-    extra_ids: int | None,
-    lengths: Mapping[str, int],
-    description: str,
-    allow_drivers: Collection[str],
-) -> Bundle:
-    """A bundle as it is, or one made of checkpoints."""
-    if loading.detect(place) == "bundle":
-        if drafter is not None or vocabulary is not None:
-            raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members")
-        found = bundle.load_bundle(place)
-        return dataclasses.replace(found, description=description or found.description)
-    opened = loading.open_model(place, allow_drivers=allow_drivers)
-    pieces = _vocabulary(opened, vocabulary, extra_ids)
-    small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
-    models = {"verifier": opened.load(), "drafter": small}
-    decode = {"start_id": opened.model.start_id}
-    return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
-
-
-def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None) -> Vocabulary:
-    if named == "bytes":
-        return ByteVocabulary(_BYTE_EXTRA_IDS if extra_ids is None else extra_ids)
-    if named is None and opened.kind == "member":
-        return bundle.load_vocabulary(opened.path.parent)
-    path = opened.vocabulary_file if named is None else named
-    if path is None:
-        raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model")
-    return SentencePieceVocabulary(path, _T5_EXTRA_IDS if extra_ids is None else extra_ids)

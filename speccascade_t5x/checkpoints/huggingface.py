@@ -8,6 +8,7 @@ into the decoder's output. Whether they do is told by `scale_decoder_outputs` wh
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, flat_params, safetensors_files
+from speccascade_t5x.checkpoints import architecture, flat_params, folders, safetensors_files
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Leaf, Part, Tensor
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.t5 import T5, T5Config
 
@@ -103,8 +104,9 @@ def open_model(folder: Path) -> Opened:
             f"{folder} holds no safetensors file; weights in other formats are pickles, which are never opened: "
             "convert them with save_pretrained(..., safe_serialization=True)"
         )
+    folders.require_inside(folder, os.listdir(folder))
     path = folder / CONFIG_FILE
-    fields = architecture.read_json(path)
+    fields = schema.read(path)
     found = safetensors_files.open_folder(folder)
     config, scaled = _read_config(fields, str(path), _HEAD in found)
     found.pop(_UNUSED, None)

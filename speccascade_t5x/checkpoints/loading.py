@@ -1,114 +1,97 @@
-"""From a folder of any kind to one model: what kind it is, what it holds, its parameters on devices."""
+"""From a folder of any kind to a model, or to a pair: what it is, what it holds, its parameters on devices."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from speccascade_t5x.checkpoints import folders, huggingface, npz, orbax_tree, remote, safetensors_files, t5x_native
-from speccascade_t5x.checkpoints.bundle import MANIFEST, check_files, open_member, read_manifest
+from speccascade_t5x.checkpoints import bundle, folders, huggingface, npz, orbax_tree, remote, t5x_native
+from speccascade_t5x.checkpoints.bundle import Bundle
+from speccascade_t5x.checkpoints.kinds import KINDS, Found, identify
 from speccascade_t5x.checkpoints.opened import Opened, Placing
 from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.interfaces import Bound, UserError
 
-_LOOKED_FOR = (
-    f"a bundle ({MANIFEST}), an npz folder ({npz.PARAMS_FILE} and {npz.CONFIG_FILE}), a T5X "
-    f"checkpoint (a file '{t5x_native.INDEX_FILE}' or a folder 'state'), a folder holding checkpoint_<step>, an Orbax "
-    f"checkpoint ({orbax_tree.METADATA_FILE}), or a Hugging Face folder ({huggingface.CONFIG_FILE} and *.safetensors)"
-)
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "flax_model*.msgpack")
-
 
 def detect(path: str | Path) -> str:
-    """What kind of folder this is.
-
-    Returns:
-      "bundle", "member" (a model's folder inside a bundle), "npz", "t5x_native", "t5x_orbax", "orbax" (one Orbax
-      checkpoint), "t5x_steps" (a folder of checkpoint_<step> folders) or "huggingface".
+    """The kind of a checkpoint, a key of `kinds.KINDS`; "t5x_steps" for a folder of steps.
 
     Raises:
-      UserError: nothing is there, or nothing known; the message says what was looked for.
+      UserError: see `identify`.
     """
-    if remote.is_remote(path):
-        raise UserError(f"{path} is a remote address; copy the checkpoint to a local folder first")
-    path = Path(path)
-    try:
-        return _detect(path)
-    except OSError as error:
-        raise UserError(f"cannot look into {path}: {error.strerror or error}") from error
+    found = identify(path)
+    return "t5x_steps" if found.of_steps else found.kind
 
 
-def _detect(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; a checkpoint is {_LOOKED_FOR}")
-    if (path / MANIFEST).is_file():
-        return "bundle"
-    if (path.resolve().parent / MANIFEST).is_file():
-        return "member"
-    if (path / npz.PARAMS_FILE).is_file():
-        return "npz"
-    if (path / t5x_native.INDEX_FILE).is_file():
-        return "t5x_native"
-    if (path / "state" / orbax_tree.METADATA_FILE).is_file():
-        return "t5x_orbax"
-    if (path / orbax_tree.METADATA_FILE).is_file():
-        return "orbax"
-    if _steps(path):
-        return "t5x_steps"
-    suffixes = (safetensors_files.SUFFIX, safetensors_files.INDEX_SUFFIX)
-    if any(any(path.glob(f"*{suffix}")) for suffix in suffixes):
-        return "huggingface"
-    pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
-    if pickles:
+def bundle_folder(path: str | Path) -> Path:
+    """The folder of a bundle.
+
+    Args:
+      path: the folder, or the name of a packaged bundle.
+
+    Raises:
+      UserError: it is something else; the message says what makes a bundle of it.
+    """
+    found = identify(path)
+    if found.kind != "bundle":
         raise UserError(
-            f"{path} holds {pickles[0]}, which may run code when opened and is never read; "
-            "save the model as safetensors"
+            f"{path} is no bundle but a {KINDS[found.kind]}: make one with `speccascade export --format=bundle`, with "
+            "a drafter and a vocabulary"
         )
-    raise UserError(f"{path} holds no checkpoint; looked for {_LOOKED_FOR}")
+    return found.folder
 
 
-def open_model(path: str | Path, *, verify: bool = True, allow_drivers: Collection[str] = ()) -> Opened:
+def load_bundle(path: str | Path, **options: Any) -> Bundle:
+    """Reads a bundle by folder or packaged name; see `bundle.load_bundle` for the options.
+
+    Raises:
+      UserError: see `bundle_folder` and `bundle.load_bundle`.
+    """
+    return bundle.load_bundle(bundle_folder(path), **options)
+
+
+def open_model(
+    path: str | Path, *, verify: bool = True, allow_drivers: Collection[str] = (), kind: str | None = None
+) -> Opened:
     """One model in its files: its architecture is known and its tensors fit it, but none has been read.
 
     Args:
       path: see `load`; local.
       verify: compare every file with its checksum where there are any. It reads them twice.
       allow_drivers: see `load`.
+      kind: see `load`.
 
     Raises:
       UserError: see `load`.
     """
-    kind, path = detect(path), Path(path)
-    if kind == "bundle":
-        members = read_manifest(path).get("members")
-        if not isinstance(members, dict) or set(members) != {"verifier"}:
-            raise UserError(f"{path} is a bundle of two models; name one: {path / 'verifier'} or {path / 'drafter'}")
-        return open_model(path / "verifier", verify=verify)
-    if kind == "member":
-        path = path.resolve()
-        manifest = read_manifest(path.parent)
+    return open_found(identify(path, kind), verify=verify, allow_drivers=allow_drivers)
+
+
+def open_found(found: Found, *, verify: bool = True, allow_drivers: Collection[str] = ()) -> Opened:
+    """`open_model` of what `identify` found."""
+    folder = found.folder
+    if found.kind == "bundle":
+        if set(bundle.read_manifest(folder)["members"]) != {"verifier"}:
+            raise UserError(f"{folder} is a bundle of two models; name one: {folder}/verifier or {folder}/drafter")
+        return open_model(folder / "verifier", verify=verify)
+    if found.kind == "member":
+        manifest = bundle.read_manifest(folder.parent)
         if verify:
-            check_files(path.parent, manifest)
-        return open_member(path.parent, path.name, manifest)
-    if kind == "t5x_steps":
-        newest = path / f"checkpoint_{max(_steps(path))}"
-        if detect(newest) not in ("t5x_native", "t5x_orbax", "orbax"):
-            raise UserError(f"{newest} is not a T5X checkpoint")
-        return open_model(newest, verify=verify, allow_drivers=allow_drivers)
-    if verify:
-        folders.check(path)
-    openers = {
-        "npz": npz.open_model,
-        "t5x_native": lambda folder: t5x_native.open_model(folder, allow_drivers),
-        "t5x_orbax": orbax_tree.open_t5x,
-        "orbax": orbax_tree.open_t5x,
-        "huggingface": huggingface.open_model,
-    }
+            bundle.check_files(folder.parent, manifest)
+        return bundle.open_member(folder.parent, folder.name, manifest)
+    if found.kind == "t5x_pair":
+        raise UserError(f"{folder} holds a pair of models: export it as a bundle, whose members can be named")
     try:
-        return openers[kind](path)
+        if verify:
+            folders.check(folder)
+        if found.item is not None:
+            return orbax_tree.open_t5x(found.item, folder)
+        if found.kind == "t5x_native":
+            return t5x_native.open_model(folder, allow_drivers)
+        return {"npz": npz.open_model, "huggingface": huggingface.open_model}[found.kind](folder)
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
 
 
 def load(
@@ -117,28 +100,24 @@ def load(
     placement: Placement | None = None,
     placing: Placing | None = None,
     allow_drivers: Collection[str] = (),
+    kind: str | None = None,
 ) -> Bound:
     """One model, float32, read tensor by tensor to where it shall live.
 
-    Of several checkpoint_<step> folders the newest is taken. A bundle is loaded here only if it
-    holds one model; name a member (`<bundle>/verifier`) or use `load_bundle` otherwise.
+    Of several steps the newest is taken. A bundle is loaded here only if it holds one model; name a member
+    (`<bundle>/verifier`) or use `load_bundle` otherwise.
 
     Args:
-      path: a folder, or a gs:// address, which is copied to a temporary folder first.
+      path: a folder, a packaged name, or a gs:// address, which is copied to a temporary folder first.
       placement: (flat name, shape) -> sharding; the default device where it is None or gives None.
       placing: the same for whatever architecture is found: model -> placement.
       allow_drivers: tensorstore drivers ("gcs", "s3", "http", "file") with which a native T5X checkpoint may place
         arrays outside its folder. Name one only where you trust the checkpoint: its index says what is read.
+      kind: a key of `kinds.KINDS`, to choose where a folder can be read in several ways.
 
     Raises:
-      UserError: see `detect` and the readers; messages name the file or tensor.
+      UserError: see `identify` and the readers; messages name the file or tensor.
     """
     with remote.local_copy(path) as local:
-        opened = open_model(local, allow_drivers=allow_drivers)
+        opened = open_model(local, allow_drivers=allow_drivers, kind=kind)
         return opened.load(placement if placing is None else placing(opened.model))
-
-
-def _steps(path: Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder; unfinished ones have other names."""
-    matches = (re.fullmatch(r"checkpoint_(\d+)", child.name) for child in path.glob("checkpoint_*") if child.is_dir())
-    return [int(match[1]) for match in matches if match]

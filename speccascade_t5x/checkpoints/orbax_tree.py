@@ -7,9 +7,9 @@ than one tensor is on its way at a time.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from speccascade_t5x.checkpoints import architecture, flat_params, opened, stores, tensors
+from speccascade_t5x.checkpoints import flat_params, folders, opened, stores, tensors
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.checkpoints.tensors import Block, Placement, Tensor
+from speccascade_t5x.checkpoints.tensors import Placement, Tensor
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import PyTree, UserError
 
 # Small files travel well: many hosts of files refuse or slow down large ones.
@@ -31,7 +32,14 @@ _COMMIT_FILE = "commit_success.txt"
 _TARGET = "target"  # where T5X keeps the parameters of a train state
 _STATE = "state"
 _PARAM_STATES = f"{_STATE}/param_states/"
-_HIGHEST_RATIO = 2**16  # no real tensor is compressed further, zeros included
+_PARAMS = "params"  # where Flax keeps the parameters among the variables of a module
+_LARGEST_METADATA = 64 * 2**20
+_KEYS = schema.list_of(schema.record({"key": schema.of(str, int)}))
+_FLAG = schema.of(bool, type(None))
+_METADATA = schema.record(
+    {"tree_metadata": schema.map_of(schema.record({"key_metadata": _KEYS}))},
+    {"use_ocdbt": _FLAG, "use_zarr3": _FLAG, "store_array_data_equal_to_fill_value": _FLAG},
+)
 
 
 def save(path: Path, params: PyTree, *, dtype: Any = np.float32, file_bytes: int = FILE_BYTES) -> None:
@@ -88,35 +96,85 @@ def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:
     Raises:
       UserError: it is no Orbax checkpoint, is damaged, or has no such branch.
     """
-    found, facts = _open(path)
-    if branch is not None:
-        found = {name.removeprefix(f"{branch}/"): leaf for name, leaf in found.items() if name.startswith(f"{branch}/")}
-    if not found:
-        raise UserError(f"the Orbax checkpoint {path} holds no parameters{f' below {branch!r}' if branch else ''}")
-    prefix = f"{branch}/" if branch else ""
-    return {name: _tensor(path, prefix + name, leaf, facts) for name, leaf in found.items()}
+    return _Checkpoint(path).tensors(branch)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Flat names to shape and dtype, and how the arrays are stored, from the checkpoint's metadata alone."""
-    facts = architecture.read_json(path / METADATA_FILE)
-    try:
-        with _quietly(), ocp.PyTreeCheckpointer() as reader:
-            metadata = reader.metadata(path.resolve()).item_metadata
-    except Exception as error:  # Orbax raises whatever it stumbles over
-        raise UserError(f"{path} is not an Orbax checkpoint, or damaged: {tensors.reason(error)}") from error
-    found = metadata.tree if metadata is not None else None
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"the Orbax checkpoint {path} holds no parameters")
-    flat = flat_params.flatten(found)
-    on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    for name, leaf in flat.items():
+def is_train_state(path: Path) -> bool:
+    """Whether one Orbax checkpoint is a train state of T5X, as its metadata lists it; nothing else is read."""
+    listed = schema.read(path / METADATA_FILE, _METADATA, largest=_LARGEST_METADATA)["tree_metadata"]
+    keys = (entry["key_metadata"] for entry in listed.values())
+    return any(key and key[0]["key"] == _TARGET for key in keys)
+
+
+class _Checkpoint:
+    """One Orbax checkpoint, known from its metadata.
+
+    Args:
+      path: its folder.
+
+    Raises:
+      UserError: it is no Orbax checkpoint, or is damaged.
+    """
+
+    def __init__(self, path: Path):
+        folders.require_inside(path)
+        self.path = path
+        self.facts = schema.read(path / METADATA_FILE, _METADATA, largest=_LARGEST_METADATA)
+        try:
+            with _quietly(), ocp.PyTreeCheckpointer() as reader:
+                metadata = reader.metadata(path.resolve()).item_metadata
+        except Exception as error:  # Orbax raises whatever it stumbles over
+            raise UserError(f"{path} is not an Orbax checkpoint, or damaged: {tensors.reason(error)}") from error
+        found = metadata.tree if metadata is not None else None
+        listed = len(self.facts["tree_metadata"])
+        if not found and listed:
+            raise UserError(
+                f"{path} is damaged: its {METADATA_FILE} lists {listed} arrays but the files that hold them are "
+                "missing or cut short; copy it again"
+            )
+        if not isinstance(found, dict) or not found:
+            raise UserError(f"the Orbax checkpoint {path} holds no parameters")
+        self.leaves = flat_params.flatten(found)
+
+    def tensors(self, branch: str | None = None) -> dict[str, Tensor]:
+        """Flat names below a branch, or all of them, to tensors.
+
+        Raises:
+          UserError: there are none, one is no array, or they claim more than the files can hold.
+        """
+        prefix = f"{branch}/" if branch else ""
+        found = {name.removeprefix(prefix): self.tensor(name) for name in self.leaves if name.startswith(prefix)}
+        if not found:
+            below = f" below {branch!r}" if branch else ""
+            raise UserError(f"the Orbax checkpoint {self.path} holds no parameters{below}")
+        tensors.require_plausible(found, folders.size(self.path), str(self.path))
+        return found
+
+    def tensor(self, name: str, may_be_left_out: bool = False) -> Tensor:
+        """One array, not yet read.
+
+        Args:
+          name: of the leaf.
+          may_be_left_out: read chunks that are not there as zeros, where the metadata says that zeros were left out.
+            No parameter of a trained model is a chunk of zeros, so for parameters a missing chunk is damage.
+        """
+        leaf = self.leaves[name]
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is None or dtype is None:
-            continue  # neither a parameter nor an optimizer state; whoever asks for it is told
-        if tensors.count(tuple(shape)) * np.dtype(dtype).itemsize > on_disk * _HIGHEST_RATIO:
-            raise UserError(f"{path}: tensor {name!r} of shape {tuple(shape)} cannot lie in {on_disk} bytes")
-    return flat, facts
+            raise UserError(f"{self.path}: {name!r} is a {type(leaf).__name__}, not an array")
+        shape = tuple(shape)
+        return Tensor(shape, np.dtype(dtype), lambda: stores.read(self._spec(name, may_be_left_out), shape))
+
+    def _spec(self, name: str, may_be_left_out: bool) -> dict[str, Any]:
+        folder = {"driver": "file", "path": f"{self.path.resolve()}/"}
+        place = f"{name.replace('/', '.')}/"
+        if self.facts.get("use_ocdbt") is not False:
+            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": folder, "path": place}
+        else:
+            kvstore = {**folder, "path": folder["path"] + place}
+        filled = may_be_left_out and not self.facts.get("store_array_data_equal_to_fill_value")
+        driver = "zarr3" if self.facts.get("use_zarr3") else "zarr"
+        return {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": filled}
 
 
 @contextlib.contextmanager
@@ -131,67 +189,52 @@ def _quietly() -> Iterator[None]:
         logger.removeFilter(drop)
 
 
-def _tensor(path: Path, name: str, leaf: Any, facts: Mapping[str, Any]) -> Tensor:
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if shape is None or dtype is None:
-        raise UserError(f"{path}: {name!r} is a {type(leaf).__name__}, not an array")
-    return Tensor(tuple(shape), np.dtype(dtype), lambda: _blocks(path, name, tuple(shape), facts))
+def open_t5x(place: Path, folder: Path | None = None) -> Opened:
+    """Opens one Orbax checkpoint: parameters, or a train state of T5X with its parameters below "target".
 
-
-def _blocks(path: Path, name: str, shape: tuple[int, ...], facts: Mapping[str, Any]) -> Iterator[Block]:
-    """The values of one array, in bands that hold whole chunks."""
-    folder = {"driver": "file", "path": f"{path.resolve()}/"}
-    place = f"{name.replace('/', '.')}/"
-    if facts.get("use_ocdbt", True):
-        kvstore: dict[str, Any] = {"driver": "ocdbt", "base": folder, "path": place}
-    else:
-        kvstore = {**folder, "path": folder["path"] + place}
-    spec = {"driver": "zarr3" if facts.get("use_zarr3") else "zarr", "kvstore": kvstore}
-    if facts.get("store_array_data_equal_to_fill_value"):
-        spec["fill_missing_data_reads"] = False  # no chunk was left out, so one that is missing was lost
-    return stores.read(spec, shape)
-
-
-def open_t5x(folder: Path) -> Opened:
-    """Opens a `checkpoint_N` folder that T5X wrote with Orbax, or a folder that is one Orbax checkpoint.
+    Args:
+      place: the folder with Orbax's metadata.
+      folder: the checkpoint it belongs to, with configuration files in it or beside it; `place` itself if None.
 
     Raises:
       UserError: see `open_tensors`; or the model is not a supported T5.
     """
-    inside = (folder / _STATE / METADATA_FILE).is_file()
-    place = folder / _STATE if inside else folder
-    found, facts = _open(place)
-    whole_state = inside or any(name.startswith(f"{_TARGET}/") for name in found)
-    params = open_tensors(place, branch=_TARGET if whole_state else None)
-    others = tuple(
-        name for name, leaf in found.items() if name.startswith(_PARAM_STATES) and not hasattr(leaf, "shape")
-    )
+    folder = place if folder is None else folder
+    if folder != place:
+        folders.require_inside(folder)
+    stored = _Checkpoint(place)
+    tops = {name.partition("/")[0] for name in stored.leaves}
+    whole_state = _TARGET in tops
+    branch = _TARGET if whole_state else _PARAMS if tops == {_PARAMS} else None
+    states = [name for name in stored.leaves if name.startswith(_PARAM_STATES)]
+    others = tuple(name for name in states if not hasattr(stored.leaves[name], "shape"))
     state = {
-        name.removeprefix(_PARAM_STATES): _tensor(place, name, leaf, facts)
-        for name, leaf in found.items()
-        if name.startswith(_PARAM_STATES) and name not in others
+        name.removeprefix(_PARAM_STATES): stored.tensor(name, may_be_left_out=True)
+        for name in states
+        if name not in others
     }
     return opened.from_t5x(
-        "t5x_orbax" if inside else "orbax",
+        "t5x_orbax" if whole_state else "orbax",
         folder,
-        params,
-        step=_step(place, found, facts, folder) if whole_state else _noted_step(folder),
+        stored.tensors(branch),
+        step=_step(stored) if whole_state else _noted_step(folder),
         state=state,
         state_others=others,
     )
 
 
-def _step(place: Path, found: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> int | None:
-    leaf = found.get(f"{_STATE}/step")
+def _step(stored: _Checkpoint) -> int | None:
+    name = f"{_STATE}/step"
+    leaf = stored.leaves.get(name)
     if leaf is None or tuple(getattr(leaf, "shape", (1,))) != ():
         return None
-    return int(tensors.to_host("state/step", _tensor(place, f"{_STATE}/step", leaf, facts), str(folder), np.int64))
+    return int(tensors.to_host(name, stored.tensor(name, may_be_left_out=True), str(stored.path), np.int64))
 
 
 def _noted_step(folder: Path) -> int | None:
-    """The step that `checkpoints.export` notes beside parameters that stand alone."""
-    try:
-        step = json.loads((folder / "config.json").read_text("utf-8")).get("step")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return step if type(step) is int else None
+    """The step that `checkpoints.export` notes beside parameters that stand alone, or a step folder's name."""
+    path = folder / "config.json"
+    step = schema.read(path).get("step") if path.is_file() else None
+    if type(step) is int:
+        return step
+    return int(folder.name) if re.fullmatch(r"\d{1,18}", folder.name) else None

@@ -19,9 +19,10 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-from speccascade_t5x.checkpoints import flat_params, opened, stores, tensors, zarr
+from speccascade_t5x.checkpoints import flat_params, folders, opened, stores, tensors, zarr
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Tensor
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import UserError
 
 INDEX_FILE = "checkpoint"
@@ -32,7 +33,10 @@ CHUNK_BYTES = 64 * 2**20
 _PLACEHOLDER_BUCKET = "t5x-dummy-bucket"
 _INLINE_ARRAY = 1  # Flax's msgpack extension code of an ndarray
 _INLINE_SCALAR = 3  # and of a numpy scalar
+_INLINE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint32", "bool")
 _LARGEST_INDEX = 2**30
+_LONGEST = 2**17  # of a list or a branch in the index
+_DEEPEST = 64  # branches below each other
 _UNLESS = "; if you trust its origin, allow drivers by name"
 
 
@@ -86,22 +90,23 @@ class _Lazy(dict):
 
 
 def _tensors(folder: Path, entries: Mapping[str, Any], allow_drivers: Collection[str] = ()) -> dict[str, Tensor]:
-    return {
+    found = {
         name: _locate(folder, name, entry, allow_drivers) if isinstance(entry, dict) else tensors.in_memory(entry)
         for name, entry in entries.items()
     }
+    if not allow_drivers:  # else arrays may lie anywhere, by the user's leave
+        tensors.require_plausible(found, folders.size(folder), str(folder))
+    return found
 
 
 def _read_index(path: Path) -> Mapping[str, Any]:
     """The 'optimizer' part of the index: nested dicts of specs and arrays."""
+    folders.require_inside(path.parent)
+    raw = schema.read_bytes(path, _LARGEST_INDEX)
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise UserError(f"the checkpoint index {path} is larger than {_LARGEST_INDEX} bytes, which none is")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint index {path}: {error.strerror}") from error
-    try:
-        index = msgpack.unpackb(raw, raw=False, strict_map_key=True, ext_hook=_inline_array)
+        index = msgpack.unpackb(
+            raw, raw=False, strict_map_key=True, ext_hook=_inline_array, max_array_len=_LONGEST, max_map_len=_LONGEST
+        )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise UserError(f"the checkpoint index {path} is damaged or not one of T5X: {tensors.reason(error)}") from error
     version = index.get("version") if isinstance(index, dict) else None
@@ -121,9 +126,11 @@ def _inline_array(code: int, data: bytes) -> np.ndarray | msgpack.ExtType:
     """An array inside the index, as Flax packs it: (shape, dtype name, bytes)."""
     if code not in (_INLINE_ARRAY, _INLINE_SCALAR):
         return msgpack.ExtType(code, data)
-    shape, dtype_name, buffer = msgpack.unpackb(data, raw=False)
+    shape, dtype_name, buffer = msgpack.unpackb(data, raw=False, max_array_len=_LONGEST)
+    if dtype_name not in _INLINE_DTYPES:
+        raise ValueError(f"an inline array of {schema.shown(dtype_name)}")
     dtype = np.dtype(dtype_name)
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(buffer):
+    if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(buffer):
         raise ValueError(f"an inline array of {len(buffer)} bytes is not {dtype_name} of shape {shape}")
     return np.frombuffer(buffer, dtype).reshape(shape)
 
@@ -134,6 +141,8 @@ def _flatten(node: Mapping[str, Any], prefix: str, others: list[str] | None = No
     Names of what is neither go to `others`; without such a list they are an error.
     """
     flat: dict[str, Any] = {}
+    if prefix.count("/") > _DEEPEST:
+        raise UserError(f"the checkpoint index is nested more than {_DEEPEST} levels deep, which none of T5X is")
     for key, value in node.items():
         name = f"{prefix}{key}"
         is_spec = isinstance(value, dict) and isinstance(value.get("driver"), str)

@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from speccascade_t5x.checkpoints import architecture, stores
+from speccascade_t5x.checkpoints import stores
 from speccascade_t5x.checkpoints.tensors import Tensor, count
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import UserError
 
 HEADER_FILE = ".zarray"
 _COMPRESSORS = ("gzip", "zlib")
 _HIGHEST_RATIO = 1040  # deflate cannot do better than 1032:1
+_HEADER = schema.record(
+    {"shape": schema.list_of(schema.whole(0, 2**62)), "chunks": schema.list_of(schema.whole(1, 2**62))}
+)
 _DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16", "<i4": "int32", "<i8": "int64", "|b1": "bool"}
 
 
@@ -30,22 +34,21 @@ def open_array(path: Path, name: str) -> Tensor:
     Raises:
       UserError: a file is missing or damaged, or claims what it cannot hold.
     """
-    header = architecture.read_json(path / HEADER_FILE)
-    shape, chunks = header.get("shape"), header.get("chunks")
-    for numbers, least in ((shape, 0), (chunks, 1)):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= least for n in numbers):
-            raise UserError(f"{path}/.zarray is damaged: shape {shape!r}, chunks {chunks!r}")
+    header = schema.read(path / HEADER_FILE, _HEADER)
+    shape, chunks = header["shape"], header["chunks"]
     if len(shape) != len(chunks) or any(c > max(n, 1) for c, n in zip(chunks, shape, strict=True)):
         raise UserError(f"{path}/.zarray is damaged: chunks {chunks} do not fit shape {shape}")
     for key, wanted in (("zarr_format", 2), ("order", "C"), ("filters", None)):
         if header.get(key, wanted) != wanted:
-            raise UserError(f"{path}/.zarray says {key} = {header[key]!r}, where T5X writes {wanted!r}")
+            raise UserError(f"{path}/.zarray says {key} = {schema.shown(header[key])}, where T5X writes {wanted!r}")
     dtype_name = _DTYPES.get(header.get("dtype") if isinstance(header.get("dtype"), str) else "")
     if dtype_name is None:
-        raise UserError(f"tensor {name!r} holds {header.get('dtype')!r}; only {', '.join(_DTYPES)} are read")
+        raise UserError(
+            f"tensor {name!r} holds {schema.shown(header.get('dtype'))}; only {', '.join(_DTYPES)} are read"
+        )
     compressor = header.get("compressor")
     if compressor is not None and (not isinstance(compressor, dict) or compressor.get("id") not in _COMPRESSORS):
-        raise UserError(f"tensor {name!r} is compressed in a way T5X does not use: {compressor!r}")
+        raise UserError(f"tensor {name!r} is compressed in a way T5X does not use: {schema.shown(compressor)}")
     separator = "/" if header.get("dimension_separator") == "/" else "."
     dtype = np.dtype(dtype_name)
     _check_chunks(path, name, shape, chunks, dtype, compressor is not None, separator)

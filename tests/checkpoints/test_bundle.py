@@ -201,8 +201,8 @@ def test_damage_names_the_file(copy):
     ("change", "message"),
     [
         (lambda m: m.update(version=2), "format version 2 .* reads up to 1; upgrade"),
-        (lambda m: m.update(format="zip"), "not a bundle of speccascade_t5x"),
-        (lambda m: m.pop("vocabulary"), "no section 'vocabulary'"),
+        (lambda m: m.update(format="zip"), "not a bundle of this package, or damaged .format 'zip'"),
+        (lambda m: m.pop("vocabulary"), "bundle.json has no member 'vocabulary'"),
         (lambda m: m["members"].pop("verifier"), "names no verifier"),
         (lambda m: m["members"].update(judge={}), "no member 'judge'"),
         (
@@ -214,8 +214,8 @@ def test_damage_names_the_file(copy):
             lambda m: m["members"]["verifier"]["config"].update(emb_dim=16),
             r"\(8,\) but the architecture asks for \(16,",
         ),
-        (lambda m: m["files"].update({"../x": {}}), "unsafe file name"),
-        (lambda m: m["files"].update({"bundle.json": "x"}), "bundle.json has"),
+        (lambda m: m["files"].update({"../x": {"bytes": 0, "sha256": ""}}), "unsafe file name"),
+        (lambda m: m["files"].update({"bundle.json": "x"}), "files.bundle.json must be an object, found 'x'"),
     ],
 )
 def test_bad_manifests(copy, change, message):
@@ -229,7 +229,7 @@ def test_nothing_there(tmp_path):
         checkpoints.load(tmp_path / "none")
     with pytest.raises(UserError, match="holds no checkpoint; looked for a bundle"):
         checkpoints.load(tmp_path)
-    with pytest.raises(UserError, match="none/bundle.json: No such file"):
+    with pytest.raises(UserError, match="none does not exist; a checkpoint is a bundle"):
         checkpoints.load_bundle(tmp_path / "none")
     with pytest.raises(UserError, match="remote address"):
         checkpoints.detect("gs://bucket/checkpoint_1")

@@ -233,7 +233,7 @@ def change_header(folder, change):
     ("change", "message"),
     [
         (lambda h: h["shared.weight"].update(shape=[2**40, 2**20]), "'shared.weight', F32 of shape"),
-        (lambda h: h["shared.weight"].update(shape=[-384, -8]), "has shape"),
+        (lambda h: h["shared.weight"].update(shape=[-384, -8]), r"'shared.weight'.shape\[0\] must be"),
         (lambda h: h["shared.weight"].update(dtype="F8_E4M3"), "'shared.weight' holds 'F8_E4M3'"),
         (lambda h: h["shared.weight"].update(dtype="I32"), "'shared.weight' holds int32 instead of floats"),
         (lambda h: h["shared.weight"].update(data_offsets=[0, 2**50]), "said to be at"),

@@ -44,7 +44,7 @@ def test_another_shape_names_tensor_and_both_shapes(tmp_path):
         ({"emb_dim": None}, "config.json does not say 'emb_dim'"),
         ({"emb_dim": "8"}, "emb_dim = '8'"),
         ({"num_heads": 0}, "num_heads = 0"),
-        ({"num_decoder_layers": 10**9}, "more than 1000 layers"),
+        ({"num_decoder_layers": 10**9}, "num_decoder_layers = 1000000000; it must be a whole number from 1 to 1000"),
         ({"mlp_activations": ["swoosh"]}, "swoosh"),
         ({"mlp_activations": "gelu"}, "list of names"),
         ({"dtype": "float33"}, "float33"),

@@ -142,7 +142,7 @@ def test_links_out_of_the_folder_are_refused(native, tmp_path):
     array = native / "target.token_embedder.embedding"
     array.rename(tmp_path / "elsewhere")
     array.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="points outside the checkpoint"):
+    with pytest.raises(UserError, match="is a link that leads out of its checkpoint"):
         checkpoints.load(native)
 
 
@@ -255,10 +255,10 @@ def change_zarray(folder, **changes):
         ({"shape": [2**40, 8]}, "fewer are here"),
         ({"chunks": [2**40, 8]}, "do not fit"),
         ({"shape": [0, 2**60], "chunks": [1, 1]}, r"\(384, 8\) in the index but \(0, "),
-        ({"shape": [384, -8]}, "is damaged"),
-        ({"chunks": [0, 8]}, "is damaged"),
+        ({"shape": [384, -8]}, r"shape\[1\] must be a whole number"),
+        ({"chunks": [0, 8]}, r"chunks\[0\] must be a whole number from 1"),
         ({"chunks": [384]}, "do not fit"),
-        ({"shape": "384"}, "is damaged"),
+        ({"shape": "384"}, "shape must be a list, found '384'"),
         ({"dtype": "|O"}, "only <f4"),
         ({"dtype": ["<f4"]}, "only <f4"),
         ({"compressor": {"id": "blosc"}}, "compressed in a way"),

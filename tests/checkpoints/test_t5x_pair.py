@@ -42,7 +42,7 @@ def test_it_reads_back(written):
 
 
 def test_a_pair_is_not_taken_for_a_model(written):
-    with pytest.raises(UserError, match="not a T5 checkpoint"):
+    with pytest.raises(UserError, match="holds a pair of models: export it as a bundle"):
         checkpoints.load(written[0])
 
 
