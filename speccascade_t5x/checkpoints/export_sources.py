@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from speccascade_t5x.checkpoints import bundle, loading
+from speccascade_t5x.checkpoints import bundle, huggingface_sidecars, loading
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.kinds import identify
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, held_sentinels
 
 _T5_EXTRA_IDS = 100
 _BYTE_EXTRA_IDS = 125
@@ -60,9 +60,16 @@ def bundle_of(
         return dataclasses.replace(found, description=description or found.description)
     opened = loading.open_model(place, allow_drivers=allow_drivers)
     pieces = _vocabulary(opened, vocabulary, extra_ids)
+    if len(opened.ends) > 1:
+        raise UserError(
+            f"{opened.path} ends an output at any of the ids {', '.join(map(str, opened.ends))}; a bundle has one: "
+            "leave one eos_token_id in its generation_config.json, and give the others as stop sequences"
+        )
     small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
     models = {"verifier": opened.load(), "drafter": small}
     decode = {"start_id": opened.model.start_id}
+    decode |= {"eos_id": opened.ends[0]} if opened.ends else {}
+    decode |= {"pad_id": opened.pad_id} if opened.pad_id is not None else {}
     return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
 
 
@@ -71,7 +78,13 @@ def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None)
         return ByteVocabulary(_BYTE_EXTRA_IDS if extra_ids is None else extra_ids)
     if named is None and opened.kind == "member":
         return bundle.load_vocabulary(opened.path.parent)
+    if named is None and opened.kind == "huggingface":
+        found = huggingface_sidecars.vocabulary(opened.path)
+        if found is not None:
+            return found if extra_ids is None else SentencePieceVocabulary(found.path, extra_ids)
     path = opened.vocabulary_file if named is None else named
     if path is None:
         raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model")
-    return SentencePieceVocabulary(path, _T5_EXTRA_IDS if extra_ids is None else extra_ids)
+    if extra_ids is None:
+        extra_ids = 0 if held_sentinels(path) else _T5_EXTRA_IDS
+    return SentencePieceVocabulary(path, extra_ids)

@@ -1,8 +1,8 @@
 """Hugging Face folders of T5 1.0, T5 1.1, FLAN-T5, mT5 and ByT5: config.json and safetensors files.
 
 Their weights are `[out, in]` and carry other names; what T5X divides by sqrt(emb_dim) before tied logits, they multiply
-into the decoder's output. Whether they do is told by `scale_decoder_outputs` where the file has it, else by
-`tie_word_embeddings`; whether logits have a matrix of their own is told by the tensors.
+into the decoder's output. Whether they do, `_is_scaled` tells; whether logits have a matrix of their own is told by the
+tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, flat_params, folders, safetensors_files
+from speccascade_t5x.checkpoints import architecture, flat_params, folders, huggingface_sidecars, safetensors_files
+from speccascade_t5x.checkpoints.huggingface_sidecars import PIECES_FILE
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Leaf, Part, Tensor
 from speccascade_t5x.common import schema, storage
@@ -24,7 +25,6 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.t5 import T5, T5Config
 
 CONFIG_FILE = "config.json"
-_PIECES_FILE = "spiece.model"
 _MODEL_TYPES = ("t5", "mt5")
 # Their names of sizes -> ours.
 _SIZES = {
@@ -114,12 +114,11 @@ def open_model(folder: Path) -> Opened:
     tied, head = _logits(found, config, scaled, folder)
     config = dataclasses.replace(config, logits_via_embedding=tied)
     leaves = _rename(found, config, head, folder)
-    start_id = fields.get("decoder_start_token_id", 0)
-    if type(start_id) is not int or not 0 <= start_id < config.vocab_size:
-        raise UserError(f"{path} says decoder_start_token_id = {start_id!r}; it must be an id of the vocabulary")
-    pieces = folder / _PIECES_FILE
+    ids = huggingface_sidecars.ids(folder, fields, config.vocab_size)
+    pieces = folder / PIECES_FILE
     vocabulary = pieces if pieces.is_file() else None
-    return Opened("huggingface", folder, T5(config, start_id=start_id), leaves, vocabulary_file=vocabulary)
+    model = T5(config, start_id=ids.start)
+    return Opened("huggingface", folder, model, leaves, vocabulary_file=vocabulary, ends=ids.ends, pad_id=ids.pad)
 
 
 def _read_config(fields: Mapping[str, Any], source: str, has_head: bool) -> tuple[T5Config, bool]:
@@ -141,12 +140,27 @@ def _read_config(fields: Mapping[str, Any], source: str, has_head: bool) -> tupl
         raise UserError(f"{source} says dropout_rate = {dropout!r}; it must be at least 0 and below 1")
     ours["dropout_rate"] = float(dropout)
     ours["logits_via_embedding"] = not has_head
-    scaled = fields.get("scale_decoder_outputs")
-    if scaled is None:
-        scaled = fields.get("tie_word_embeddings", kind == "t5") is not False
-    if not isinstance(scaled, bool):
-        raise UserError(f"{source} says scale_decoder_outputs = {scaled!r}; it must be true or false")
-    return architecture.from_fields(ours, source), scaled
+    return architecture.from_fields(ours, source), _is_scaled(fields, kind, source, has_head)
+
+
+def _is_scaled(fields: Mapping[str, Any], kind: str, source: str, has_head: bool) -> bool:
+    """Whether Transformers multiplies the decoder's output by 1 / sqrt(d_model), by model type and by writer.
+
+    A T5 says it in `scale_decoder_outputs` since Transformers 5, whose `tie_word_embeddings` is always true; before, it
+    was `tie_word_embeddings`. Transformers 5 never scales an mT5 and has no such flag for it; Transformers 4 scaled one
+    with tied embeddings.
+    """
+    for name in ("scale_decoder_outputs", "tie_word_embeddings"):
+        if type(fields.get(name)) not in (bool, type(None)):
+            raise UserError(f"{source} says {name} = {schema.shown(fields[name])}; it must be true or false")
+    flag, tied = fields.get("scale_decoder_outputs"), bool(fields.get("tie_word_embeddings", kind == "t5"))
+    if kind == "t5":
+        return tied if flag is None else flag
+    if flag:
+        raise UserError(f"{source} says scale_decoder_outputs = True, which Transformers does not read for an mT5")
+    writer = re.match(r"(\d{1,4})\.", str(fields.get("transformers_version", "")))
+    # Without a writer's version: tied embeddings come without a head, and Transformers 5 saves the head it ties.
+    return tied and (int(writer[1]) < 5 if writer else not has_head)
 
 
 def _drop_copies(found: dict[str, Tensor], folder: Path) -> None:
@@ -252,7 +266,7 @@ def write(
     generation = {"decoder_start_token_id": model.start_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     (folder / "generation_config.json").write_text(storage.to_json(generation, indent=2) + "\n", "utf-8")
     if vocabulary_file is not None:
-        (folder / _PIECES_FILE).write_bytes(vocabulary_file.read_bytes())
+        (folder / PIECES_FILE).write_bytes(vocabulary_file.read_bytes())
 
 
 def _their_names(config: T5Config) -> dict[str, tuple[str, bool]]:

@@ -30,6 +30,8 @@ class Opened:
       state_others: names in the optimizer state that hold no array.
       scanned: the tensors are those of a `scalable_t5`, and not under our names and shapes.
       vocabulary_file: a vocabulary beside the parameters.
+      ends: ids that end an output, () where no file says.
+      pad_id: what fills an output up, None where no file says.
     """
 
     kind: str
@@ -41,6 +43,8 @@ class Opened:
     state_others: tuple[str, ...] = ()
     scanned: bool = False
     vocabulary_file: Path | None = None
+    ends: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def load(self, placement: Placement | None = None) -> Bound:
         """Reads the parameters as float32 arrays, tensor by tensor; see `tensors.to_devices`."""
