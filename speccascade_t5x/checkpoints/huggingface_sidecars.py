@@ -55,11 +55,14 @@ def ids(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> Ids:
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     own = schema.read(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     for name in names:
-        file, value = (_GENERATION, own[name]) if own.get(name) is not None else ("config.json", fields.get(name))
-        listed = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
-        if any(type(i) is not int or not 0 <= i < vocab_size for i in listed):
-            raise UserError(f"{folder / file} says {name} = {schema.shown(value)}; it must be an id of the vocabulary")
-        found[name] = tuple(listed)
+        for file, said in (("config.json", fields), (_GENERATION, own)):
+            value = said.get(name)
+            listed = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+            if any(type(i) is not int or not 0 <= i < vocab_size for i in listed):
+                raise UserError(
+                    f"{folder / file} says {name} = {schema.shown(value)}; it must be an id of the vocabulary"
+                )
+            found[name] = tuple(listed) or found.get(name, ())
     start, ends, pad = (found[name] for name in names)
     return Ids(start[0] if start else 0, ends, pad[0] if pad else None)
 

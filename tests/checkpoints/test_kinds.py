@@ -38,7 +38,7 @@ def save_step(folder, step, item):
 
 
 def test_orbax_layouts_are_told_by_what_they_hold(tmp_path, params):
-    """v1 puts a pytree into an item, a CheckpointManager into an item of a step; both are named as their writer likes."""
+    """v1 puts a pytree into an item, a CheckpointManager into an item of a step, whatever their names."""
     save_v1(tmp_path / "v1", params)
     item = next((tmp_path / "v1").glob("*/_METADATA")).parent.name
     (tmp_path / "v1" / item).rename(tmp_path / "v1" / "weights")
