@@ -152,7 +152,7 @@ def read_bytes(path: str | Path, largest: int = LARGEST_FILE) -> bytes:
         if facts.st_size > largest:
             raise UserError(f"{path} is larger than {largest} bytes, which no such file is")
         with open(path, "rb") as file:
-            return file.read(largest)
+            return file.read(facts.st_size)  # a larger limit would be allocated as it is
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, UserError):
             raise
