@@ -13,6 +13,8 @@ from speccascade_t5x.checkpoints import tensors
 from speccascade_t5x.checkpoints.tensors import BLOCK_BYTES, Block, Tensor
 from speccascade_t5x.interfaces import UserError
 
+# What tensorstore raises for files that are missing, damaged, or of a kind it does not know.
+FAILURES = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
 _CHUNKED = ("zarr", "zarr3", "n5")
 
 
@@ -30,13 +32,22 @@ def blocks(store: tensorstore.TensorStore) -> Iterator[Block]:
         yield (where,), store[where].read().result()
 
 
+def open_array(spec: Mapping[str, Any]) -> tensorstore.TensorStore:
+    """Opens the array a spec names, to read it.
+
+    Raises:
+      FAILURES: it cannot be opened.
+    """
+    return tensorstore.open(dict(spec), open=True, read=True).result()
+
+
 def read(spec: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[Block]:
     """The values of the array a spec names, which must have the shape that is known of it.
 
     Raises:
-      ValueError: it cannot be read, or has another shape.
+      FAILURES: it cannot be read, or has another shape.
     """
-    store = tensorstore.open(dict(spec), open=True, read=True).result()
+    store = open_array(spec)
     if tuple(store.shape) != shape:
         raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
     yield from blocks(store)
@@ -65,8 +76,8 @@ def open_foreign(name: str, spec: Mapping[str, Any], allowed: Collection[str]) -
     if spec["driver"] in _CHUNKED:
         followed["fill_missing_data_reads"] = False  # a chunk that is not there was lost: no zeros for it
     try:
-        store = tensorstore.open(followed, open=True, read=True).result()
-    except (ValueError, OSError) as error:
+        store = open_array(followed)
+    except FAILURES as error:
         raise UserError(f"tensor {name!r} cannot be opened where it is stored: {tensors.reason(error)}") from error
     return Tensor(tuple(store.shape), store.dtype.numpy_dtype, lambda: blocks(store))
 

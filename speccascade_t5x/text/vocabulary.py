@@ -302,11 +302,14 @@ def _read_sentencepiece(path: Path) -> Any:
             f"reading {path} needs the Python package 'sentencepiece': pip install sentencepiece"
         ) from error
     try:
-        return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the SentencePiece model {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError has moved between modules
         raise UserError(f"{path} is not a SentencePiece model") from error
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes where they are no UTF-8
+        raise UserError(f"{path} is not a SentencePiece model: a piece of it is no text")
+    return model
 
 
 def _load_sentencepiece(path: Path, extra_ids: int) -> Any:
