@@ -79,7 +79,7 @@ def test_damage_is_not_called_absence(tmp_path, params, damage):
     orbax_tree.save(tmp_path / "a", params)
     for file in (tmp_path / "a").rglob("d/*"):
         os.truncate(file, file.stat().st_size // 2) if damage == "cut" else file.unlink()
-    with pytest.raises(UserError, match=r"a is damaged: its _METADATA lists 'decoder.*', but the files .* missing or cut short"):
+    with pytest.raises(UserError, match=r"a is damaged: its _METADATA lists 'decoder.*', but .* cut short"):
         checkpoints.load(tmp_path / "a")
 
 
