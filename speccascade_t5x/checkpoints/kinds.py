@@ -7,14 +7,13 @@ called, but for the numbers of steps; where it could be read in two ways, the us
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from speccascade_t5x.checkpoints import huggingface, npz, orbax_tree, remote, safetensors_files, t5x_native, t5x_pair
 from speccascade_t5x.checkpoints.bundle import MANIFEST
-from speccascade_t5x.common import packaged, paths
+from speccascade_t5x.common import checks, packaged, paths
 from speccascade_t5x.interfaces import UserError
 
 # Kind -> what it is called in messages and descriptions.
@@ -96,9 +95,10 @@ def _place(path: str | Path) -> Path:
     names = packaged.names()
     if path.parts and path.parts[0] in names and (paths.pretrained_dir() / path).is_dir():
         return paths.pretrained_dir() / path
-    near = difflib.get_close_matches(str(path), names, n=1)
-    hint = f"; did you mean the packaged {near[0]!r}?" if near else f"; a checkpoint is {_LOOKED_FOR}"
-    raise UserError(f"{path} does not exist{hint}")
+    hint = checks.suggestion(str(path), names)
+    if not hint.startswith("did you mean"):
+        hint = f"a checkpoint is {_LOOKED_FOR}, or has a packaged name: {', '.join(names)}"
+    raise UserError(f"{path} does not exist; {hint}")
 
 
 def _ways(folder: Path, kind: str | None) -> Iterator[Found]:

@@ -112,7 +112,7 @@ def test_packaged_names_are_understood():
     assert checkpoints.bundle_folder("restore_de_pair").name == "restore_de_pair"
     assert list(describe.describe("restore_de_pair")["models"]) == ["verifier", "drafter"]
     assert checkpoints.open_model("restore_de_pair/drafter").kind == "member"
-    with pytest.raises(UserError, match="restore_pair does not exist; did you mean the packaged 'restore_de_pair'"):
+    with pytest.raises(UserError, match="restore_pair does not exist; did you mean 'restore_de_pair'"):
         checkpoints.identify("restore_pair")
 
 
