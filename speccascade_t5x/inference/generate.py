@@ -16,7 +16,6 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.common import packaged
 from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
@@ -249,12 +248,11 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     Raises:
       UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
     """
-    folder = packaged.bundle_dir(path)
     if topology is None:
-        return LoadedPair(load_bundle(folder))
+        return LoadedPair(load_bundle(path))
     mesh = hosts.partitioning(topology)
     placing = {"verifier": mesh.placement, "drafter": functools.partial(mesh.placement, drafter=True)}
-    return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
+    return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
 
 def from_checkpoints(

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
@@ -239,7 +239,7 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
 
 def _parameters(path: str | Path, model: T5Config, spoken: vocabulary.Vocabulary) -> Any:
     bound = load_model(path, spoken)
-    tree.require_match(param_shapes(model), tree.flatten(bound.params), str(path))
+    flat_params.require_match(param_shapes(model), flat_params.flatten(bound.params), str(path))
     return bound.params
 
 
@@ -297,7 +297,7 @@ def _summary(
     return {
         "steps": result.step,
         "epochs": round(result.step / batches.steps_per_epoch, 3),
-        "parameters": tree.count(result.bound.params),
+        "parameters": flat_params.count(result.bound.params),
         "padding_share": round(batches.padding_share, 4),
         "cut_share": round(batches.cut_share, 6),
         "last_report": figures(reports[-1]) if reports else {},

@@ -170,7 +170,7 @@ def refused(capsys, *argv: str) -> str:
         (["--rule=chow", "--alpha=1.5"], "alpha=1.5 is outside the range of the rule 'chow': from 0 to 1"),
         (["--rule=token_v9", "--alpha=0.1"], "there is no rule named 'token_v9': did you mean 'token_v"),
         (["--temperature=3"], "temperature=3.0 is outside its range: it must be a number from 0 to 2"),
-        (["--pair=nowhere"], "there is no bundle 'nowhere', neither a folder nor packaged"),
+        (["--pair=nowhere"], "nowhere does not exist; a checkpoint is a bundle"),
         (["--max_input_len=8"], "lines.txt, line 1 has 21 tokens"),
         (["--task=restore_de"], "name either a task or an input file to decode (TASK or INPUT), and not both"),
     ],
