@@ -16,7 +16,7 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.core import accounting
+from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
@@ -141,7 +141,7 @@ class Runner:
         self.timing = Timing()
         self.totals: dict[str, Any] = {}
         self.program = _program(pair, settings)
-        self.key = jax.random.key(settings.seed)
+        self.key = noise.from_seed(settings.seed)
         if pair.partitioning is not None:
             pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
 
