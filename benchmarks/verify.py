@@ -168,7 +168,9 @@ def judge_seconds(program: Program, count: int) -> Callable[[], float]:
             raw_pair = rules.Pair(q=q_raw, p=p_raw, q_raw=q_raw, p_raw=p_raw)
             pair = rules.Pair(q=q, p=p, q_raw=q_raw, p_raw=p_raw, greedy=temperature == 0.0)
             target = rule.target(pair)
-            outcome = verify_draft(draft.tokens, draft.lengths, draft.law, target, noise[:, :DRAFT_LEN], noise[:, DRAFT_LEN:])
+            outcome = verify_draft(
+                draft.tokens, draft.lengths, draft.law, target, noise[:, :DRAFT_LEN], noise[:, DRAFT_LEN:]
+            )
             tokens = jnp.concatenate([draft.tokens, outcome.token[:, None]], axis=1)
             return outcome, rule.deferral(pair), rule.target_at(raw_pair, tokens)
 
