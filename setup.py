@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 NAME = "speccascade_t5x"
+PROJECT_URL = "https://example.org/speccascade_t5x"  # a placeholder: the one place to name the public repository
 # Folders of the checkout that install as packages below NAME.
 INSIDE = ("tasks", "gin_configs")
 
@@ -21,6 +22,7 @@ LIBRARY = [
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
+    "scipy>=1.14,<2",
     "tensorstore>=0.1.80,<0.2",
 ]
 # What the data and cli edges add; seqio brings TensorFlow.
@@ -41,6 +43,7 @@ EDGES = [
 TEST = [
     "build>=1.2,<2",
     "chex>=0.1.91,<0.2",
+    "pdoc>=15,<17",  # the API reference
     "pytest>=8.3,<10",
     "pytest-xdist>=3.6,<4",
     "ruff>=0.12,<0.18",
@@ -82,13 +85,20 @@ setup(
     description="Speculative decoding and speculative cascades for T5X models in JAX.",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
+    url=PROJECT_URL,
+    project_urls={
+        "Source": PROJECT_URL,
+        "Documentation": f"{PROJECT_URL}/blob/main/docs/index.md",
+        "Changelog": f"{PROJECT_URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{PROJECT_URL}/issues",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),
     package_dir={f"{NAME}.{folder}": folder for folder in INSIDE},
     package_data={
-        NAME: [f"data/{file}" for file in files_below(f"{NAME}/data", "*")],
+        NAME: [f"pretrained/{file}" for file in files_below(f"{NAME}/pretrained", "*")],
         f"{NAME}.gin_configs": files_below("gin_configs", "*.gin"),
         f"{NAME}.tasks": files_below("tasks", "*.txt", "*.tsv", "*.tsv.gz", "*.jsonl"),
     },
@@ -97,9 +107,13 @@ setup(
     extras_require={"test": TEST, "tpu": TPU},
     entry_points={"console_scripts": [f"speccascade = {NAME}.cli.__main__:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -17,10 +17,10 @@ run the same programs. Where --repeats is above 1 an item's time is its median.
     both, bigram         a bigram table in Max-Gram's place
 
 Printed per setting: tokens/s; the time of the verifier alone, and that of the best plain setting, over its own, each
-per token and with a paired bootstrap interval over items; tokens per round; calls per token of each model; and, apart
-from all these, the standardised walltime improvement in both published conventions. That is a count of calls: by
-parameters a call costs the model's size, by step the measured time of one token, and neither knows of wide blocks,
-copying or the machine. Then it says in words where a cascade loses.
+per token, as the geometric mean over items with a paired t-interval; tokens per round; calls per token of each model;
+and, apart from all these, the standardised walltime improvement in both published conventions. That is a count of
+calls: by parameters a call costs the model's size, by step the measured time of one token, and neither knows of wide
+blocks, copying or the machine. Then it says in words where a cascade loses.
 
 The n-gram table is the bundle's (`speccascade tables`), else counted from the training split; the bigram setting
 always counts its own.
@@ -43,11 +43,12 @@ import machine
 import numpy as np
 
 from speccascade_t5x.core import accounting
+from speccascade_t5x.data import batching
 from speccascade_t5x.drafting import NGramTable, build_table
-from speccascade_t5x.evaluation.statistics import Bootstrap, Estimate
-from speccascade_t5x.runtime import batching, generate, measuring
-from speccascade_t5x.runtime.generate import LoadedPair
-from speccascade_t5x.runtime.settings import make_settings
+from speccascade_t5x.evaluation.statistics import Estimate, TimeRatios
+from speccascade_t5x.inference import generate, measuring
+from speccascade_t5x.inference.generate import LoadedPair
+from speccascade_t5x.inference.settings import make_settings
 from speccascade_t5x.tasks import l10n
 from speccascade_t5x.tasks.folding import fold
 
@@ -139,7 +140,7 @@ def measure(
         buckets = (pair.feature_lengths["inputs"],)
         arms[name] = Arm(generate.Runner(pair, make_settings(**common, buckets=buckets, **settings)))
     any_arm = next(iter(arms.values())).runner
-    batches = any_arm.batches([any_arm.prompt(i, text, f"item {i}") for i, text in enumerate(prompts)])
+    batches = any_arm.batches([any_arm.prompt_form.encode(i, text, f"item {i}") for i, text in enumerate(prompts)])
     for name, arm in arms.items():
         begin = time.perf_counter()
         arm.decode(batches[0])
@@ -161,10 +162,10 @@ def measure(
 
 
 def figures(arms: dict[str, Arm], costs: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Every setting's figures; ratios and their intervals share the resamples of items."""
-    boot = Bootstrap(len(arms["verifier"].tokens))
-    per_token = {name: boot.ratio(arm.time, arm.length) for name, arm in arms.items()}
-    best = min((name for name in arms if name.startswith("plain")), key=lambda name: per_token[name].value)
+    """Every setting's figures; ratios are paired per item."""
+    times = TimeRatios(len(arms["verifier"].tokens))
+    per_token = {name: arm.time / arm.length for name, arm in arms.items()}
+    best = min((name for name in arms if name.startswith("plain")), key=lambda name: np.log(per_token[name]).mean())
     found = {}
     for name, arm in arms.items():
         total = accounting.total(arm.counts)
@@ -172,8 +173,8 @@ def figures(arms: dict[str, Arm], costs: dict[str, list[float]]) -> dict[str, di
         calls = rates.get("level_calls_per_token", [rates["drafter_calls_per_token"]])
         row: dict[str, Any] = {
             "tokens_per_s": float(arm.length.sum() / arm.time.sum()),
-            "over_verifier": per_token["verifier"] / per_token[name],
-            "over_plain": per_token[best] / per_token[name],
+            "over_verifier": times.ratio(per_token["verifier"], per_token[name]),
+            "over_plain": times.ratio(per_token[best], per_token[name]),
             "tokens_per_round": rates["block_efficiency"],
             "calls_per_token": [rates["verifier_calls_per_token"], *calls],
             "same_output": float(np.mean([a == b for a, b in zip(arm.tokens, arms["verifier"].tokens, strict=True)])),
@@ -188,7 +189,8 @@ def figures(arms: dict[str, Arm], costs: dict[str, list[float]]) -> dict[str, di
 
 
 def shown(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+    ends = "" if np.isnan(estimate.low) else f" ({estimate.low:.2f} to {estimate.high:.2f})"
+    return f"{estimate.value:.2f}{ends}"
 
 
 def report(rows: dict[str, dict[str, Any]], temperature: float, items: int, repeats: int) -> str:
@@ -197,7 +199,7 @@ def report(rows: dict[str, dict[str, Any]], temperature: float, items: int, repe
     lines = [
         f"### Temperature {temperature:g}, {items} items, {repeats} repeat(s)",
         "",
-        "Wall time (ratios per token, above 1 is faster; 95 % paired bootstrap over items):",
+        f"Wall time (ratios per token, above 1 is faster; 95 % t-intervals over the {items} items):",
         "",
         f"| setting | tokens/s | over the verifier alone | over {best} | tokens per round | calls per token |",
         "|---|---|---|---|---|---|",

@@ -36,11 +36,11 @@ import machine
 
 import speccascade_t5x
 from speccascade_t5x import decoding
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import probs, rules
 from speccascade_t5x.decoding.compiled import CompiledDecoder
 from speccascade_t5x.interfaces import Bound
 from speccascade_t5x.models import T5, T5Config, init_params
-from speccascade_t5x.runtime import paths
 from speccascade_t5x.tasks.folding import fold
 
 PROMPT_LEN, MAX_LEN = 80, 96
@@ -161,7 +161,7 @@ class Arm:
 
 def packaged_pair(batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Parts 2 and 3 on the packaged pair at one batch size."""
-    loaded = speccascade_t5x.load(paths.data_dir() / "restore_de_pair")
+    loaded = speccascade_t5x.load(paths.pretrained_dir() / "restore_de_pair")
     config = decoding.DecodeConfig(max_len=MAX_LEN, vocab_size=loaded.vocabulary.vocab_size)
     batches = prompts(loaded, batch, options.sentences)
     title = f"Packaged pair, lossless, temperature 0, batch {batch}, {options.sentences} sentences"
@@ -254,7 +254,7 @@ def row(draft_len: int, arms: dict[int, Arm], found: dict[str, list[float]]) -> 
 
 def prompts(loaded: Any, batch: int, sentences: int) -> list[dict[str, jax.Array]]:
     """The packaged demo sentences, folded, in batches of one shape."""
-    lines = (paths.data_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (paths.pretrained_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
     texts = [fold(line.split("\t")[1]) for line in lines if line and not line.startswith("#")][:sentences]
     rows = [[*loaded.vocabulary.encode(text), loaded.vocabulary.eos_id] for text in texts]
     rows = rows[: len(rows) // batch * batch]

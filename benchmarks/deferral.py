@@ -1,6 +1,6 @@
 """Learned deferral under known distortions: the realised objective of every rule, on one machine, by one command.
 
-    python benchmarks/deferral.py --output=docs/deferral --examples=600
+    python benchmarks/deferral.py --output=results/deferral --examples=600
 
 A (the ceiling is known): tokens are sampled from P, the verifier as trained at temperature 1; then drafter and verifier
 are distorted. The exact Bayes rule is computed from P. B (real references): the labels are the task's targets; nobody
@@ -28,16 +28,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.core import probs
 from speccascade_t5x.core.rules import Pair
+from speccascade_t5x.data import shards
 from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, PairCalibration, calibration, columns, fitting
 from speccascade_t5x.deferral.distortion import Distortion
 from speccascade_t5x.deferral.head import fresh, network
 from speccascade_t5x.evaluation import deferral_report
+from speccascade_t5x.inference import generate
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.runtime import deferral_data, deferral_scoring, generate, records, shards, train_deferral
-from speccascade_t5x.runtime.deferral_scoring import CLASSES, Scored
 from speccascade_t5x.tasks import folding
+from speccascade_t5x.training.deferral import pair_scores, train_deferral
+from speccascade_t5x.training.deferral.pair_scores import CLASSES, Scored
 
 # Temperatures by class of the likeliest token: sure of letters without reason, too modest about the rest.
 _BY_CLASS = (1.0, 0.5, 2.5, 0.6, 0.5, 2.5, 1.5)
@@ -106,7 +109,7 @@ class Logits:
       calibrated: calibrations of undistorted logits, by what was fitted on, so that settings share them.
     """
 
-    batches: list[deferral_scoring.Batch]
+    batches: list[pair_scores.Batch]
     q: list[np.ndarray]
     p: list[np.ndarray]
     inside: list[np.ndarray]
@@ -116,7 +119,7 @@ class Logits:
 def score(scored: Scored, corpus: shards.Corpus, members: tuple[int, ...], batch_size: int) -> Logits:
     """Runs both models over a corpus, teacher-forced, all batches padded to one shape."""
     lengths = (int(corpus.input_lengths.max()), int(corpus.target_lengths.max()))
-    made = deferral_scoring.batches(corpus, range(len(corpus)), batch_size, lengths)
+    made = pair_scores.batches(corpus, range(len(corpus)), batch_size, lengths)
     widths = [max(getattr(batch, side).shape[1] for batch in made) for side in ("inputs", "targets")]
     grown = lambda ids, width: np.pad(ids, ((0, 0), (0, width - ids.shape[1])))  # noqa: E731
     made = [
@@ -128,13 +131,11 @@ def score(scored: Scored, corpus: shards.Corpus, members: tuple[int, ...], batch
     return Logits(made, q, p, inside)
 
 
-def logits_of(bound: Bound, batches: list[deferral_scoring.Batch], scored: Scored) -> list[np.ndarray]:
+def logits_of(bound: Bound, batches: list[pair_scores.Batch], scored: Scored) -> list[np.ndarray]:
     """One model's logits of each batch."""
     size = scored.vocabulary.vocab_size
     run = jax.jit(
-        lambda bound, inputs, targets: probs.mask_vocabulary(
-            deferral_scoring.scored_logits(bound, inputs, targets)[0], size
-        )
+        lambda bound, inputs, targets: probs.mask_vocabulary(pair_scores.scored_logits(bound, inputs, targets)[0], size)
     )
     return [np.asarray(run(bound, batch.inputs, batch.targets)) for batch in batches]
 
@@ -153,7 +154,7 @@ def only(logits: Logits, q: list, p: list, chosen: np.ndarray) -> tuple[Logits, 
 
     names = ("inputs", "targets", "lengths", "ids")
     parts = [cut([getattr(batch, name) for batch in logits.batches]) for name in names]
-    made = [deferral_scoring.Batch(*each) for each in zip(*parts, strict=True)]
+    made = [pair_scores.Batch(*each) for each in zip(*parts, strict=True)]
     made[-1].ids[size - fillers :] = -1
     few = Logits(made, cut(logits.q), cut(logits.p), cut(logits.inside))
     return few, cut(q), cut(p)
@@ -179,15 +180,15 @@ class Columns:
         self._scored, self._spec, self._classes, self._known = scored, spec, jnp.asarray(classes), known
 
     def _of(self, q, p, read_q, read_p, truth, targets, calibrations):
-        pair = deferral_scoring.pair_from_logits(q, p, self._scored)
+        pair = pair_scores.pair_from_logits(q, p, self._scored)
         size = self._scored.vocabulary.vocab_size
         read = dataclasses.replace(pair, q_raw=probs.raw(read_q, size), p_raw=probs.raw(read_p, size))
         known = probs.raw(truth, size) if self._known else None
-        found = deferral_scoring.columns_of(
+        found = pair_scores.columns_of(
             read, self._spec, self._classes, targets, False, train_deferral.calibrated_scores(calibrations), known
         )
         # Losses and distance are those of the laws that are sampled; argmaxes are the same in both.
-        own = deferral_scoring.columns_of(pair, self._spec, self._classes, targets)
+        own = pair_scores.columns_of(pair, self._spec, self._classes, targets)
         return found | {name: own[name] for name in ("log_q", "log_p", "hit_q", "hit_p", "distance")}
 
     def __call__(self, logits: Logits, q, p, setting: Setting, calibrations: dict[str, PairCalibration]) -> dict:
@@ -196,7 +197,7 @@ class Columns:
         for i, batch in enumerate(logits.batches):
             read_p = p[i] if setting.verifier_read is None else p[i] / setting.verifier_read
             found = self._run(q[i], p[i], q[i], read_p, logits.p[i], batch.targets, calibrations)
-            parts.append(deferral_scoring.flat(jax.device_get(found), batch))
+            parts.append(pair_scores.flat(jax.device_get(found), batch))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -252,7 +253,7 @@ def run_setting(
 ) -> dict[str, Any]:  # fmt: skip
     """Fits, calibrates and evaluates under one distortion."""
     q, p = distorted(logits, setting)
-    splits = deferral_data.split(examples, _SHARES, 0)
+    splits = collect.split(examples, _SHARES, 0)
     plain = collect(logits, q, p, setting, {})
     at = lambda found, name: {k: v[np.isin(found["example"], splits[name])] for k, v in found.items()}  # noqa: E731
     held_out = at(plain, "held_out")
@@ -325,7 +326,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="restore_de_pair")
     parser.add_argument("--split", default="validation", help="texts the pair was not trained on")
-    parser.add_argument("--output", default="docs/deferral", help="folder of the table, and of plots per setting")
+    parser.add_argument("--output", default="results/deferral", help="folder of the table, and of plots per setting")
     parser.add_argument("--experiments", default="AB")
     parser.add_argument("--only", default="", help="only settings whose name holds this")
     parser.add_argument("--examples", type=int, default=2000)
@@ -340,12 +341,12 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     pair, rows, begin = generate.load(flags.pair), list(HEADER), time.perf_counter()
     scored = Scored(pair.drafter, pair.verifier, pair.vocabulary)
-    classes = deferral_scoring.token_classes(pair.vocabulary, scored.width)
+    classes = pair_scores.token_classes(pair.vocabulary, scored.width)
     marks = tuple(np.flatnonzero(classes == CLASSES.index("punctuation")).tolist())
     spec = FeatureSpec(classes=len(CLASSES))
     tell: Callable[[str], None] = lambda text: print(f"{time.perf_counter() - begin:6.0f} s  {text}", flush=True)  # noqa: E731
     for hidden in (False, True):
-        shares = cost_share(pair, deferral_scoring.spec_of(scored, hidden))
+        shares = cost_share(pair, pair_scores.spec_of(scored, hidden))
         what = "with hidden states" if hidden else "without hidden states"
         tell(f"operations of a head {what}, of a verifier block of 6: network {100 * shares[0]:.2f} %, "
              f"features and network {100 * shares[1]:.2f} %")  # fmt: skip
@@ -372,7 +373,7 @@ def main(argv: list[str]) -> None:
             rows.append(line(experiment, setting, report))
             tell(rows[-1])
             about = f"{len(corpus)} examples, {flags.steps} steps, loss {flags.loss}, objective {flags.objective}."
-            records.write_text(Path(flags.output) / "table.md", "\n".join([*rows, "", about]) + "\n")
+            storage.write_text(Path(flags.output) / "table.md", "\n".join([*rows, "", about]) + "\n")
     print("\n".join(rows))
     print(json.dumps(vars(flags)))
 

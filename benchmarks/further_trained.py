@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from speccascade_t5x.data import packing, shards
+from speccascade_t5x.inference.generate import LoadedPair
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.runtime import losses, optimizers, packing, shards, train_loop
-from speccascade_t5x.runtime.generate import LoadedPair
-from speccascade_t5x.runtime.vocabulary import Vocabulary
 from speccascade_t5x.tasks import folding, l10n
+from speccascade_t5x.text.vocabulary import Vocabulary
+from speccascade_t5x.training import losses, optimizers, train_loop
 
 # Packages of the corpus whose names begin so.
 GAMES = ("freedroidrpg", "freeciv", "lordsawar", "warzone2100", "wesnoth", "widelands")

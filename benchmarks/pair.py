@@ -31,11 +31,11 @@ import numpy as np
 
 from speccascade_t5x.deferral import calibration
 from speccascade_t5x.evaluation import statistics
+from speccascade_t5x.inference import generate
 from speccascade_t5x.interfaces import Array, Bound
-from speccascade_t5x.runtime import generate
-from speccascade_t5x.runtime.vocabulary import Vocabulary
 from speccascade_t5x.tasks import l10n
 from speccascade_t5x.tasks.folding import fold
+from speccascade_t5x.text.vocabulary import Vocabulary
 
 BINS = ((0.0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01))
 Rows = Sequence[tuple[str, float]]  # German text, similarity of the nearest training item

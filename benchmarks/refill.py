@@ -26,10 +26,9 @@ import machine
 import numpy as np
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import generate, refill
-from speccascade_t5x.runtime.batching import Batch
-from speccascade_t5x.runtime.generate import LoadedPair, Runner, Settings
-from speccascade_t5x.runtime.infer import read_dataset
+from speccascade_t5x.data.batching import Batch
+from speccascade_t5x.inference import datasets, generate, refill
+from speccascade_t5x.inference.generate import LoadedPair, Runner, Settings
 
 
 class Arm:
@@ -59,7 +58,7 @@ def rows_at_work(batches: list[Batch], records: dict[int, dict[str, Any]]) -> fl
 def measure(pair: LoadedPair, settings: Settings, limit: int | None, repeats: int) -> dict[str, Any]:
     """Both arms at one batch size."""
     runner = Runner(pair, settings)
-    prompts = read_dataset(runner, "restore_de", "test", None, limit).prompts
+    prompts = datasets.read(runner.prompt_form, "restore_de", "test", None, limit).prompts
     batches = runner.batches(prompts)
     arms = {name: Arm(pair, settings, batches, name == "refilled") for name in ("lockstep", "refilled")}
     speeds = machine.interleave(arms, repeats)

@@ -44,7 +44,7 @@ from speccascade_t5x import decoding
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import Bound
 from speccascade_t5x.models import T5, init_params
-from speccascade_t5x.tpu import roofline
+from speccascade_t5x.planning import roofline
 from speccascade_t5x.tpu.hardware import Chip
 
 SLOTS = decode.MAX_LEN + 16  # what decode.step_seconds makes room for

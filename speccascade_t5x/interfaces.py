@@ -5,8 +5,8 @@ Axis letters, used in every einsum and shape comment of this package:
     B batch   T target positions   S encoder positions   G draft positions   V vocabulary
     D model   H heads   K head width   F mlp   L layers
 
-Words: a *drafter* writes ahead, a *verifier* scores blocks, a *rule* turns their two laws q and p
-into the *target law* pi. `d` is the law a drafted token was really drawn from.
+Words: a *drafter* writes ahead, a *verifier* scores blocks, a *rule* turns their two distributions q and p
+into the *target distribution* pi. `d` is the distribution a drafted token was really drawn from.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class Proposal:
     Attributes:
       tokens: [B, G] drafted ids.
       lengths: [B] how many of them count in each row; the rest is padding.
-      law: [B, G, V] d, the law each token was really drawn from.
-      q: [B, G + 1, V] the drafter model's law after temperature, untruncated; None where the rule reads no drafter.
+      law: [B, G, V] d, the distribution each token was really drawn from.
+      q: [B, G + 1, V] the drafter model's distribution after temperature, untruncated; None where the rule reads no
+        drafter.
       q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
       calls: [B] model calls this proposal cost each row, for the counters.
       level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
@@ -120,11 +121,11 @@ trees.register(Proposal)
 class Drafter(Protocol):
     """Who proposes. `noise_size` uniforms per row and round are handed to `propose`. A pytree.
 
-    It drafts as it likes, for the law of each token travels with the draft; only a q that a rule reads must be shaped
-    as the verifier's p is, which is what `score_bonus`, `vocab_size` and `sampling` are asked for.
+    It may draft in any way, because the distribution of each token travels with the draft; only a q that a rule reads
+    must be shaped as the verifier's p is, and `score_bonus`, `vocab_size` and `sampling` say whether it is.
     """
 
-    sampling: Any  # core.probs.Sampling that shapes its laws; traced
+    sampling: Any  # core.probs.Sampling that shapes its distributions; traced
 
     @property
     def draft_len(self) -> int:
@@ -132,7 +133,7 @@ class Drafter(Protocol):
 
     @property
     def width(self) -> int:
-        """V of the laws it reports."""
+        """V of the distributions it reports."""
 
     @property
     def noise_size(self) -> int:
@@ -144,8 +145,10 @@ class Drafter(Protocol):
 
     @property
     def score_bonus(self) -> bool:
-        """Whether q, a model's law, is reported at every drafted and bonus position; else rules that read it are
-        refused."""
+        """Whether q, a model's distribution, is reported at every drafted and bonus position.
+
+        If not, rules that read it are rejected.
+        """
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:

@@ -19,10 +19,8 @@ Tasks through TensorFlow Datasets, or from a file of the user's; each also as `<
   vocabularies    their vocabulary, by name or path
   tfds_source     where their data is
   few_shot        how prompts for decoder-only models show solved examples, some of them from exemplars
-  lengths         how long inputs and outputs get (no TensorFlow)
+  lengths         how long inputs and outputs get, and which split is decoded (no TensorFlow)
   answer_metrics  exact match, F1 and final numbers (no TensorFlow)
   sandbox         where `mbpp` runs what a model wrote, if the user allows it (no TensorFlow)
-
-  l10n_corpus   builds the corpus they read from gettext catalogs, with l10n_catalogs, l10n_cleaning and
-                l10n_report (no TensorFlow)
+  in_memory       the base of sources that read a whole file
 """

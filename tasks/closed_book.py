@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from speccascade_t5x.runtime.data import tf
+from speccascade_t5x.data.seqio_tasks import tf
 from speccascade_t5x.tasks import answer_metrics, few_shot, references, text_task
 from speccascade_t5x.tasks.tfds_source import TfdsSource
 

@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from speccascade_t5x.common import checks
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options
-from speccascade_t5x.runtime.data import seqio, tf
 from speccascade_t5x.tasks.exemplars import EXEMPLARS
 from speccascade_t5x.tasks.late import configured
 
@@ -110,7 +110,7 @@ def solved(shots: Shots, source: seqio.DataSource, plain: Sequence[Callable]) ->
     """
     wanted = configured(number)()
     wanted = shots.default if wanted is None else wanted
-    options.whole("few_shot.number.shots", wanted, 0)
+    checks.whole("few_shot.number.shots", wanted, 0)
     if not wanted:
         return []
     found = list(EXEMPLARS[shots.exemplars]) if shots.exemplars else _first(wanted, source, plain, shots)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from speccascade_t5x.runtime.data import seqio, tf
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.tasks import answer_metrics, few_shot, text_task
 from speccascade_t5x.tasks.tfds_source import TfdsSource
 

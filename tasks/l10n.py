@@ -25,17 +25,16 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import gin
 import sentencepiece
 
+# TensorFlow and seqio come through data.seqio_tasks, which loads them quietly and off accelerators.
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.interfaces import UserError
-
-# TensorFlow and seqio come through runtime.data, which loads them quietly and off accelerators.
-from speccascade_t5x.runtime.data import seqio, tf
-from speccascade_t5x.tasks import metrics
+from speccascade_t5x.tasks import in_memory, metrics
 from speccascade_t5x.tasks.folding import fold
+from speccascade_t5x.tasks.late import configured
 
 DIR_VARIABLE = "SPECCASCADE_L10N_DIR"
 SPLITS = ("train", "validation", "test")
@@ -72,21 +71,13 @@ def restore_de_rows(max_target_bytes: int | None = None) -> Callable[[Row], bool
     return lambda row: len(row.de.encode()) <= max_target_bytes
 
 
-def _configured(function: Callable) -> Callable:
-    """Returns `function` with the bindings of the gin configuration, where it has any."""
-    try:
-        return gin.get_configurable(function)
-    except ValueError:  # no gin file has named it
-        return function
-
-
 def corpus_dir() -> Path:
     """Returns the configured corpus folder.
 
     Raises:
       UserError: none is configured, or it does not exist.
     """
-    named = _configured(data_dir)() or os.environ.get(DIR_VARIABLE)
+    named = configured(data_dir)() or os.environ.get(DIR_VARIABLE)
     how = (
         f"bind `l10n.data_dir.path` in gin or set the environment variable {DIR_VARIABLE} to the "
         f"folder that holds {', '.join(f'{s}.tsv.gz' for s in SPLITS)}"
@@ -141,10 +132,11 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-class TsvSource(seqio.DataSource):
-    """Rows of the corpus as {"inputs", "targets"} texts, in file order unless shuffled.
+class TsvSource(in_memory.InMemorySource):
+    """Rows of the corpus as {"inputs", "targets"} texts.
 
     Args:
+      name: of the task.
       pair: row -> (input text, target text).
       keep: a function whose result says which rows to keep; called with its gin bindings each
         time a split is opened.
@@ -152,50 +144,23 @@ class TsvSource(seqio.DataSource):
 
     def __init__(
         self,
+        name: str,
         pair: Callable[[Row], tuple[str, str]],
         keep: Callable[[], Callable[[Row], bool]] | None = None,
     ):
         self._pair = pair
         self._keep = keep
-        super().__init__(splits=SPLITS, performs_internal_shuffling=True)
+        super().__init__(name, SPLITS)
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return True
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused: Any,
-    ) -> tf.data.Dataset:
-        """Opens a split; see `seqio.DataSource`.
+    def rows(self, split: str) -> list[dict[str, str]]:
+        """See `InMemorySource`.
 
         Raises:
-          UserError: there is no such split, or what `corpus_dir` and `read_rows` raise.
+          UserError: what `corpus_dir` and `read_rows` raise.
         """
-        if split not in SPLITS:
-            raise UserError(f"There is no split '{split}'; it must be one of {', '.join(SPLITS)}.")
-        rows = read_rows(corpus_dir() / f"{split}.tsv.gz")
-        if self._keep is not None:
-            keep = _configured(self._keep)()
-            rows = [row for row in rows if keep(row)]
-        if shard_info is not None:
-            rows = rows[shard_info.index :: shard_info.num_shards]
-        pairs = [self._pair(row) for row in rows]
-        # The dtype is given because a list that the filter has emptied carries none.
-        dataset = tf.data.Dataset.from_tensor_slices(
-            {
-                "inputs": tf.constant([source for source, _ in pairs], tf.string),
-                "targets": tf.constant([target for _, target in pairs], tf.string),
-            }
-        )
-        return dataset.shuffle(len(rows), seed=seed) if shuffle and rows else dataset
+        keep = configured(self._keep)() if self._keep is not None else lambda row: True
+        kept = [self._pair(row) for row in read_rows(corpus_dir() / f"{split}.tsv.gz") if keep(row)]
+        return [{"inputs": source, "targets": target} for source, target in kept]
 
 
 @functools.lru_cache
@@ -217,7 +182,7 @@ def translation_vocabulary() -> seqio.SentencePieceVocabulary:
       UserError: none is configured, the file does not exist or is no SentencePiece model, or its
         special ids are not T5's.
     """
-    named = _configured(vocabulary_file)()
+    named = configured(vocabulary_file)()
     how = "bind `l10n.vocabulary_file.path` in gin to a SentencePiece model with pad id 0, eos id 1 and unk id 2"
     if not named:
         raise UserError(f"No vocabulary is set for l10n_en_de: {how}.")
@@ -252,7 +217,7 @@ _PREPROCESSORS = (
 seqio.TaskRegistry.add(
     "l10n_en_de",
     task_cls=SentencePieceTask,
-    source=TsvSource(lambda row: (row.en, row.de)),
+    source=TsvSource("l10n_en_de", lambda row: (row.en, row.de)),
     output_features={},
     preprocessors=list(_PREPROCESSORS),
     metric_fns=[metrics.bleu, metrics.chrf, metrics.exact_match],
@@ -261,7 +226,7 @@ seqio.TaskRegistry.add(
 
 seqio.TaskRegistry.add(
     "restore_de",
-    source=TsvSource(lambda row: (fold(row.de), row.de), keep=restore_de_rows),
+    source=TsvSource("restore_de", lambda row: (fold(row.de), row.de), keep=restore_de_rows),
     output_features=_features(seqio.ByteVocabulary(extra_ids=BYTE_EXTRA_IDS)),
     preprocessors=list(_PREPROCESSORS),
     metric_fns=[metrics.exact_match, metrics.word_accuracy, metrics.character_accuracy],

@@ -1,4 +1,4 @@
-"""Sequence lengths of the tasks, in tokens with EOS, as gin files and Python can ask for them.
+"""Sequence lengths of the tasks, in tokens with EOS, and their evaluation splits, for gin files and Python.
 
 Sources: WMT 80 in and out, XSum 1,024 in: Narasimhan et al., "Faster Cascades via Speculative Decoding" (ICLR 2025).
 The others are this project's: room for nearly all examples of a task under T5's vocabulary. Bytes need about four
@@ -50,6 +50,7 @@ LENGTHS = {
     "web_questions_few_shot": Lengths(512, 32),
     "mbpp_few_shot": Lengths(4096, 1024),
 }
+_VALIDATED = ("wmt", "cnn_dailymail", "xsum", "squad")
 
 
 def of(task: str) -> Lengths:
@@ -73,3 +74,14 @@ def inputs(task: str) -> int:
 def targets(task: str) -> int:
     """Longest output of a task; see `of`."""
     return of(task).targets
+
+
+def truncates(task: str) -> bool:
+    """Whether longer prompts are cut, as T5 does it; not for a few-shot task, whose prompt asks at its end."""
+    return not task.endswith("_few_shot")
+
+
+def split(task: str) -> str:
+    """The split that is decoded: the validation split of translation, summaries and SQuAD 2, else the test split."""
+    of(task)
+    return "validation" if task.startswith(_VALIDATED) else "test"

@@ -9,8 +9,9 @@ The data is a JSONL file of the user's (the published mbpp.jsonl, or the same fi
     mbpp.data_file.path = 'mbpp.jsonl'
     mbpp.execution.allow_code_execution = True
 
-pass@1 runs what a model wrote, so it is measured only if the second binding says so; what protects the machine then,
-and what does not, stands in `sandbox`. Without it there is only the share of predictions that are Python at all.
+pass@1 runs what a model wrote, so it is measured only if the second binding says so, and inside bubblewrap only:
+docs/security.md says what that protects and what it does not. Without it there is only the share of predictions that
+are Python at all.
 Splits and prompt are those of Austin et al. 2021, "Program Synthesis with Large Language Models". T5's and mT5's
 vocabularies know no line breaks, without which no program runs: choose 'byt5', or a vocabulary that keeps them.
 """
@@ -27,10 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options
-from speccascade_t5x.runtime.data import seqio, tf
-from speccascade_t5x.tasks import few_shot, references, sandbox, text_task
+from speccascade_t5x.tasks import few_shot, in_memory, references, sandbox, text_task
 from speccascade_t5x.tasks.late import configured
 
 # Inclusive ranges of task_id.
@@ -55,6 +55,7 @@ class Execution(NamedTuple):
     allow_code_execution: bool
     limits: sandbox.Limits
     workers: int
+    protected: bool
 
 
 def data_file(path: str | None = None) -> str | None:
@@ -63,7 +64,11 @@ def data_file(path: str | None = None) -> str | None:
 
 
 def execution(
-    allow_code_execution: bool = False, seconds: float = 10.0, memory_mb: int = 512, workers: int = 4
+    allow_code_execution: bool = False,
+    seconds: float = 10.0,
+    memory_mb: int = 512,
+    workers: int = 4,
+    unprotected: bool = False,
 ) -> Execution:
     """Says whether programs of a model may run, and within what.
 
@@ -72,12 +77,13 @@ def execution(
       seconds: each program may take.
       memory_mb: each may use.
       workers: programs run at once.
+      unprotected: run them without bubblewrap, with all that this user may do.
 
     Raises:
       UserError: no worker.
     """
-    options.whole("mbpp.execution.workers", workers, 1)
-    return Execution(allow_code_execution, sandbox.Limits(seconds, memory_mb), workers)
+    checks.whole("mbpp.execution.workers", workers, 1)
+    return Execution(allow_code_execution, sandbox.Limits(seconds, memory_mb), workers, not unprotected)
 
 
 def read_problems(file: Path) -> list[Problem]:
@@ -127,51 +133,34 @@ def _unix(code: str) -> str:
     return code.replace("\r\n", "\n").replace("\t", "    ")
 
 
-class ProblemSource(seqio.DataSource):
-    """Problems of a split in the order of their ids unless shuffled."""
+class ProblemSource(in_memory.InMemorySource):
+    """Problems of a split in the order of their ids."""
 
     def __init__(self):
-        super().__init__(splits=tuple(SPLITS), performs_internal_shuffling=True)
+        super().__init__("mbpp", tuple(SPLITS))
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return True
-
-    def list_shards(self, split: str) -> list[str]:
-        return [split]
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused: Any,
-    ) -> tf.data.Dataset:
-        """Opens a split; see `seqio.DataSource`.
+    def rows(self, split: str) -> list[dict[str, str]]:
+        """See `InMemorySource`. Programs that will be run are tried first, before anything is decoded.
 
         Raises:
-          UserError: no file is configured, there is no such split, or what `read_problems` raises.
+          UserError: no file is configured, or what `read_problems` and `execution` raise.
         """
-        if split not in SPLITS:
-            raise UserError(f"mbpp has no split {split!r}: name one of {', '.join(SPLITS)}")
+        chosen = configured(execution)()
+        if chosen.allow_code_execution:
+            sandbox.check(chosen.limits, chosen.protected)
         named = configured(data_file)()
         if not named:
             raise UserError("no data is set for mbpp: bind `mbpp.data_file.path` in gin to the published mbpp.jsonl")
         first, last = SPLITS[split]
-        rows = sorted(row for row in read_problems(Path(named).expanduser()) if first <= row.task_id <= last)
-        if shard_info is not None:
-            rows = rows[shard_info.index :: shard_info.num_shards]
-        fields = {
-            "inputs": [prompt(row) for row in rows],
-            "targets": [row.code for row in rows],
-            references.FIELD: [json.dumps({"tests": row.tests, "setup": row.setup}) for row in rows],
-        }
-        # The dtype is given because a list without rows carries none.
-        dataset = tf.data.Dataset.from_tensor_slices(
-            {name: tf.constant(texts, tf.string) for name, texts in fields.items()}
-        )
-        return dataset.shuffle(len(rows), seed=seed) if shuffle and rows else dataset
+        problems = sorted(row for row in read_problems(Path(named).expanduser()) if first <= row.task_id <= last)
+        return [
+            {
+                "inputs": prompt(row),
+                "targets": row.code,
+                references.FIELD: json.dumps({"tests": row.tests, "setup": row.setup}),
+            }
+            for row in problems
+        ]
 
 
 def prompt(problem: Problem) -> str:
@@ -232,10 +221,11 @@ def pass_at_1(targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]) 
         return {}
     if len(targets) != len(predictions) or not targets:
         raise UserError(f"pass_at_1 needs one prediction per target, got {len(targets)} and {len(predictions)}.")
-    sandbox.check(chosen.limits)
+    sandbox.check(chosen.limits, chosen.protected)
 
     def passes(target: Mapping[str, Any], code: str) -> bool:
-        return sandbox.run(f"{target['setup']}\n{code}\n", target["tests"], chosen.limits).passed
+        source = f"{target['setup']}\n{code}\n"
+        return sandbox.run(source, target["tests"], chosen.limits, chosen.protected).passed
 
     with concurrent.futures.ThreadPoolExecutor(chosen.workers) as pool:
         passed = list(pool.map(passes, targets, predictions))

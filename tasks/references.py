@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from speccascade_t5x.runtime.data import seqio, tf
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 
 FIELD = "references"
 

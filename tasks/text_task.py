@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from speccascade_t5x.runtime.data import seqio
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.tasks import few_shot, references, vocabularies
 
 

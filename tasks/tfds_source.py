@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.data import seqio, tf
 from speccascade_t5x.tasks.late import configured
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 
-from speccascade_t5x.runtime.data import tf
+from speccascade_t5x.data.seqio_tasks import tf
 from speccascade_t5x.tasks import few_shot, metrics, text_task
 from speccascade_t5x.tasks.tfds_source import TfdsSource
 

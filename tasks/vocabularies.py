@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import sentencepiece
 
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.data import seqio
 from speccascade_t5x.tasks.late import configured
 
 FOLDER_VARIABLE = "SPECCASCADE_VOCABULARY_DIR"

@@ -47,6 +47,12 @@ def devices() -> list[jax.Device]:
 
 
 @pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of checkpoints and expected values that travel with the tests; see its README."""
+    return Path(__file__).resolve().parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of shared material beside the checkout; the test is skipped without it."""
     if not SHARED.is_dir():

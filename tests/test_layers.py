@@ -1,8 +1,9 @@
-"""The layering of the package, read from its imports, and what `import speccascade_t5x` loads."""
+"""The rooms of the package, read from its imports, and what `import speccascade_t5x` loads."""
 
 from __future__ import annotations
 
 import ast
+import collections
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,39 +11,32 @@ from pathlib import Path
 
 import pytest
 
+from speccascade_t5x.cli.__main__ import VERBS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "speccascade_t5x"
 
-_MODELS = {"trees", "interfaces", "core", "models"}
-_DECODING = {"trees", "interfaces", "core", "drafting", "decoding"}
-_DEFERRAL = _MODELS | _DECODING | {"deferral"}
-_RUNTIME = _DEFERRAL | {"runtime", "checkpoints"}
-_EVALUATION = _RUNTIME | {"evaluation", "tpu"}
-# Which layers each layer may import. Imports point one way; `tasks` serves the command line only.
-ALLOWED = {
-    "trees": set(),
-    "interfaces": {"trees"},
-    "core": {"trees", "interfaces", "core"},
-    "models": _MODELS,
-    "drafting": {"trees", "interfaces", "core", "drafting"},
-    "decoding": _DECODING,
-    "deferral": _DEFERRAL,
-    "runtime": _RUNTIME,
-    "checkpoints": _RUNTIME,
-    "evaluation": _EVALUATION,
-    "tpu": _EVALUATION,
-    "__init__": _EVALUATION,
-    "tasks": {"interfaces", "runtime", "tasks"},
-    "cli": _EVALUATION | {"cli", "tasks", "__init__"},
-}
+# The rooms from the inside out: each may import itself and those before it. `tasks` serves the command line only.
+ROOMS = (
+    *("moved", "trees", "interfaces", "common", "core", "text", "models", "drafting", "deferral", "decoding"),
+    *("checkpoints", "distributed", "data", "inference", "training", "tpu", "planning", "evaluation", "cli"),
+)
+ALLOWED = {room: set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)}
+ALLOWED["drafting"] -= {"models", "text"}  # drafting and decoding see models by Protocol alone
+ALLOWED["decoding"] -= {"models", "text", "deferral"}
+ALLOWED["training"] -= {"inference"}
+ALLOWED["__init__"] = set(ROOMS) - {"cli"}
+ALLOWED["cli"] |= {"tasks", "__init__"}
+ALLOWED["tasks"] = {"interfaces", "common", "text", "data", "tasks"}
 
-# Libraries that only some layers (or single modules) may name, lazily or not.
-_DATA_EDGE = {"cli", "tasks", "runtime.data"}
+# Libraries that only some rooms (or single modules) may name, lazily or not.
+_DATA_EDGE = {"cli", "tasks", "data.seqio_tasks"}
+_ABOVE = {"distributed", "inference", "training", "tpu", "planning", "evaluation", "cli"}
 ONLY_IN = {
     "tensorflow": _DATA_EDGE,
     "tensorflow_datasets": _DATA_EDGE,
     "tensorflow_text": _DATA_EDGE,
-    "seqio": _DATA_EDGE | {"runtime.t5x_model"},  # whose model hands T5X's scripts a feature converter
+    "seqio": _DATA_EDGE | {"inference.t5x_model"},  # whose model hands T5X's scripts a feature converter
     "clu": _DATA_EDGE,
     "gin": {"cli", "tasks"},
     "rich": _DATA_EDGE,
@@ -51,9 +45,9 @@ ONLY_IN = {
     "absl": {"cli"},
     "matplotlib": {"cli", "evaluation"},
     "t5x": set(),
-    "flax": {"models", "deferral", "runtime", "checkpoints", "evaluation", "tpu", "cli"},
-    "optax": {"deferral", "runtime", "checkpoints", "cli"},
-    "orbax": {"runtime", "checkpoints", "cli"},
+    "flax": {"models", "deferral", "checkpoints"} | _ABOVE,
+    "optax": {"deferral", "checkpoints", "training", "cli"},
+    "orbax": {"checkpoints", "training", "cli"},
     "jax": set(ALLOWED) - {"tasks"},
 }
 # What `import speccascade_t5x` must not load. rich is missing here: flax loads it by itself.
@@ -61,7 +55,7 @@ HEAVY = ("tensorflow", "seqio", "gin", "clu", "sacrebleu", "matplotlib", "t5x")
 # Process-wide settings are read and made at the edges; the corpus folder of a task is one.
 SETTINGS = {("os", "environ"), ("os", "getenv"), ("jax", "config")}
 SETTINGS_ALLOWED = {"cli", "tasks"}
-LIGHT_LAYERS = ("core", "models", "drafting", "decoding", "deferral", "checkpoints")
+LIGHT_ROOMS = ("common", "core", "text", "models", "drafting", "deferral", "decoding", "checkpoints", "training")
 
 
 def module_name(file: Path, root: Path) -> str:
@@ -87,7 +81,7 @@ def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from package import layer` names a layer; deeper than that the module says enough.
+            # `from package import room` names a room; deeper than that the module says enough.
             names = [alias.name for alias in node.names] if base == PACKAGE else [None]
             yield from ((node.lineno, f"{base}.{name}" if name else base) for name in names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -110,32 +104,32 @@ def settings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def fault(importer: str, name: str) -> str | None:
     """Says what is wrong when module `importer` (below the package) imports `name`, or None."""
-    layer = importer.partition(".")[0] or "__init__"
+    room = importer.partition(".")[0] or "__init__"
     top, _, rest = name.partition(".")
     if top in ("tasks", "gin_configs"):
         return f"imports {name}: these travel as {PACKAGE}.{top}, under no other name"
     if top == PACKAGE:
         target = rest.partition(".")[0]
-        # Anything the package offers beside its layers comes from its own __init__.
+        # Anything the package offers beside its rooms comes from its own __init__.
         target = target if target in ALLOWED else "__init__"
-        if target in ALLOWED[layer]:
+        if target in ALLOWED[room]:
             return None
-        may = ", ".join(sorted(ALLOWED[layer])) or "no layer"
-        return f"imports {name}: {layer} may import {may}"
+        may = ", ".join(sorted(ALLOWED[room])) or "no room"
+        return f"imports {name}: {room} may import {may}"
     allowed = ONLY_IN.get(top)
-    if allowed is None or layer in allowed or importer in allowed:
+    if allowed is None or room in allowed or importer in allowed:
         return None
     return f"imports {name}: {top} belongs to {', '.join(sorted(allowed)) or 'no module'}"
 
 
 def faults(root: Path) -> list[str]:
-    """Every import below `root` that breaks the layering, as 'file:line what'."""
+    """Every import below `root` that points the wrong way, as 'file:line what'."""
     found = []
     files = sorted((root / PACKAGE).rglob("*.py")) + sorted((root / "tasks").rglob("*.py"))
     for file in files:
         name = module_name(file, root)
         if name.partition(".")[0] not in {*ALLOWED, ""}:
-            found.append(f"{file.relative_to(root)}:1 lies outside every layer")
+            found.append(f"{file.relative_to(root)}:1 lies outside every room")
             continue
         full = f"{PACKAGE}.{name}" if name else PACKAGE
         package = full if file.name == "__init__.py" else full.rpartition(".")[0]
@@ -164,14 +158,14 @@ def test_imports_point_one_way():
         ("drafting/planted.py", "import speccascade_t5x\n", "drafting may import"),
         ("deferral/planted.py", "def f():\n    import tensorflow as tf\n", "tensorflow belongs to"),
         ("checkpoints/planted.py", "import importlib\nimportlib.import_module('seqio')\n", "seqio"),
-        ("runtime/planted.py", "from gin import config\n", "gin belongs to"),
+        ("training/planted.py", "from gin import config\n", "gin belongs to"),
         ("evaluation/planted.py", "from speccascade_t5x.cli import infer\n", "evaluation may"),
-        ("runtime/planted.py", "from speccascade_t5x.tasks import l10n\n", "runtime may import"),
+        ("data/planted.py", "from speccascade_t5x.tasks import l10n\n", "data may import"),
         ("cli/planted.py", "from tasks import l10n\n", "under no other name"),
         ("../tasks/planted.py", "import jax.numpy as jnp\n", "jax belongs to"),
-        ("runtime/planted.py", "import os\nFAST = os.environ.get('FAST')\n", "reads os.environ"),
+        ("inference/planted.py", "import os\nFAST = os.environ.get('FAST')\n", "reads os.environ"),
         ("tpu/planted.py", "from jax import config\n", "reads jax.config"),
-        ("elsewhere/planted.py", "import os\n", "outside every layer"),
+        ("elsewhere/planted.py", "import os\n", "outside every room"),
     ],
 )
 def test_a_planted_violation_is_caught(tmp_path, file, source, reason):
@@ -184,13 +178,13 @@ def test_a_planted_violation_is_caught(tmp_path, file, source, reason):
     assert reason in found
 
 
-def test_what_the_layers_need_is_allowed(tmp_path):
+def test_what_the_rooms_need_is_allowed(tmp_path):
     """The check would be worthless if it refused everything."""
     for file, source in {
-        "__init__.py": "from speccascade_t5x.runtime.paths import install_checkout_finder\n",
+        "__init__.py": "from speccascade_t5x.common.paths import install_checkout_finder\n",
         "core/a.py": "import jax\nimport numpy\nfrom speccascade_t5x.interfaces import Array\n",
         "decoding/a.py": "from speccascade_t5x.core import rules\nfrom . import loop\n",
-        "runtime/data.py": "import seqio\nimport tensorflow as tf\n",
+        "data/seqio_tasks.py": "import seqio\nimport tensorflow as tf\n",
         "cli/a.py": "import gin, os\nos.getenv('A')\nfrom speccascade_t5x import tasks\n",
     }.items():
         path = tmp_path / PACKAGE / file
@@ -199,13 +193,79 @@ def test_what_the_layers_need_is_allowed(tmp_path):
     assert faults(tmp_path) == []
 
 
+def file_imports(root: Path) -> dict[str, set[str]]:
+    """Module -> the modules of the package it imports anywhere in its file; names below the package."""
+    names = {module_name(file, root): file for file in sorted((root / PACKAGE).rglob("*.py"))}
+    found: dict[str, set[str]] = {}
+    for name, file in names.items():
+        full = f"{PACKAGE}.{name}" if name else PACKAGE
+        package = full if file.name == "__init__.py" else full.rpartition(".")[0]
+        targets = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for _, imported in imported_names(node, package) if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+                below = imported.removeprefix(PACKAGE).removeprefix(".")
+                inner = [f"{below}.{alias.name}".lstrip(".") for alias in node.names]
+                targets |= {each for each in (inner if isinstance(node, ast.ImportFrom) else []) if each in names}
+                if imported.partition(".")[0] == PACKAGE and not targets & set(inner):
+                    targets.add(below if below in names else below.rpartition(".")[0])
+        found[name] = targets - {name}
+    return found
+
+
+def cycles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of files that reach each other, each sorted."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        open_ends = list(imports[start])
+        while open_ends:
+            at = open_ends.pop()
+            if at not in seen:
+                seen.add(at)
+                open_ends += imports.get(at, ())
+        return seen
+
+    reach = {name: reached(name) for name in imports}
+    groups = {tuple(sorted(other for other in reach[name] if name in reach.get(other, ()))) for name in imports}
+    return sorted(list(group) for group in groups if len(group) > 1)
+
+
+def test_no_file_imports_a_file_that_imports_it_back():
+    assert cycles(file_imports(ROOT)) == []
+
+
+def test_a_planted_cycle_is_caught(tmp_path):
+    room = tmp_path / PACKAGE / "core"
+    room.mkdir(parents=True)
+    (room / "a.py").write_text(f"from {PACKAGE}.core import b\n")
+    (room / "b.py").write_text("def f():\n    from .c import g\n")
+    (room / "c.py").write_text(f"import {PACKAGE}.core.a\n")
+    (room / "d.py").write_text(f"from {PACKAGE}.core import a\n")
+    assert cycles(file_imports(tmp_path)) == [["core.a", "core.b", "core.c"]]
+
+
+def test_no_room_holds_more_than_a_sixth_of_the_package():
+    lines = collections.Counter()
+    for file in (ROOT / PACKAGE).rglob("*.py"):
+        lines[module_name(file, ROOT).partition(".")[0]] += len(file.read_text(encoding="utf-8").splitlines())
+    assert {room: count for room, count in lines.items() if count > lines.total() / 6} == {}
+
+
+def test_a_file_name_stands_in_one_room_only():
+    """But for `__init__`, and for the verbs in cli, which are named as what they run."""
+    rooms = collections.defaultdict(list)
+    for file in (ROOT / PACKAGE).rglob("*.py"):
+        if file.stem != "__init__" and not (file.parent.name == "cli" and file.stem in VERBS):
+            rooms[file.stem].append(str(file.parent.relative_to(ROOT / PACKAGE)))
+    assert {name: where for name, where in rooms.items() if len(where) > 1} == {}
+
+
 def test_the_library_loads_no_heavy_module():
-    layers = [layer for layer in LIGHT_LAYERS if (ROOT / PACKAGE / layer).is_dir()]
     lines = [
         "import importlib, pkgutil, sys",
         f"import {PACKAGE}",
-        f"for layer in {layers!r}:",
-        f"    package = importlib.import_module('{PACKAGE}.' + layer)",
+        f"for room in {LIGHT_ROOMS!r}:",
+        f"    package = importlib.import_module('{PACKAGE}.' + room)",
         "    for found in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):",
         "        importlib.import_module(found.name)",
         f"print([name for name in {HEAVY!r} if name in sys.modules])",

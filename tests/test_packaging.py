@@ -21,10 +21,10 @@ SHIPPED = ("speccascade_t5x", "tasks", "gin_configs")
 PROBE = """
 import pathlib, sys
 import speccascade_t5x
-from speccascade_t5x.runtime import paths
+from speccascade_t5x.common import paths
 if "l10n" in sys.argv:
     from speccascade_t5x.tasks import l10n
-    from speccascade_t5x.runtime.data import seqio
+    from speccascade_t5x.data.seqio_tasks import seqio
     assert {"restore_de", "l10n_en_de"} <= set(seqio.TaskRegistry.names())
 else:
     from speccascade_t5x.tasks import folding
@@ -34,7 +34,7 @@ print(pathlib.Path(speccascade_t5x.__file__).parent)
 print(pathlib.Path(sys.modules["speccascade_t5x.tasks"].__file__).parent)
 print(paths.gin_configs_dir())
 assert (paths.gin_configs_dir() / "runs").is_dir()
-assert (paths.data_dir() / "planted/nested/.hidden").read_bytes() == b"\\x00\\xff"
+assert (paths.pretrained_dir() / "planted/nested/.hidden").read_bytes() == b"\\x00\\xff"
 """
 
 
@@ -45,7 +45,7 @@ def copy_checkout(target: Path) -> Path:
         shutil.copytree(ROOT / name, target / name, ignore=leave)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
-    nested = target / "speccascade_t5x" / "data" / "planted" / "nested"
+    nested = target / "speccascade_t5x" / "pretrained" / "planted" / "nested"
     nested.mkdir(parents=True)
     (nested / ".hidden").write_bytes(b"\x00\xff")
     (nested / "no_suffix").write_bytes(b"\x00\xff")
@@ -93,11 +93,11 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel, checkout):
         for path in (checkout / folder).rglob("*"):
             name = path.relative_to(checkout).as_posix()
             name = name if folder == "speccascade_t5x" else f"speccascade_t5x/{name}"
-            ships = path.suffix in (".py", ".gin") or name.startswith("speccascade_t5x/data/")
+            ships = path.suffix in (".py", ".gin") or name.startswith("speccascade_t5x/pretrained/")
             if path.is_file() and "__pycache__" not in name and ships:
                 wanted.add(name)
     assert held == wanted
-    assert "speccascade_t5x/data/planted/nested/.hidden" in held
+    assert "speccascade_t5x/pretrained/planted/nested/.hidden" in held
     assert len(licences) == 1
     assert "speccascade = speccascade_t5x.cli.__main__:main" in scripts
     required = [line for line in about.splitlines() if line.startswith("Requires-Dist:")]

@@ -18,9 +18,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax loads; name another 
 import claims
 
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.cli import hosts
+from speccascade_t5x.cli import host_processes
 from speccascade_t5x.cli import sweep as verb
-from speccascade_t5x.runtime import records
+from speccascade_t5x.common import storage
 
 GIN_FILE = Path(__file__).resolve().parent / "headline.gin"
 
@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
 
     def verb_and_claims(flags: list[str]) -> int:
         result = verb.run(flags)
-        if not hosts.first():
+        if not host_processes.first():
             return 0
         said = verb.lines(result)
         if result.groups:  # a calibration has none
-            path = records.write_text(result.folder / "claims.md", claims.markdown(result.groups, result.tolerance))
+            path = storage.write_text(result.folder / "claims.md", claims.markdown(result.groups, result.tolerance))
             said.append(f"wrote {path}")
         print("\n".join(said))
         return 0

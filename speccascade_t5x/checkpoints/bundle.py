@@ -9,7 +9,7 @@
 A bundle appears under its name only when it is whole. Packing a pair of npz folders:
 
     from speccascade_t5x import checkpoints
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     checkpoints.save_bundle(
         "restore_de_pair",
@@ -38,8 +38,8 @@ from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import vocabulary as vocabularies
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text import vocabulary as vocabularies
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary, Vocabulary
 
 FORMAT = "speccascade_t5x.bundle"
 VERSION = 1
@@ -291,13 +291,8 @@ def load_vocabulary(path: Path, manifest: Mapping[str, Any] | None = None) -> Vo
     return vocabularies.from_spec(_part(manifest, "vocabulary", path), path / VOCABULARY_FILE)
 
 
-def load_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Bound:
-    """One model of the bundle in folder `path`; its files are not compared with their checksums."""
-    return open_member(path, name, manifest).load()
-
-
 def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Opened:
-    """One model of the bundle in folder `path`, not yet read."""
+    """One model of the bundle in folder `path`, not yet read; its files are not compared with their checksums."""
     manifest = manifest if manifest is not None else read_manifest(path)
     members = _part(manifest, "members", path)
     if name not in MEMBERS or not isinstance(members.get(name), dict):

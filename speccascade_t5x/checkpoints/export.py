@@ -29,9 +29,9 @@ from speccascade_t5x.checkpoints import (
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
 from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
-from speccascade_t5x.runtime import records
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -361,7 +361,7 @@ def _write_config(folder: Path, bound: Bound, step: int) -> None:
     """What shapes do not tell: activations, dropout, and the step of parameters that stand alone."""
     config = bound.model.config
     facts = {"network": architecture.network(config), "config": dataclasses.asdict(config), "step": step}
-    (folder / "config.json").write_text(records.to_json(facts, indent=1) + "\n", "utf-8")
+    (folder / "config.json").write_text(storage.to_json(facts, indent=1) + "\n", "utf-8")
 
 
 def _bundle_of(

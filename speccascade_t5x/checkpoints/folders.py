@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speccascade_t5x.checkpoints import architecture, tensors
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
 
 CHECKSUMS_FILE = "checksums.json"
 _FORMAT = "speccascade_t5x.checksums"
@@ -57,7 +57,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 def write_checksums(folder: Path) -> None:
     """Notes the checksums of a folder in it."""
     facts = {"format": _FORMAT, "version": _VERSION, "files": checksums(folder)}
-    (folder / CHECKSUMS_FILE).write_text(records.to_json(facts, indent=1) + "\n", "utf-8")
+    (folder / CHECKSUMS_FILE).write_text(storage.to_json(facts, indent=1) + "\n", "utf-8")
 
 
 def check(folder: Path) -> None:

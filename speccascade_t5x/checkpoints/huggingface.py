@@ -18,9 +18,9 @@ import numpy as np
 from speccascade_t5x.checkpoints import architecture, safetensors_files, tree
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Leaf, Part, Tensor
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.t5 import T5, T5Config
-from speccascade_t5x.runtime import records
 
 CONFIG_FILE = "config.json"
 _PIECES_FILE = "spiece.model"
@@ -248,9 +248,9 @@ def write(
 
     config = their_config(model, dtype.name, eos_id, pad_id)
     safetensors_files.write(folder, their_shapes, their_values, dtype, shard_bytes)
-    (folder / CONFIG_FILE).write_text(records.to_json(config, indent=2) + "\n", "utf-8")
+    (folder / CONFIG_FILE).write_text(storage.to_json(config, indent=2) + "\n", "utf-8")
     generation = {"decoder_start_token_id": model.start_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    (folder / "generation_config.json").write_text(records.to_json(generation, indent=2) + "\n", "utf-8")
+    (folder / "generation_config.json").write_text(storage.to_json(generation, indent=2) + "\n", "utf-8")
     if vocabulary_file is not None:
         (folder / _PIECES_FILE).write_bytes(vocabulary_file.read_bytes())
 

@@ -1,6 +1,6 @@
 """A pair as one native T5X checkpoint: parameters below `drafter/` and `verifier/`, architectures in config.json.
 
-T5X restores it into the parameter tree of `runtime.t5x_model.PairModel`. Names and shapes of a member are ours, so a
+T5X restores it into the parameter tree of `inference.t5x_model.PairModel`. Names and shapes of a member are ours, so a
 member with a position table per layer is not stacked here, as it is where it stands alone.
 """
 
@@ -18,8 +18,8 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import architecture, bundle, folders, t5x_native, tree
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime import records
 
 CONFIG_FILE = "config.json"
 MEMBERS = ("drafter", "verifier")
@@ -78,7 +78,7 @@ def write(
         model = members[role].model
         config = {field: getattr(model.config, field) for field in sorted(architecture.FIELDS[_network(model)])}
         facts["members"][role] = {"network": _network(model), "start_id": model.start_id, "config": config}
-    (folder / CONFIG_FILE).write_text(records.to_json(facts, indent=1) + "\n", "utf-8")
+    (folder / CONFIG_FILE).write_text(storage.to_json(facts, indent=1) + "\n", "utf-8")
 
 
 def models(folder: str | Path) -> dict[str, Model]:

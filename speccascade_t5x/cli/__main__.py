@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable
 
-from speccascade_t5x.cli import accelerators, hosts
+from speccascade_t5x.cli import accelerators, host_processes
+from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
 
-# Verb -> what it does, in the order `speccascade --help` lists them.
-VERBS = {
-    "cache": "write a seqio task, or a model's outputs, as tokenised shards to train on",
-    "demo": "decode a few sentences with the packaged pair under several methods",
-    "export": "write a checkpoint as a bundle, plain Orbax, native T5X or Hugging Face folder",
-    "infer": "decode a seqio task, or lines of text, with a pair",
-    "inspect": "tell what a checkpoint of any kind holds",
-    "methods": "list every execution, rule and drafter, with what alpha means and its source",
-    "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
-    "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
-    "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying there",
-    "sweep": "measure methods x alphas on a task: frontier, operating points, report",
-    "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
-    "train": "train or distil a model on tokenised shards or a seqio task",
-    "train_deferral": "fit when to defer: heads and calibrations for the rules of learned deferral",
+# Group -> verb -> what it does, in the order `speccascade --help` lists them.
+GROUPS = {
+    "Decode": {
+        "demo": "decode a few sentences with the packaged pair under several methods",
+        "infer": "decode a seqio task, or lines of text, with a pair",
+        "methods": "list every execution, rule and drafter, with what alpha means and its source",
+    },
+    "Train": {
+        "cache": "write a seqio task, or a model's outputs, as tokenised shards to train on",
+        "train": "train or distil a model on tokenised shards or a seqio task",
+        "train_deferral": "fit heads and calibrations for the rules of learned deferral",
+        "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
+    },
+    "Measure": {
+        "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
+        "sweep": "measure methods x alphas on a task: frontier, operating points, report",
+    },
+    "Checkpoints": {
+        "inspect": "describe a checkpoint of any kind",
+        "export": "write a checkpoint as a bundle, plain Orbax, native T5X or Hugging Face folder",
+    },
+    "TPU": {
+        "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
+        "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying there",
+    },
 }
+VERBS = {verb: purpose for verbs in GROUPS.values() for verb, purpose in verbs.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: speccascade VERB [flags]        (speccascade VERB --help says which)\n")
-        for verb, purpose in VERBS.items():
-            print(f"  {verb:<14} {purpose}")
+        print("usage: speccascade VERB [flags]        (speccascade VERB --help lists them)")
+        for group, verbs in GROUPS.items():
+            print(f"\n{group}:")
+            for verb, purpose in verbs.items():
+                print(f"  {verb:<14} {purpose}")
         return 0 if argv else 2
     verb = argv[0]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"speccascade: there is no verb {verb!r}.{hint} The verbs are {', '.join(VERBS)}.", file=sys.stderr)
+        print(f"speccascade: there is no verb {verb!r}: {checks.suggestion(verb, VERBS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"speccascade_t5x.cli.{verb}")
     return run_verb(module.main, argv[1:], f"speccascade {verb}")
@@ -49,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
     """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
-    return hosts.leave(_run(verb, argv, name))
+    return host_processes.leave(_run(verb, argv, name))
 
 
 def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
@@ -62,7 +73,7 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         sys.stdout.flush()  # here, where a reader that has left is no error
         return code
     except Exception as error:
-        code = hosts.failed(error, name)
+        code = host_processes.failed(error, name)
         if code is not None:
             return code
         if isinstance(error, BrokenPipeError):  # the reader of our output has left

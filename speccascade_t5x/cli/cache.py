@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import records
+from speccascade_t5x.cli import gin_flags, progress
+from speccascade_t5x.common import storage
 
 # Short flag -> (type, help). These are macros of runs/cache.gin.
 _MACROS = {
@@ -62,14 +62,14 @@ def main(argv: list[str]) -> int:
 
     import gin
 
-    from speccascade_t5x.runtime import cache  # TensorFlow loads after the flags are known to be good
+    from speccascade_t5x.data import cache
 
     begin = "begin with a run file, such as --gin_file=runs/cache.gin"
     job = gin_flags.job(cache.cache, {"cache.cache.output_dir": begin, "OUTPUT_DIR/gin.macro.value": begin})
     output_dir = Path(gin.query_parameter("OUTPUT_DIR/gin.macro.value"))
     with _progress_line() as progress:
         found = job(config_text=config_text, progress=progress)
-    records.write_text(output_dir / "config.gin", config_text)
+    storage.write_text(output_dir / "config.gin", config_text)
     for cached in found:
         print(_line(cached))
     return 0
@@ -103,18 +103,10 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _progress_line() -> Iterator[object]:
     """A live line on stderr with examples and examples/s; nothing where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-    console = Console(file=sys.stderr)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("caching {task.description}"),
-        TextColumn("{task.completed:,.0f} examples"),
-        TextColumn("{task.fields[speed]} examples/s"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as line:
+    texts = ("caching {task.description}", "{task.completed:,.0f} examples", "{task.fields[speed]} examples/s")
+    with progress.live(SpinnerColumn(), *texts, TimeElapsedColumn()) as line:
         rows: dict[str, Any] = {}
 
         def advance(what: str, examples: int) -> None:

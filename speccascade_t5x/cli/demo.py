@@ -25,10 +25,11 @@ from rich.console import Console
 import speccascade_t5x
 from speccascade_t5x.cli import demo_report as report
 from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.cli.demo_result import DemoOptions, DemoResult, Example, MethodResult
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import accounting, rules
+from speccascade_t5x.inference.generate import Generation, LoadedPair, Runner, Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
-from speccascade_t5x.runtime.generate import Generation, LoadedPair, Runner, Settings
 from speccascade_t5x.tasks import metrics
 from speccascade_t5x.tasks.folding import fold
 
@@ -41,82 +42,6 @@ _CHOICE = (
     *("drafter", "k_matrix", "lenience", "edge_rules", "max_ngram", "min_ngram", "ngram_fill"),
 )
 _FIXED = ("max_input_len", "num_samples", "batch_size")
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoOptions:
-    """What `run_demo` is asked for.
-
-    Attributes:
-      bundle: folder of the pair.
-      texts: given by the user, plain German or folded.
-      sentences: how many of the packaged ones; None takes all.
-      alphas: for TokenV3 and MinP.
-      repeats: measured rounds.
-      settings: draft length, sampling options and seed hold for every row of the table; a method that the
-        table does not have anyway makes a row of its own.
-    """
-
-    bundle: Path
-    texts: tuple[str, ...] = ()
-    sentences: int | None = None
-    alphas: tuple[float, float] = (0.3, 0.9)
-    repeats: int = 3
-    settings: Settings = dataclasses.field(default_factory=lambda: Settings(draft_len=5))
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A text to restore. `reference` is None where the user gave folded text."""
-
-    inputs: str
-    reference: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodResult:
-    """One method over all rounds.
-
-    Attributes:
-      label: for people.
-      settings: of the first round; later rounds differ in the seed.
-      exact_match: percentage over all rounds; None where no text has a reference.
-      character_accuracy: likewise.
-      tokens_per_s: median over rounds.
-      speedups: tokens/s over the verifier alone's in the same round, one per round.
-      rates: see `accounting.rates`, over all rounds.
-      first: what the first round gave.
-    """
-
-    label: str
-    settings: Settings
-    exact_match: float | None
-    character_accuracy: float | None
-    tokens_per_s: float
-    speedups: tuple[float, ...]
-    rates: dict[str, float]
-    first: Generation
-
-    @property
-    def speedup(self) -> float:
-        """Median over rounds."""
-        return statistics.median(self.speedups)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Lowest and highest speed-up."""
-        return min(self.speedups), max(self.speedups)
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoResult:
-    """What was measured, by label and in the order of the table."""
-
-    options: DemoOptions
-    examples: tuple[Example, ...]
-    methods: dict[str, MethodResult]
-    compile_s: float
-    decode_s: float
 
 
 def main(argv: list[str]) -> int:
@@ -170,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sentences", type=int, metavar="N", help="use only the first N packaged sentences (0: none)")
     add("--alphas", nargs="+", metavar="ALPHA", help="two trade-offs for TokenV3 and MinP, from 0 to 1 (0.3 0.9)")
     add("--repeats", type=int, default=DemoOptions.repeats, help="measured rounds (%(default)s)")
-    add("--bundle", type=Path, default=paths.data_dir() / PAIR, help="another pair for restore_de")
+    add("--bundle", type=Path, default=paths.pretrained_dir() / PAIR, help="another pair for restore_de")
     add("--width", type=int, metavar="COLUMNS", help="of the output; the terminal's by default")
     settings_flags.add_flags(parser, leave_out=_FIXED)
     gin_flags.add_flags(parser)
@@ -230,7 +155,7 @@ def run_demo(options: DemoOptions, console: Console, progress: Callable[[str], N
 
 def packaged_sentences() -> list[str]:
     """The German sentences that travel with the package."""
-    lines = (paths.data_dir() / SENTENCES).read_text(encoding="utf-8").splitlines()
+    lines = (paths.pretrained_dir() / SENTENCES).read_text(encoding="utf-8").splitlines()
     return [line.split("\t")[1] for line in lines if not line.startswith("#")]
 
 

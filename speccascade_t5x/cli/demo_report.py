@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from rich import box
@@ -15,12 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from speccascade_t5x.cli import colour
+from speccascade_t5x.cli.demo_result import DemoResult
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import SOURCE_RESIDUAL
-from speccascade_t5x.runtime.settings import Settings
-from speccascade_t5x.runtime.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from speccascade_t5x.cli.demo import DemoResult
+from speccascade_t5x.text.vocabulary import Vocabulary
 
 VERIFIER, DRAFTER, LOSSLESS = "verifier alone", "drafter alone", "lossless speculation"
 COMPARED = ("token_v3", "min_p")  # read at the same alphas, see `truncation_notes`

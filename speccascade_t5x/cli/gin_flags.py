@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import inspect
-import logging
 import math
 import re
 import sys
@@ -17,8 +16,10 @@ from typing import Any, NoReturn
 
 import gin
 
+from speccascade_t5x.cli import gin_files, topology
+from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
+from speccascade_t5x.tasks.lengths import LENGTHS
 
 ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
@@ -31,7 +32,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags every gin-configured verb takes. Bindings themselves are read by `split`."""
-    group = parser.add_argument_group("gin")
+    group = parser.add_argument_group("gin (a gin file is code, somebody else's config.gin too: read it first)")
     group.add_argument(
         "--gin_file",
         action="append",
@@ -41,6 +42,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gin_search_paths", default="", metavar="DIR,DIR", help="folders to search before the packaged gin files"
+    )
+    group.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module to import first, such as one of seqio tasks; the working directory is searched as well; "
+        "may be repeated",
+    )
+    group.add_argument(
+        "--gin_allow_module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a further module that gin files may import and call; may be repeated",
     )
     # Only documented here: `split` takes bindings out before argparse sees them.
     group.add_argument(
@@ -77,9 +93,13 @@ def parser(
 
 
 def default_file(verb: str, task: str | None) -> str:
-    """The run file a verb reads where none is named: the packaged one for its task, else the one for all."""
-    own = f"runs/{verb}_{task}.gin"
-    return own if task and (paths.gin_configs_dir() / own).is_file() else f"runs/{verb}.gin"
+    """The run file a verb reads where none is named: the packaged one for its task, else the one for all.
+
+    The text tasks share `runs/infer_text_task.gin`; a few-shot task has the file of the plain one.
+    """
+    names = [f"{verb}_{(task or '').removesuffix('_few_shot')}", *([f"{verb}_text_task"] if task in LENGTHS else [])]
+    packaged = [f"runs/{name}.gin" for name in names]
+    return next((file for file in packaged if (paths.gin_configs_dir() / file).is_file()), f"runs/{verb}.gin")
 
 
 def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[..., Any]:
@@ -106,6 +126,22 @@ def configured(binding: str) -> Any:
     return value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference) else value
 
 
+def settled(macro: str, binding: str, config_text: str) -> str:
+    """The config with a plain value for a macro that a function gives, as other jobs read it in the written file.
+
+    Args:
+      macro: its name.
+      binding: the parameter that reads it.
+      config_text: what `load` returned.
+    """
+    value = bound(f"{macro}/gin.macro.value", None)
+    if not isinstance(value, gin.config.ConfigurableReference):
+        return config_text
+    with _in_one_line(f"the binding {macro} = {value}"), gin.unlock_config():
+        gin.bind_parameter(f"{macro}/gin.macro.value", configured(binding))
+    return gin.config_str()
+
+
 def bound(binding: str, default: Any) -> Any:
     """The value a loaded file or flag gives a binding, or the default."""
     try:
@@ -117,16 +153,20 @@ def bound(binding: str, default: Any) -> Any:
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses flags. Returns (namespace, bindings "NAME = VALUE" of the `--gin.` flags in order).
 
+    What the flags let gin files reach holds until the next call: see `gin_files`.
+
     Raises:
       UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
     """
     parser.error = _refuse  # argparse would print its usage and exit
-    bindings, rest = [], []
+    bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)
         if argument.startswith("--gin.") and not match:
             raise UserError(f"{argument!r} is no binding: write --gin.NAME=VALUE, texts in quotes of their own")
-        if match:
+        if match and match[1] == gin_files.MODULE_MACRO:
+            modules.append(match[2].strip("'\""))
+        elif match:
             bindings.append(f"{match[1]} = {match[2]}")
         else:
             rest.append(argument)
@@ -135,6 +175,9 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    if "gin_file" in namespace:
+        named = (namespace.gin_file, namespace.module + modules, namespace.gin_allow_module)
+        gin_files.ask(gin_files.Asked(*map(tuple, named)))
     return namespace, bindings
 
 
@@ -142,7 +185,8 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
     """Parses gin files and then bindings, replacing whatever was configured. Returns the resolved config.
 
     Args:
-      files: names searched in the working directory, `search_paths` and the packaged files.
+      files: names searched in `search_paths` and the packaged files; those of --gin_file in the working directory
+        first.
       bindings: "NAME = VALUE" lines, parsed last.
       search_paths: comma-separated folders.
 
@@ -151,14 +195,12 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
         message names file or binding and the nearest valid name.
     """
     gin.clear_config()
-    cwd, packaged = paths.gin_search_paths()
-    folders = [cwd, *(Path(p) for p in search_paths.split(",") if p), packaged]
-    with _search_quietly(folders):
+    folders = [Path(folder) for folder in names(search_paths)]
+    gin_files.import_modules()
+    with gin_files.fenced(folders):
         for file in files:
-            found = next((folder / file for folder in folders if (folder / file).is_file()), None)
-            if found is None:
-                raise UserError(f"the gin file {file} was not found in {', '.join(map(str, folders))}")
-            _parse(gin.parse_config_file, str(found), f"the gin file {file}")
+            found = gin_files.find(file, folders, _moved(file))
+            _parse(gin.config.parse_config_file, str(found), f"the gin file {file}")
         macros = _macros()
         for binding in bindings:
             name = binding.partition(" = ")[0]
@@ -167,6 +209,7 @@ def load(files: Iterable[str], bindings: Iterable[str], search_paths: str = "") 
                 raise UserError(f"the binding {binding!r} sets {name}, which no gin file reads{hint}")
             _parse(gin.parse_config, binding, f"the binding {binding!r}")
     _check_complete()
+    gin_files.check_module_macro(bound(f"{gin_files.MODULE_MACRO}/gin.macro.value", None))
     return gin.config_str()
 
 
@@ -180,6 +223,15 @@ def literal(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} cannot be written in a gin file: give a finite number")
     return [f"{name} = {value!r}" for name, value in values.items() if value is not None]
+
+
+def _moved(file: str) -> str:
+    """What to write instead of a packaged file of an earlier release, as the end of a sentence."""
+    task = re.search(r"(?:^|/)runs/infer_(\w+)\.gin$", file)
+    if task and task[1] in LENGTHS:
+        return f": use --gin_file=runs/infer_text_task.gin --task={task[1]} instead"
+    instead = topology.instead_of(file)
+    return f": use {instead} instead" if instead else ""
 
 
 def _macros() -> set[str]:
@@ -200,23 +252,6 @@ def _check_complete() -> None:
         raise UserError(f"the configuration needs {', '.join(missing)}: set {flags}")
     with _in_one_line("the configuration"):
         gin.finalize()
-
-
-@contextlib.contextmanager
-def _search_quietly(folders: Iterable[Path]):
-    """Lets `include` search the folders; gin logs an error for each that lacks the file, found or not."""
-    prefixes = gin.config._LOCATION_PREFIXES  # gin can only add to it, and an earlier load must not matter
-    before = list(prefixes)
-    for folder in folders:
-        gin.add_config_file_search_path(str(folder))
-    drop = lambda record: not str(record.msg).startswith("Path not found")  # noqa: E731
-    root = logging.getLogger()
-    root.addFilter(drop)
-    try:
-        yield
-    finally:
-        root.removeFilter(drop)
-        prefixes[:] = before
 
 
 def _parse(parse: Any, argument: str, what: str) -> None:
@@ -264,7 +299,7 @@ def _explain(error: Exception) -> str:
         return f"it reads %{macro[1]}, which nothing sets{_hint(macro[1], _macros() - {macro[1]})}"
     included = re.search(r"Unable to open file: (\S+?)\. Searched", text)
     if included:
-        return f"it includes {included[1]}, which is not there"
+        return f"it includes {included[1]}, which is not there{_moved(included[1])}"
     bare = re.search(r"Failed to parse token '([^']+)'", text)
     if bare:
         return f"{bare[1]!r} is no value: a text needs quotes of its own, \"'{bare[1]}'\" in a shell"

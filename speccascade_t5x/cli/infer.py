@@ -15,8 +15,17 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-from speccascade_t5x.cli import gin_flags, hosts, operating_point, preemption, settings_flags, topology
-from speccascade_t5x.runtime import records
+from speccascade_t5x.cli import (
+    gin_flags,
+    host_processes,
+    operating_point,
+    preemption,
+    progress,
+    settings_flags,
+    topology,
+)
+from speccascade_t5x.common import storage
+from speccascade_t5x.inference import records
 
 # Short flag -> (type, help). These are macros of runs/infer.gin.
 _MACROS = {
@@ -32,7 +41,8 @@ required:
   --task and --output_dir, or --input
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
-  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION of the tasks that score programs
+  TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION and RUN_PROGRAMS_UNPROTECTED of the tasks that
+    score programs
   generate.Settings.method, rule, alpha, draft_len, plan, verification, draft_stop, stop_threshold, drafter,
     k_matrix, lenience, max_ngram, min_ngram, ngram_fill, confidence, quantile, temperature, top_k, top_p, min_p,
     max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
@@ -44,8 +54,8 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
 
 gin files:
-  --task=NAME reads runs/infer_NAME.gin where that is packaged, else runs/infer.gin. Name the run file first
-  where other files follow it:
+  --task=NAME reads runs/infer_NAME.gin where that is packaged, runs/infer_text_task.gin for wmt14_en_de and the like,
+  else runs/infer.gin. Name the run file first where other files follow it:
     --gin_file=runs/infer_restore_de.gin --gin_file=rules/token_v3.gin
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
@@ -58,7 +68,7 @@ def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade infer")
+    host_processes.join(flags, "speccascade infer")
     mesh_files, mesh_bindings = topology.configured(flags.topology)
     files = (flags.gin_file or [gin_flags.default_file("infer", flags.task)]) + mesh_files
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}
@@ -69,9 +79,11 @@ def main(argv: list[str]) -> int:
         shorts[f"generate.Settings.{name}"] = getattr(flags, name) or None
     shorts |= mesh_bindings | {"infer.infer.refill": flags.refill or None}
     shorts["ALLOW_CODE_EXECUTION"] = flags.allow_code_execution or None
+    shorts["RUN_PROGRAMS_UNPROTECTED"] = flags.run_programs_unprotected or None
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
+    config_text = gin_flags.settled("SPLIT", "infer.infer.split", config_text)
 
-    from speccascade_t5x.runtime import infer  # JAX loads after the flags are known to be good
+    from speccascade_t5x.inference import infer
 
     begin = "begin with a run file, such as --gin_file=runs/infer.gin"
     job = gin_flags.job(infer.infer, {"infer.infer.pair": begin, "infer.infer.settings": begin})
@@ -83,7 +95,7 @@ def main(argv: list[str]) -> int:
         sentence = str(preempted).splitlines()[0]  # gin appends where it came from
         print(f"speccascade infer: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
-    if not hosts.first():
+    if not host_processes.first():
         return 0
     if result.predictions is None:
         for record in result.records:
@@ -91,7 +103,7 @@ def main(argv: list[str]) -> int:
             samples = [predictions] if isinstance(predictions, str) else predictions
             print("\t".join(" ".join(sample.splitlines()) for sample in samples))
         return 0
-    records.write_text(result.predictions.parent / "config.gin", config_text)
+    storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
         print(f"{name:<26} {records.shown(value)}")
     print(f"{'tokens/s':<26} {result.timing['tokens_per_s']:g}  (compile {result.timing['compile_s']:g} s apart)")
@@ -113,9 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     parser.add_argument(
-        "--allow_code_execution", action="store_true", help="measure pass@1: runs, in a sandbox, what the pair wrote"
+        "--allow_code_execution",
+        action="store_true",
+        help="measure pass@1: runs what the pair wrote, inside bubblewrap. A program can still forge its own verdict "
+        "(it shares an interpreter with its tests) and use up kernel memory until its time is over: see "
+        "docs/security.md",
     )
-    hosts.add_flags(parser)
+    parser.add_argument(
+        "--run_programs_unprotected",
+        action="store_true",
+        help="with --allow_code_execution: run them without bubblewrap; they may then do all that you may do",
+    )
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 
@@ -123,18 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[object]:
     """A bar on stderr with examples/s and acceptance; nothing where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("decoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]} examples/s  acceptance {task.fields[acceptance]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    speed = "{task.fields[speed]} examples/s  acceptance {task.fields[acceptance]}"
+    with progress.bar("decoding", speed) as bar:
         row = bar.add_task("", total=None, speed="-", acceptance="-")
 
         def advance(examples: int, total: int, rates: Mapping[str, float]) -> None:

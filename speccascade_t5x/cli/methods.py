@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from speccascade_t5x.core import rules
-from speccascade_t5x.runtime import drafters, methods
+from speccascade_t5x.inference import drafters, methods
 
 
 def main(argv: list[str]) -> int:

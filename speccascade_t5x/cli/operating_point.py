@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, hosts
+from speccascade_t5x.cli import gin_flags, host_processes
 from speccascade_t5x.interfaces import UserError
 
 _PREFIX = "generate.Settings."
@@ -87,7 +87,7 @@ def checked(
     if point is None:
         return job
     from speccascade_t5x.evaluation import operating_points
-    from speccascade_t5x.runtime import infer, plans
+    from speccascade_t5x.inference import infer, plan_files
 
     for name in operating_points.FIELDS:
         usual = _default(name)
@@ -98,17 +98,17 @@ def checked(
                 f"{value!r}: leave that out, or the operating point"
             )
     pair, offered = gin_flags.configured(binding), operating_points.read(flags.operating_point)
-    other = offered["pair"] != plans.identity(pair)
+    other = offered["pair"] != plan_files.identity(pair)
     if other or offered.get("weights") not in (None, infer.pair_identity(pair)):
         raise UserError(
             f"the operating points {flags.operating_point} are of another pair: run `speccascade sweep` with this one"
         )
-    if hosts.first():
+    if host_processes.first():
         print(f"operating point {operating_points.in_words(point, offered['metric'])}", file=sys.stderr)
     return lambda **arguments: job(pair=pair, **arguments)
 
 
 def _default(name: str) -> Any:
-    from speccascade_t5x.runtime.settings import Settings
+    from speccascade_t5x.inference.settings import Settings
 
     return getattr(Settings(), name)

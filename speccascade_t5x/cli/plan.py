@@ -14,18 +14,8 @@ import sys
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, settings_flags
-from speccascade_t5x.runtime import records
-
-
-def figures(text: str) -> tuple[tuple[float, ...], ...]:
-    """ "0.8,0.5;0.6" as rows of numbers."""
-    return tuple(tuple(float(entry) for entry in row.split(",")) for row in text.split(";"))
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "0.2,0.05" as numbers; "" as none."""
-    return tuple(float(entry) for entry in text.split(",") if entry)
-
+from speccascade_t5x.cli.flag_types import numbers, rows
+from speccascade_t5x.common import storage, text_table
 
 # Short flag -> (type, help). These are macros of runs/plan.gin.
 _MACROS = {
@@ -34,9 +24,9 @@ _MACROS = {
     "output_dir": (str, "where plan.json and config.gin go"),
     "split": (str, "split of the task (default: validation)"),
     "limit": (int, "measure on the first so many examples (default: 16)"),
-    "measure": (int, "decode with so many of the best, and show the measured gain beside the predicted one"),
+    "measure": (int, "decode with so many of the best, and show what they gain on examples they were not chosen by"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
-    "acceptance": (figures, 'instead of measuring: "0.8,0.5;0.6", a row per reviewer, Max-Gram last'),
+    "acceptance": (rows, 'instead of measuring: "0.8,0.5;0.6", a row per reviewer, Max-Gram last'),
     "costs": (numbers, "with --acceptance: a step of each drafter model, in steps of the verifier"),
 }
 _LEFT_OUT = (
@@ -73,13 +63,13 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or [gin_flags.default_file("plan", flags.task)]
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import plan  # JAX loads after the flags are known to be good
+    from speccascade_t5x.planning import plan
 
     begin = "begin with a run file, such as --gin_file=runs/plan.gin"
     job = gin_flags.job(plan.plan, {"plan.plan.settings": begin})
     found = job(progress=lambda what: print(f"{what} ...", file=sys.stderr, flush=True))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
     print("\n".join(lines(found)))
     return 0
 
@@ -96,8 +86,7 @@ def lines(found: Any) -> list[str]:
             gain.append("-" if candidate.measured is None else f"{candidate.measured:.2f}x")
         calls = " ".join(f"{count:.2f}" for count in candidate.calls_per_token)
         rows.append((str(i + 1), candidate.label, *gain, f"{candidate.tokens_per_round:.2f}", calls))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text = text_table.plain(rows)
     left = len(found.candidates) - len(rows) + 1
     best = found.candidates[0]
     text += [f"and {left} more"] if left else []

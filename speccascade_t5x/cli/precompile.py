@@ -22,14 +22,14 @@ from typing import Any
 import gin
 
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths, storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths, records
 
 _ALL = "all"
 # Short flag -> (type, help). These are macros of runs/precompile.gin.
 _MACROS = {
     "pairs": (gin_flags.names, "with commas between: of pairs/, FAMILY_SIZE_SIZE, DRAFTER:VERIFIER of models/; or all"),
-    "topologies": (gin_flags.names, "slices, with commas between, such as v4:2x2x1; or all"),
+    "topologies": (gin_flags.names, "slices, with commas between, such as v4-8 or v4:2x2x1; or all"),
     "output_dir": (str, "where tables and results go; a run there is continued"),
     "batch_size": (int, "inputs decoded at a time by the whole slice (default: 16, or one for each group of chips)"),
     "input_len": (int, "encoder positions (default: 512)"),
@@ -44,7 +44,7 @@ required: nothing
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   PAIRS, TOPOLOGIES, OUTPUT_DIR, BATCH_SIZE, INPUT_LEN, MAX_LEN, DRAFT_LEN, MODEL, PROGRAMS, TIMEOUT_S
-  cells.Options.rule, alpha, num_samples, train_batch_size, targets_len, microbatches, drafter_rules
+  slice_cells.Options.rule, alpha, num_samples, train_batch_size, targets_len, microbatches, drafter_rules
 
 Every cell of the table is compiled in a process of its own; one that crashes or takes too long costs only itself, and
 the same command with the same --output_dir compiles what is missing.
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     bindings = bindings + gin_flags.literal(shorts)
     gin_flags.load(files, bindings, flags.gin_search_paths)
     needed = {"precompile.precompile.options": "begin with a run file, such as --gin_file=runs/precompile.gin"}
-    from speccascade_t5x.tpu import precompile, report  # JAX loads after the flags are known to be good
+    from speccascade_t5x.tpu import precompile, programs_table  # JAX loads after the flags are known to be good
 
     gin_flags.job(precompile.precompile, needed)
     made = architectures(gin_flags.configured("precompile.precompile.pairs"), flags.gin_search_paths)
@@ -72,9 +72,9 @@ def main(argv: list[str]) -> int:
     job = gin_flags.job(precompile.precompile, needed)
     say = lambda what: print(f"{what} ...", file=sys.stderr, flush=True)  # noqa: E731
     found = job(architectures=made, environment=environment(), before=check_compiler, progress=say)
-    print(report.plain(found.results))
+    print(programs_table.plain(found.results))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
         print(f"wrote {found.path}")
     return 0
 

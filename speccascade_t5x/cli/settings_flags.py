@@ -1,4 +1,4 @@
-"""Short flags that stand for fields of `runtime.generate.Settings`, the same in every verb that decodes."""
+"""Short flags that stand for fields of `inference.generate.Settings`, the same in every verb that decodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from speccascade_t5x.runtime import options
+from speccascade_t5x.common import checks
 
 
 def draft_len(text: str) -> int | str:
@@ -70,4 +70,4 @@ def refuse_unsupported(argv: Sequence[str]) -> None:
     """
     for argument in argv:
         if argument.startswith("--"):
-            options.refuse_unsupported(argument[2:].partition("=")[0].removeprefix("gin.generate.Settings."))
+            checks.refuse_unsupported(argument[2:].partition("=")[0].removeprefix("gin.generate.Settings."))

@@ -13,27 +13,20 @@ import sys
 from typing import Any
 
 from speccascade_t5x.cli import gin_flags, precompile
-from speccascade_t5x.runtime import records
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "0.8,0.7" as numbers."""
-    return tuple(float(part) for part in text.split(","))
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """ "1,16" as whole numbers."""
-    return tuple(int(part) for part in text.split(","))
-
+from speccascade_t5x.cli.flag_types import numbers, wholes
+from speccascade_t5x.common import storage
 
 # Short flag -> (type, help). These are macros of runs/slice_plan.gin.
 _MACROS = {
     "pair": (str, "of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
-    "topology": (str, "a slice (default: v4:2x2x1)"),
-    "acceptance": (numbers, "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75"),
+    "topology": (str, "a slice, such as v5e-16 or v5e:4x4 (default: v4:2x2x1)"),
+    "acceptance": (
+        numbers,
+        "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75",
+    ),
     "plan": (str, "plan.json of `speccascade plan` instead, made on any machine"),
-    "batch_sizes": (counts, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
-    "draft_lens": (counts, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
+    "batch_sizes": (wholes, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
+    "draft_lens": (wholes, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
     "input_len": (int, "encoder positions (default: 512)"),
     "max_len": (int, "output tokens (default: 128)"),
     "rule": (str, "of the decode (default: lossless); one that reads the drafter's law costs a step more"),
@@ -59,7 +52,7 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or ["runs/slice_plan.gin"]
     bindings = bindings + gin_flags.literal(shorts)
     gin_flags.load(files, bindings, flags.gin_search_paths)
-    from speccascade_t5x.tpu import slice_plan  # JAX loads after the flags are known to be good
+    from speccascade_t5x.planning import slice_plan
 
     needed = {"slice_plan.slice_plan.pair": "begin with a run file, such as --gin_file=runs/slice_plan.gin"}
     gin_flags.job(slice_plan.slice_plan, needed)
@@ -69,7 +62,7 @@ def main(argv: list[str]) -> int:
     found = gin_flags.job(slice_plan.slice_plan, needed)(architectures=architectures)
     print(slice_plan.plain(found))
     if found.path is not None:
-        records.write_text(found.path.parent / "config.gin", config_text)
+        storage.write_text(found.path.parent / "config.gin", config_text)
         print(f"wrote {found.path}")
     return 0
 

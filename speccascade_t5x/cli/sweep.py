@@ -15,40 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, hosts, settings_flags
-from speccascade_t5x.runtime import records
-
-
-def words(text: str) -> tuple[str, ...]:
-    """ "token_v3,opt" as texts."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """ "1,0.5" as numbers."""
-    return tuple(float(word) for word in words(text))
-
-
-def wholes(text: str) -> tuple[int, ...]:
-    """ "3,5,7" as whole numbers."""
-    return tuple(int(word) for word in words(text))
-
-
-def alphas(text: str) -> dict[str, tuple[float, ...]]:
-    """ "token_v3=0.1,0.3;opt=0" as alphas by method."""
-    parts = [part.partition("=") for part in text.split(";") if part.strip()]
-    if any(not sign for _, sign, _ in parts):
-        raise ValueError(text)
-    return {name.strip(): numbers(values) for name, _, values in parts}
-
-
-def rate(text: str) -> dict[str, float]:
-    """ "deferral_rate=0.3" as a rate and its value."""
-    name, sign, value = text.partition("=")
-    if not sign:
-        raise ValueError(text)
-    return {name.strip(): float(value)}
-
+from speccascade_t5x.cli import gin_flags, host_processes, settings_flags
+from speccascade_t5x.cli.flag_types import alphas, numbers, rate, wholes, words
+from speccascade_t5x.common import storage, text_table
 
 # Short flag -> (type, help). These are macros of runs/sweep.gin.
 _MACROS = {
@@ -63,7 +32,10 @@ _MACROS = {
     "alphas": (alphas, '"token_v3=0.1,0.3;opt=0": alphas of your own'),
     "alpha_points": (int, "alphas per rule, spread over its range (default: 6)"),
     "refine": (int, "further alphas per rule, where its curve bends (default: 2)"),
-    "draft_lens": (wholes, "the first is the main condition's, the others change one at a time (default: 5)"),
+    "draft_lens": (
+        wholes,
+        "the first is the main condition's, the others change one at a time (default: 5)",
+    ),
     "temperatures": (numbers, "likewise (default: 1)"),
     "top_ps": (numbers, "likewise (default: 1)"),
     "seeds": (wholes, "random keys; one is used at temperature 0 (default: 0,1,2)"),
@@ -92,7 +64,7 @@ A killed sweep started again with the same command continues at the first missin
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     result = run(argv)
-    if hosts.first():
+    if host_processes.first():
         print("\n".join(lines(result)))
     return 0
 
@@ -101,7 +73,7 @@ def run(argv: list[str]) -> Any:
     """Parses flags and runs the job. Returns its `SweepResult`."""
     settings_flags.refuse_unsupported(argv)
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade sweep")
+    host_processes.join(flags, "speccascade sweep")
     shorts: dict[str, Any] = {name.upper(): getattr(flags, name) for name in _MACROS}
     shorts |= {name: value for name, value in settings_flags.bindings(flags).items() if value is not None}
     files = flags.gin_file or [gin_flags.default_file("sweep", flags.task)]
@@ -113,8 +85,8 @@ def run(argv: list[str]) -> Any:
     job = gin_flags.job(sweep.sweep, {"sweep.sweep.pair": begin, "sweep.sweep.settings": begin})
     with _live() as progress:
         result = job(progress=progress, report_only=flags.report_only)
-    if hosts.first():
-        records.write_text(result.folder / "config.gin", config_text)
+    if host_processes.first():
+        storage.write_text(result.folder / "config.gin", config_text)
     return result
 
 
@@ -134,10 +106,8 @@ def lines(result: Any) -> list[str]:
             digits = None if figure == "quality" else 2
             row += [alpha, "none" if choice is None else interval(getattr(choice, figure), digits)]
         rows.append(tuple(row))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [f"{main.condition}:", ""] if len(rows) > 1 else []
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    text += table if len(rows) > 1 else []
+    text += text_table.plain(rows) if len(rows) > 1 else []
     text += ["", *advice(main, result.tolerance, "quality")] if len(rows) > 1 else []
     return [*text, "", *(f"wrote {path}" for path in result.files.values())]
 
@@ -163,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = gin_flags.parser("sweep", usage, description, _EPILOG, _MACROS)
     parser.add_argument("--report_only", action="store_true", help="measure nothing: report the cells that are there")
     settings_flags.add_flags(parser, leave_out=[name for name in settings_flags.SETTINGS if name not in _SHARED])
-    hosts.add_flags(parser)
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     files = flags.gin_file or [gin_flags.default_file("tables", flags.task)]
     gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import tables  # JAX loads after the flags are known to be good
+    from speccascade_t5x.training import tables
 
     begin = "begin with a run file, such as --gin_file=runs/tables.gin"
     built = gin_flags.job(tables.tables, {"tables.tables.output_dir": begin})()

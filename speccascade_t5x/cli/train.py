@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, hosts, preemption, topology
-from speccascade_t5x.runtime import paths, records, train_loop
+from speccascade_t5x.cli import gin_flags, host_processes, preemption, progress, topology
+from speccascade_t5x.common import paths
+from speccascade_t5x.inference import records
+from speccascade_t5x.training import train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
 _MACROS = {
@@ -68,7 +69,7 @@ writes a checkpoint first and exits with code 75.
 def main(argv: list[str]) -> int:
     """Parses flags and runs the job. Returns the exit code."""
     flags, bindings = gin_flags.split(_parser(), argv)
-    hosts.join(flags, "speccascade train")
+    host_processes.join(flags, "speccascade train")
     files = flags.gin_file or [gin_flags.default_file("train", flags.task)]
     if flags.model:
         files = [*files, f"models/{flags.model}.gin"]
@@ -77,8 +78,8 @@ def main(argv: list[str]) -> int:
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS} | mesh_bindings
     config_text = gin_flags.load(files, bindings + gin_flags.literal(shorts), flags.gin_search_paths)
 
-    from speccascade_t5x.runtime import train  # JAX loads after the flags are known to be good
-    from speccascade_t5x.runtime.hosts import Preempted
+    from speccascade_t5x.distributed.hosts import Preempted
+    from speccascade_t5x.training import train
 
     known = ", ".join(sorted(file.stem for file in (paths.gin_configs_dir() / "models").glob("*.gin")))
     needed = {
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
         sentence = str(preempted).splitlines()[0]  # gin appends where it came from
         print(f"speccascade train: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
-    if not hosts.first():
+    if not host_processes.first():
         return 0
     for name, value in summary.items():
         if not isinstance(value, dict):
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="name of a packaged file of models/, such as restore_de_drafter")
     parser.add_argument("--topology", help=topology.HELP)
     parser.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
-    hosts.add_flags(parser)
+    host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
     return parser
 
@@ -120,29 +121,19 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _observer(tensorboard: bool) -> Iterator[Live]:
     """Shows a live line on stderr, and writes TensorBoard files beside the checkpoints."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s{task.fields[evaluation]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield Live(bar, console, tensorboard)
+    with progress.bar(
+        "training", "loss {task.fields[loss]}  {task.fields[speed]} tokens/s{task.fields[evaluation]}"
+    ) as bar:
+        yield Live(bar, tensorboard)
 
 
 class Live(train_loop.Observer):
     """A live line where stderr is a terminal, plain lines elsewhere; scalars for TensorBoard through clu."""
 
-    def __init__(self, bar: Any, console: Any, tensorboard: bool):
-        self._bar, self._console, self._tensorboard = bar, console, tensorboard
+    def __init__(self, bar: Any, tensorboard: bool):
+        self._bar, self._scalars = bar, progress.Scalars(self._say) if tensorboard else None
         self.output_dir = Path()
         self._row = bar.add_task("", total=None, loss="-", speed="-", evaluation="")
-        self._writers: dict[str, Any] = {}
         self._begun = (time.monotonic(), 0)
         self._steps = 0
 
@@ -156,7 +147,7 @@ class Live(train_loop.Observer):
     def logged(self, step: int, metrics: Mapping[str, float]) -> None:
         loss, speed = f"{metrics['cross_entropy']:.4f}", f"{metrics['tokens_per_s']:,.0f}"
         self._bar.update(self._row, completed=step, loss=loss, speed=speed)
-        if not self._console.is_terminal:
+        if not self._bar.console.is_terminal:
             begun, first = self._begun
             left = (time.monotonic() - begun) / max(step - first, 1) * (self._steps - step)
             self._say(f"step {step}/{self._steps}  loss {loss}  {speed} tokens/s  {left / 60:.1f} min left")
@@ -172,20 +163,8 @@ class Live(train_loop.Observer):
         self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        if not self._tensorboard:
-            return
-        try:
-            # First, because it loads TensorFlow quietly and keeps it off accelerators.
-            importlib.import_module("speccascade_t5x.runtime.data")
-            from clu import metric_writers
-        except ImportError as error:
-            self._tensorboard = False
-            self._say(f"no TensorBoard files are written: {error.name} is not installed")
-            return
-        if kind not in self._writers:
-            self._writers[kind] = metric_writers.SummaryWriter(str(self.output_dir / "tensorboard" / kind))
-        self._writers[kind].write_scalars(step, dict(metrics))
-        self._writers[kind].flush()
+        if self._scalars is not None:
+            self._scalars.write(self.output_dir / "tensorboard" / kind, step, metrics)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ Short flags are bindings: the resolved config.gin beside the output says everyth
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.runtime import records, train_deferral
+from speccascade_t5x.cli import gin_flags, progress
+from speccascade_t5x.inference import records
+from speccascade_t5x.training.deferral import train_deferral
 
 # Short flag -> (type, help). These are macros of runs/train_deferral.gin.
 _MACROS = {
@@ -24,7 +24,7 @@ _MACROS = {
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
     "task": (str, "a registered seqio task to collect labels on"),
     "cached": (str, "a folder of `speccascade cache`, of one split, instead of a task"),
-    "split": (str, "split of the task (default: train)"),
+    "split": (str, "split of the task (default: validation)"),
     "limit": (int, "collect on the first so many examples (default: 4000)"),
     "kind": (str, "prefix (the loss gap, for learned_gap) or token (candidates, for learned_token)"),
     "loss": (str, "zero_one or log: whose gap a prefix head estimates"),
@@ -100,23 +100,17 @@ def _report(trained: train_deferral.Trained, output_dir: Path) -> None:
 @contextlib.contextmanager
 def _observer(tensorboard: Path | None) -> Iterator[Live]:
     """Shows a live line on stderr, and writes TensorBoard files."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield Live(bar, console, tensorboard)
+    with progress.bar("{task.description}") as bar:
+        yield Live(bar, tensorboard)
 
 
 class Live(train_deferral.Observer):
     """A live line where stderr is a terminal, plain lines elsewhere; scalars for TensorBoard through clu."""
 
-    def __init__(self, bar: Any, console: Any, tensorboard: Path | None):
-        self._bar, self._console, self._tensorboard = bar, console, tensorboard
+    def __init__(self, bar: Any, tensorboard: Path | None):
+        self._bar, self._tensorboard, self._scalars = bar, tensorboard, progress.Scalars(self._say)
         self._row = bar.add_task("collecting", total=None)
         self._said: set[str] = set()
-        self._writers: dict[int, Any] = {}
 
     def collecting(self, split: str, done: int, examples: int) -> None:
         self._bar.update(self._row, description=f"collecting {split}", total=examples, completed=done)
@@ -126,6 +120,9 @@ class Live(train_deferral.Observer):
     def calibrating(self, kind: str) -> None:
         self._say(f"calibrating: {kind}")
 
+    def warned(self, text: str) -> None:
+        self._say(f"note: {text}")
+
     def started(self, seed: int, step: int, steps: int) -> None:
         self._bar.update(self._row, description=f"fitting seed {seed}", total=steps, completed=step)
         if step:
@@ -133,7 +130,7 @@ class Live(train_deferral.Observer):
 
     def looked(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(self._row, completed=step)
-        if not self._console.is_terminal:
+        if not self._bar.console.is_terminal:
             self._say(f"seed {seed} step {step}: " + "  ".join(f"{k} {v:.5f}" for k, v in metrics.items()))
         self._write(seed, step, metrics)
 
@@ -143,20 +140,8 @@ class Live(train_deferral.Observer):
             self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            return
-        try:
-            # First, because it loads TensorFlow quietly and keeps it off accelerators.
-            importlib.import_module("speccascade_t5x.runtime.data")
-            from clu import metric_writers
-        except ImportError as error:
-            self._tensorboard = None
-            self._say(f"no TensorBoard files are written: {error.name} is not installed")
-            return
-        if seed not in self._writers:
-            self._writers[seed] = metric_writers.SummaryWriter(str(self._tensorboard / f"seed-{seed}"))
-        self._writers[seed].write_scalars(step, dict(metrics))
-        self._writers[seed].flush()
+        if self._tensorboard is not None:
+            self._scalars.write(self._tensorboard / f"seed-{seed}", step, metrics)
 
 
 if __name__ == "__main__":

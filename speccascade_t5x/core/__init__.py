@@ -1,4 +1,6 @@
-"""The mathematics, in plain jax.numpy: laws, rules, verification, stopping and counting.
+"""The mathematics, in plain jax.numpy: distributions, rules, verification, stopping and counting.
 
 Nothing here knows of models, meshes, files or flax. Every function is jittable and free of side effects.
 """
+
+__all__ = ["accounting", "divergences", "probs", "rules", "stopping", "verify"]

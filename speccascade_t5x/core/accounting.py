@@ -1,7 +1,7 @@
 """Per-row counters of a decode, and the rates derived from them.
 
-Only what reached the output is counted: nothing after EOS or the length limit, and nothing of rows that
-were finished before the round. Counters live on the device and are fetched once.
+Only what reached the output is counted: nothing after EOS or the length limit, and nothing for rows that had finished
+before the round. Counters stay on the device and are fetched once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Counts:
         return cls(*ints, jnp.zeros(batch, jnp.float32))
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row's counters as Python numbers; `level_calls` is a list, and missing where nothing counts it."""
+        """One row's counters as Python numbers; `level_calls` is a list, and absent if it is not counted."""
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: column[index].tolist() for name, column in columns.items() if column is not None}
 
@@ -119,8 +119,8 @@ def rates(total: Mapping[str, Any]) -> dict[str, Any]:
 def standardised_improvement(total: Mapping[str, Any], costs: Sequence[float]) -> float:
     """Standardised walltime improvement: committed tokens per unit of cost, a call of the verifier costing 1.
 
-    committed / (verifier_calls + sum_i costs[i] level_calls[i]), so that the verifier alone has 1. A count of calls:
-    it knows nothing of wider blocks, copying, verification or the machine, and stands beside wall time, never for it.
+    committed / (verifier_calls + sum_i costs[i] level_calls[i]), so that the verifier alone has 1. It only counts
+    calls, ignoring wider blocks, copying, verification and the machine: report it beside wall time, never instead.
     Source: "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024), which takes the coefficients in two ways: as
     measured times of a step (Leviathan et al.'s c), or as ratios of parameter counts. Copying costs nothing in both.
 

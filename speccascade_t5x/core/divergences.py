@@ -1,4 +1,4 @@
-"""Distances between laws, and entropy. All reduce the last axis in float32; logarithms are natural."""
+"""Total variation and entropy of distributions. Both reduce the last axis in float32; logarithms are natural."""
 
 from __future__ import annotations
 
@@ -17,9 +17,3 @@ def entropy(p: Array) -> Array:
     """H(p) = -sum_v p(v) log p(v) in nats, with 0 log 0 = 0. [..., V] -> [...]."""
     p = p.astype(jnp.float32)
     return -jnp.sum(xlogy(p, p), axis=-1)
-
-
-def kl(p: Array, q: Array) -> Array:
-    """KL(p || q) in nats, infinite where q is 0 and p is not. [..., V] x [..., V] -> [...]."""
-    p, q = p.astype(jnp.float32), q.astype(jnp.float32)
-    return jnp.sum(xlogy(p, p) - xlogy(p, q), axis=-1)

@@ -30,7 +30,7 @@ def trim(
       width: static bound on `grown`.
       max_len: length limit of the output.
       eos_id: ends a row.
-      stop_sequences: token sequences that end a row once they stand whole in its output.
+      stop_sequences: token sequences that end a row once its output holds one of them.
 
     Returns:
       (grown [B] after trimming, done [B] bool).

@@ -41,7 +41,7 @@ def speculative(
     Args:
       drafter: bound LanguageModel or Drafter.
       verifier: bound LanguageModel.
-      rule: what law is emitted; alpha scalar, or one per input row.
+      rule: what distribution is emitted; alpha scalar, or one per input row.
       inputs: {"encoder_input_tokens": [rows, S]}, or what the models' `start` reads: decoder-only models read
         {"decoder_input_tokens": [rows, S]}, ragged prompts after the start token (`models.prompts`).
       config: static options.
@@ -103,7 +103,7 @@ def token_cascade(
       oracle: charge the verifier only at the tokens the rule defers, as if its test were free (Oracle[Diff]).
       config: draft_len + 1 is the chunk in which the verifier's cache catches up.
 
-    Other arguments and the output are as for `speculative`. The emitted law is the rule's pi.
+    Other arguments and the output are as for `speculative`. The emitted distribution is the rule's pi.
 
     Raises:
       UserError: a rule this execution cannot run; the message says what to use instead.
@@ -150,7 +150,6 @@ def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> 
 start = jax.jit(loop.init)
 run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1)
 refill = jax.jit(loop.refill, donate_argnums=1)
-run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 finish = jax.jit(harvest, static_argnums=0)
 

@@ -1,4 +1,4 @@
-"""Decodes compiled ahead of their first batch, so that compile time and decode time are told apart."""
+"""Compiles decodes ahead of their first batch, so that compile time and decode time are measured apart."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from speccascade_t5x.decoding import api, loop, placing, queue
 from speccascade_t5x.decoding.state import Output, Program, State
 from speccascade_t5x.interfaces import Array, PyTree
 
-# Of the inputs of a batch, one in so many move into places of a queue at a time. What a move copies does not depend on
-# how many there are to move, and several may follow one another.
+# One in so many of the inputs of a batch moves into the places of a queue at a time. The cost of a move does not depend
+# on how many inputs are waiting, and several moves may follow one another.
 MOVED_AT_ONCE = 8
 
 
 def shape_key(program: Program, inputs: PyTree) -> tuple:
     """What a compiled decode depends on: two equal keys can share one CompiledDecoder.
 
-    Values of alpha, temperature and the other traced options, and of parameters, do not enter.
+    It does not depend on the values of alpha, temperature, other traced options and parameters.
     """
     leaves, structure = jax.tree.flatten((program, inputs))
     return structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 class Layout(Protocol):
-    """Where the arrays of a decode live on a mesh; see `runtime.partitioning.Partitioning`."""
+    """Where the arrays of a decode live on a mesh; see `distributed.partitioning.Partitioning`."""
 
     @property
     def rows(self) -> jax.sharding.Sharding:
@@ -76,7 +76,7 @@ def lower(
     layout: Layout | None = None,
     queued: bool = False,
 ) -> Lowered:
-    """Lowers a decode. Nothing is read of any argument but shapes and where they live.
+    """Lowers a decode. Only the shapes and shardings of arguments are read.
 
     Args:
       program: what will run, with arrays or with jax.ShapeDtypeStruct leaves, which may name devices that are not here.
@@ -104,7 +104,7 @@ def lower(
 
 
 class _Compiled:
-    """What begins and ends a decode, for one shape, one static config and one layout, and a loop.
+    """The start, the loop and the end of a decode, compiled for one shape, one static config and one layout.
 
     Attributes:
       seconds: what lowering and compiling took.
@@ -116,7 +116,7 @@ class _Compiled:
         """Compiles.
 
         Args:
-          program: what will run; its parameters are where they shall be.
+          program: what will run; its parameters are already placed.
           inputs: as for `decoding.start`; only their shapes are read.
           layout: of the mesh the parameters live on; None for one device.
         """
@@ -151,10 +151,6 @@ class _Compiled:
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""
         return self._finish(state)
-
-    def loop_text(self) -> str:
-        """The compiled loop as HLO, for what is counted in it."""
-        return self._loop.as_text()
 
     def temporary_bytes(self) -> int:
         """Temporary memory of the loop beside its arguments, as the compiler plans it; 0 where it does not say."""

@@ -1,4 +1,4 @@
-"""What is fixed per compiled program."""
+"""Options that are fixed per compiled program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DecodeConfig:
       start_id: decoder start token, checked against the models'.
       vocab_size: ids at or above it are never emitted; None leaves all of the logits' width.
       verification: "token" or "block".
-      stop_sequences: token sequences that end a row once they stand in its output; kept.
+      stop_sequences: token sequences that end a row once its output holds one; they are kept.
       num_samples: outputs per input, side by side in the batch.
       trace: keep per-token diagnostics (`Output.trace`); the drafter is then scored at the bonus position too.
     """

@@ -80,12 +80,11 @@ def refill(program: Program, state: State, rows: Array, inputs: PyTree, key: Arr
       example_ids: as for `init`.
     """
     fresh = init(program, inputs, key, example_ids)
-    choose = lambda new, old: jnp.where(probs.expand_right(rows, new.ndim), new, old)  # noqa: E731
-    return jax.tree.map(choose, fresh, state)
+    return jax.tree.map(lambda new, old: jnp.where(probs.expand_right(rows, new.ndim), new, old), fresh, state)
 
 
 def move(state: State, waiting: State, source: Array, target: Array) -> State:
-    """Replaces rows by rows of another state that have just begun. No input is read, so it costs a copy only.
+    """Replaces rows by rows of another state that have just begun. No input is read, so it only costs a copy.
 
     Args:
       state: the state to change.
@@ -93,8 +92,7 @@ def move(state: State, waiting: State, source: Array, target: Array) -> State:
       source: [R] rows of `waiting`, all samples of an example.
       target: [R] rows of `state` they go to; B where there is nothing to move.
     """
-    put = lambda old, new: old.at[target].set(new[source], mode="drop")  # noqa: E731
-    return jax.tree.map(put, state, waiting)
+    return jax.tree.map(lambda old, new: old.at[target].set(new[source], mode="drop"), state, waiting)
 
 
 def run(
@@ -111,8 +109,7 @@ def run(
       max_rounds: bound for this call; traced.
       loop: "python" runs the same round eagerly, for breakpoints and tests.
     """
-    batch = state.done.shape[0]
-    program = per_row(program, batch)
+    program = per_row(program, state.done.shape[0])
     if loop == "python":
         for _ in range(int(max_rounds)):
             if bool(jnp.all(state.done)):
@@ -121,7 +118,7 @@ def run(
         return state
 
     def unfinished(carry: tuple[Array, State]) -> Array:
-        return (carry[0] < max_rounds) & (jnp.sum(carry[1].done) < batch)
+        return (carry[0] < max_rounds) & ~jnp.all(carry[1].done)
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         return carry[0] + 1, program.execution.round(program, carry[1])

@@ -1,4 +1,4 @@
-"""Arrays onto devices, also those of other hosts."""
+"""Puts arrays onto devices, including those of other hosts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from speccascade_t5x.interfaces import Array, PyTree
 def put(tree: PyTree, where: jax.sharding.Sharding | PyTree, may_alias: bool | None = None) -> PyTree:
     """`jax.device_put`, also where a sharding reaches devices of other hosts.
 
-    Then every host calls it with the same values and fills in its own part; nothing travels, and nothing checks that
-    the values are the same.
+    In that case every host calls it with the same values and fills in its own part. Nothing is sent between hosts, and
+    nothing checks that the values are equal.
 
     Args:
-      tree: arrays, of numpy or of JAX, whole on this host or where they belong already.
+      tree: arrays, of numpy or of JAX, whole on this host or already in place.
       where: a sharding for all, or a tree of them.
       may_alias: False copies in any case, see `jax.device_put`.
     """

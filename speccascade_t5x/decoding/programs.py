@@ -1,4 +1,4 @@
-"""Programs: rule x drafter x execution put together, and combinations that make no sense refused."""
+"""Builds programs from rule, drafter and execution, and rejects combinations that cannot work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def speculative_program(
         if draft_stop is not None:
             raise UserError("draft_stop needs a language model as drafter: this drafter decides its lengths itself")
         if drafter.model.draft_len != config.draft_len:
-            raise UserError(f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}")
+            raise UserError(
+                f"the drafter drafts {drafter.model.draft_len} tokens, but draft_len={config.draft_len}: "
+                "make them equal"
+            )
         _check_drafter(drafter.model, rule, config, sampling, width)
         if rule.reads_hidden:
             raise UserError(
@@ -110,7 +113,7 @@ def sequence_cascade_program(
     confidence: str = "mean",
     quantile: Array | float = 0.0,
 ) -> Program:
-    """SeqCascade."""
+    """The program of `decoding.sequence_cascade`."""
     if confidence not in ("sum", "mean", "quantile"):
         raise UserError(f"confidence={confidence!r} is unknown: use 'sum', 'mean' or 'quantile'")
     config = dataclasses.replace(config, draft_len=0)
@@ -133,47 +136,47 @@ def _common_width(drafter: Bound, verifier: Bound, config: DecodeConfig) -> int:
 
 
 def _check_drafter(drafter: Drafter, rule: rules.Rule, config: DecodeConfig, sampling: Sampling, width: int) -> None:
-    """Refuses a ready-made drafter that does not report what the rule reads, shaped as the decode shapes p."""
+    """Rejects a ready-made drafter that does not report what the rule reads, shaped as the decode shapes p."""
     if drafter.width != width:
         raise UserError(
-            f"the drafter's laws are {drafter.width} wide, but the verifier has {width} logits: build the drafter with "
-            f"width={width}"
+            f"the drafter's distributions are {drafter.width} wide, but the verifier has {width} logits: build "
+            f"the drafter with width={width}"
         )
     if not rule.reads_drafter:
         return
     if not drafter.score_bonus:
         raise UserError(
-            f"the rule {type(rule).__name__} reads a drafter's law q at every drafted and bonus position, which "
-            f"{type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, or a "
-            "cascade with reads=<the model whose law it is to read>, or a ModelDrafter with score_bonus=True"
+            f"the rule {type(rule).__name__} reads a drafter's distribution q at every drafted and bonus position, "
+            f"which {type(drafter).__name__} does not report here (a copied token has none): use lossless or min_p, a "
+            "cascade with reads=<the model whose distribution it is to read>, or a ModelDrafter with score_bonus=True"
         )
     if drafter.vocab_size != config.vocab_size:
         raise UserError(
             f"the drafter was built with vocab_size={drafter.vocab_size}, but the decode has {config.vocab_size}: "
-            f"{type(rule).__name__} compares both laws, so build the drafter with the decode's"
+            f"{type(rule).__name__} compares both distributions, so build the drafter with the decode's"
         )
     for name in ("temperature", "top_k", "top_p", "min_p"):
         own, wanted = (getattr(options, name) for options in (drafter.sampling, sampling))
         if not _same(own, wanted):
             raise UserError(
                 f"the drafter was built with {name}={own}, but the decode has {wanted}: {type(rule).__name__} compares "
-                "both laws, so build the drafter with the decode's sampling"
+                "both distributions, so build the drafter with the decode's sampling"
             )
 
 
 def _same(one: Array | float, other: Array | float) -> bool:
-    """Whether two options are equal. Traced values cannot be looked at and pass."""
+    """Whether two options are equal. Traced values cannot be inspected and pass."""
     traced = any(isinstance(x, jax.core.Tracer) for x in (one, other))
     return traced or bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
 def _check_beginnings(config: DecodeConfig, *bounds: Bound) -> None:
-    """Refuses models that begin with another token, or at different positions: all must read the prompt, or none."""
+    """Rejects models that begin with another token, or at different positions: all must read the prompt, or none."""
     models = [model for bound in bounds for model in _language_models(bound.model)]
     for model in models:
         start_id = getattr(model, "start_id", config.start_id)
         if start_id != config.start_id:
-            raise UserError(f"a model starts with token {start_id}, but start_id={config.start_id}")
+            raise UserError(f"a model starts with token {start_id}, but start_id={config.start_id}: make them equal")
     names = {getattr(model, "input_name", None) for model in models} - {None}
     if len(names) > 1:
         raise UserError(
@@ -188,11 +191,11 @@ def _language_models(model: LanguageModel | Drafter) -> tuple[LanguageModel, ...
 
 
 def _check(config: DecodeConfig, sampling: Sampling | None, width: int, *models: Bound) -> None:
-    """Refuses what would decode to nonsense. Traced values cannot be looked at and pass."""
+    """Rejects options that would decode to nonsense. Traced values cannot be inspected and pass."""
     if config.vocab_size is not None and not 1 <= config.vocab_size <= width:
         raise UserError(f"vocab_size={config.vocab_size} must lie from 1 to the {width} logits of the models")
     if not 0 <= config.eos_id < width:
-        raise UserError(f"eos_id={config.eos_id} is not among the {width} logits of the models")
+        raise UserError(f"eos_id={config.eos_id} is outside the vocabulary: give one from 0 to {width - 1}")
     _check_beginnings(config, *models)
     limits = {"temperature": (0.0, np.inf), "top_k": (0, np.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
     for name, (low, high) in limits.items():

@@ -8,8 +8,8 @@ as many waiting rows move into their places:
     waiting   [ e  f  g  h ]   ->   [ .  .  g  h ]
     ended     [ .  .  .  . ]        [ b  d  .  . ]   in the order of the inputs that replaced them
 
-One call goes on until nothing waits, so the host has a turn per batch, not per ended row. The rounds are those of
-`loop.run`; an input's noise depends on its example alone, and nothing is computed across rows.
+One call goes on until nothing waits, so there is one host round trip per batch, not per ended row. The rounds are those
+of `loop.run`; an input's noise depends on its example alone, and nothing is computed across rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from speccascade_t5x.decoding import loop
 from speccascade_t5x.decoding.state import Output, Program, State, harvest
 from speccascade_t5x.interfaces import Array
 
-NOBODY = -1  # instead of an example: a place that holds none
+NOBODY = -1  # in place of an example id: the place is empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ended:
     """Outputs that ended while a queue ran. Entry i is that of the input whose place waiting input i took.
 
     Attributes:
-      example_ids: [inputs] whose it is; NOBODY where no waiting input moved, or into a place that held no example.
+      example_ids: [inputs] its example; NOBODY where no waiting input moved, or it moved into an empty place.
       output: [B] rows; those of entry i begin at i * num_samples.
     """
 
@@ -55,7 +55,7 @@ def run_queue(
       ids: [inputs] int32, the example in each place of `state`, or NOBODY.
       waiting: from `loop.init`, same shapes as `state`.
       coming: [inputs] int32, the example in each place of `waiting`; then NOBODY to the end.
-      patience: inputs that shall have ended before the loop pauses to move others in, 1 to inputs; traced.
+      patience: inputs that must have ended before the loop pauses to move others in, 1 to inputs; traced.
       width: how many inputs are moved at a time; static. A further move follows at once where `patience` says so.
 
     Returns:

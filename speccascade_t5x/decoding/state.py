@@ -1,4 +1,4 @@
-"""What a decode carries from round to round, and what it returns."""
+"""The state a decode carries from round to round, and its output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Program:
       drafter: bound Drafter; bound LanguageModel in a sequence cascade; None where nothing is drafted.
       execution: what a round does.
       config: static options.
-      width: V that laws are computed on.
+      width: V that distributions are computed on.
     """
 
     verifier: Bound
@@ -62,7 +62,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Diagnostics of each output token, [B, N] float32; NaN where a law was not computed.
+    """Diagnostics of each output token, [B, N] float32; NaN where a distribution was not computed.
 
     Attributes:
       log_prob: log pi of the token, temperature 1, untruncated.

@@ -1,9 +1,9 @@
-"""Learned deferral: what to do where the plug-in rules' models are not calibrated.
+"""Learned deferral, for models that are not calibrated well enough for the plug-in rules.
 
 The plug-in rules read max q, max p or entropies as if they were expected losses. Here a small head estimates the loss
 gap g(x_<t) = E_P[loss(v, q)] - E_P[loss(v, p)] itself, from teacher-forced data, and the rule defers iff
 g_hat > alpha D_TV(p, q). Calibration baselines (temperature, vector scaling, isotonic) change what a plug-in rule
-READS; the laws that are sampled stay as they are.
+READS; the distributions that are sampled do not change.
 
 Importing this package registers the rules `learned_gap`, `learned_token` and `calibrated_opt`.
 

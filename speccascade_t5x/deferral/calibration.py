@@ -1,7 +1,8 @@
-"""Calibration of what a plug-in rule READS; the laws that are sampled stay as they are.
+"""Calibration of what a plug-in rule READS; the distributions that are sampled do not change.
 
-Temperature scaling and vector scaling (Guo et al. 2017) give a calibrated law; isotonic regression gives a calibrated
-confidence, the probability that the argmax is right. All are fitted on teacher-forced targets of the fitting split.
+Temperature scaling and vector scaling (Guo et al. 2017) give a calibrated distribution; isotonic regression gives a
+calibrated confidence, the probability that the argmax is right. All three are fitted on teacher-forced targets of the
+fitting split.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from speccascade_t5x.interfaces import Array, UserError
 
 KINDS = ("identity", "temperature", "vector", "isotonic")
 BINS = 15
-# Reciprocal temperatures a first pass looks at; a second pass looks between two of them.
+# Reciprocal temperatures of a first pass; a second pass refines between two of them.
 _GRID = np.geomspace(1 / 16, 16.0, 33)
 _BISECTIONS = 17
 _VECTOR_STEPS, _VECTOR_RATE, _VECTOR_DECAY = 200, 0.03, 1e-4
@@ -50,20 +51,20 @@ class Calibration:
             raise UserError(f"the calibration {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
 
     def law(self, raw: Array) -> Array:
-        """The calibrated law, [..., V]. Impossible tokens stay impossible.
+        """The calibrated distribution, [..., V]. A token of probability 0 keeps it.
 
         Raises:
-          UserError: isotonic regression gives no law.
+          UserError: isotonic regression gives no distribution.
         """
         if self.kind == "identity":
             return raw
         if self.kind == "isotonic":
-            raise UserError("isotonic calibration gives a confidence and no law: use temperature or vector scaling")
+            raise UserError("isotonic calibration gives no distribution: use temperature or vector scaling")
         logits = jnp.log(jnp.maximum(raw, 1e-30))
         if self.kind == "temperature":
             logits = logits / self.values["temperature"]
         else:
-            # A padded tail has no parameters of its own and no probability either.
+            # A padded tail has neither parameters nor probability.
             short = raw.shape[-1] - self.values["scale"].shape[-1]
             scale = jnp.pad(self.values["scale"][: raw.shape[-1]], (0, max(short, 0)), constant_values=1.0)
             bias = jnp.pad(self.values["bias"][: raw.shape[-1]], (0, max(short, 0)))
@@ -103,14 +104,14 @@ trees.register(PairCalibration)
 
 
 def identity() -> Calibration:
-    """Leaves everything as it is."""
+    """A calibration that changes nothing."""
     return Calibration("identity", {})
 
 
 def remembered(batches: Batches, most_bytes: int = _REMEMBERED) -> Batches:
-    """The same batches, held in memory from the first pass on while they are no larger than `most_bytes`.
+    """The same batches, kept in memory after the first pass if they total at most `most_bytes`.
 
-    Vector scaling passes over them dozens of times; where they are too many, they are computed anew each time.
+    Vector scaling passes over them dozens of times; batches beyond the limit are computed anew in each pass.
     """
     held: list[tuple[np.ndarray, np.ndarray]] = []
     whole = [False]
@@ -217,7 +218,7 @@ def fit_vector(batches: Batches, temperature: Calibration, steps: int = _VECTOR_
 
 
 def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
-    """The non-decreasing map from max-probability to hit rate of least squared error (pool adjacent violators).
+    """The non-decreasing map from max-probability to hit rate of least squared error.
 
     Args:
       confidence: [N] largest probabilities.
@@ -226,6 +227,8 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     Raises:
       UserError: there is no position, or every label is a hit, or none is.
     """
+    from scipy import optimize  # takes a while to load, and only fitting needs it
+
     confidence, hits = np.asarray(confidence, np.float64), np.asarray(hits, np.float64)
     if not len(hits):
         raise UserError("there is no position to calibrate on: the fitting split is empty")
@@ -235,19 +238,11 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     values, inverse = np.unique(confidence, return_inverse=True)
     weights = np.bincount(inverse).astype(np.float64)
     means = np.bincount(inverse, weights=hits) / weights
-    levels, sizes, counts = [], [], []  # blocks: mean, weight, how many distinct values
-    for mean, weight in zip(means, weights, strict=True):
-        levels.append(mean), sizes.append(weight), counts.append(1)
-        while len(levels) > 1 and levels[-2] >= levels[-1]:
-            total = sizes[-2] + sizes[-1]
-            merged = (levels[-2] * sizes[-2] + levels[-1] * sizes[-1]) / total
-            pooled = counts[-2] + counts[-1]
-            del levels[-2:], sizes[-2:], counts[-2:]
-            levels.append(merged), sizes.append(total), counts.append(pooled)
+    fitted = optimize.isotonic_regression(means, weights=weights)
     # The fitted steps as a piecewise linear map through the first and last value of each block.
-    last = np.cumsum(counts) - 1
-    knots = np.stack([values[last - np.array(counts) + 1], values[last]], axis=1).ravel()
-    heights = np.repeat(levels, 2)
+    first, last = fitted.blocks[:-1], fitted.blocks[1:] - 1
+    knots = np.stack([values[first], values[last]], axis=1).ravel()
+    heights = np.repeat(fitted.x[first], 2)
     # Always as many knots, so that no fit compiles a program of its own; a last one that is repeated changes nothing.
     places = np.linspace(0, len(knots) - 1, _MOST_KNOTS).round().astype(int) if len(knots) > _MOST_KNOTS else None
     places = np.minimum(np.arange(_MOST_KNOTS), len(knots) - 1) if places is None else places

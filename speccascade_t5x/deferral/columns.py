@@ -1,4 +1,4 @@
-"""Collected columns as a fit reads them: checked, cut to the positions that count, on the device."""
+"""Prepares collected columns for a fit: checks them, keeps the positions that count, moves them to the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Columns = Mapping[str, np.ndarray]
 
 
 def check(columns: Columns, config: HeadConfig) -> None:
-    """Refuses data nothing can be learnt from.
+    """Rejects data that nothing can be learned from.
 
     Raises:
       UserError: no position, a single example, columns that are not finite, or labels that are all the same.
@@ -29,25 +29,26 @@ def check(columns: Columns, config: HeadConfig) -> None:
         raise UserError("the fitting split holds one example only, and cross-validation needs 2 or more: collect more")
     for column in ("features", "log_q", "log_p", "distance"):
         if not np.isfinite(columns[column]).all():
-            raise UserError(f"the fitting split holds NaN or infinite {column}: a model's logits were not finite")
+            raise UserError(f"the fitting split holds NaN or infinite {column}: check the models' logits")
     if config.kind == "prefix":
         gap = labels.gap(columns, config.loss)
         if gap.min() == gap.max():
             raise UserError(
-                f"every label of the fitting split is the same: drafter and verifier lose {gap.flat[0]:+.3g} apart at "
-                "every token, so there is nothing to learn when to defer by; use another loss, or collect more examples"
+                f"every label of the fitting split is the same: the losses of drafter and verifier differ by "
+                f"{gap.flat[0]:+.3g} at every token, so no deferral can be learned: use another loss, or collect more "
+                "examples"
             )
 
 
 def joined(*parts: Columns) -> dict[str, np.ndarray]:
-    """The positions of several splits as one."""
+    """Concatenates the positions of several splits."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def heard(columns: Columns, config: HeadConfig) -> np.ndarray:
-    """[N] bool: positions where the head has a say. A gated one is 0 by construction where both argmaxes agree.
+    """[N] bool: positions whose loss depends on the head. A gated head is 0 by construction where both argmaxes agree.
 
-    The others would only thin the minibatches out, and set the scales of features by positions nobody asks about.
+    The other positions would only dilute the minibatches and distort the scales of features.
     """
     if not config.gated:
         return np.ones(len(columns["features"]), bool)

@@ -1,7 +1,7 @@
-"""Known distortions of a model's logits, for experiments: what miscalibration does to rules when all else is equal.
+"""Known distortions of a model's logits, for experiments on what miscalibration alone does to rules.
 
-A `Distorted` model IS the distorted one: what is sampled changes with what is read. To change only what a rule reads,
-calibrate its input instead (`calibration`).
+A `Distorted` model is distorted throughout: both what is sampled and what rules read change. To change only what a
+rule reads, calibrate its input instead (`calibration`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ KINDS = ("temperature", "by_class", "slice")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Distortion:
-    """Logits in, logits out.
+    """A function of logits.
 
     Attributes:
       kind: "temperature": logits / values[0]. "by_class": positions whose most likely token is of class c are divided
-        by values[c]. "slice": logits stay as they are in rows whose input holds a token of `members`; elsewhere each
+        by values[c]. "slice": logits do not change in rows whose input holds a token of `members`; elsewhere each
         token gets a fixed bias, drawn once with deviation values[1], and the sum is divided by values[0].
       values: temperatures; of a slice, temperature and deviation.
       classes: class of each token, for "by_class".
@@ -41,14 +41,14 @@ class Distortion:
         if self.kind not in KINDS:
             raise UserError(f"the distortion {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         if len(self.values) < 1 + (self.kind == "slice") or min(self.values) <= 0:
-            raise UserError(f"a distortion needs values above 0 (two for a slice), got {self.values}")
+            raise UserError(f"a distortion has values={self.values}: give values above 0 (two for a slice)")
 
     def apply(self, logits: Array, inside: Array | None = None) -> Array:
         """[B, T, V] -> [B, T, V].
 
         Args:
           logits: of the model.
-          inside: [B] bool, for "slice": rows that stay as they are.
+          inside: [B] bool, for "slice": rows that do not change.
         """
         logits = logits.astype(jnp.float32)
         if self.kind == "temperature":
@@ -107,7 +107,7 @@ class Distorted:
         return cache
 
     def first(self, inputs: PyTree) -> tuple[Array, Array]:
-        """The model's own."""
+        """The first token and position of the undistorted model."""
         return self.model.first(inputs)
 
     def extend(

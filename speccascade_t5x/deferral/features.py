@@ -1,7 +1,7 @@
-"""What a head reads at a prefix: figures of both models' laws at temperature 1, and of a few candidate tokens.
+"""Features that a head reads at a prefix: figures of both models' distributions at temperature 1, and of candidates.
 
-Everything follows from (q_raw, p_raw, position), so a head fitted on teacher-forced data reads the same numbers in the
-loop, whatever temperature or truncation is sampled with.
+They depend on (q_raw, p_raw, position) alone, so a head fitted on teacher-forced data reads the same numbers in the
+loop, whatever the temperature or truncation of sampling.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from speccascade_t5x.core import divergences, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.interfaces import Array, UserError
 
-LOG_FLOOR = -20.0  # natural logarithms are cut off here: a probability of 0 must stay a number
+LOG_FLOOR = -20.0  # natural logarithms are clipped here, so that a probability of 0 gives a finite number
 _SLOW_POSITION = 100.0
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """Which features there are.
+    """Which features are computed.
 
     Attributes:
-      top: how many of the largest probabilities of each law are read; a token head's candidates are these tokens.
-      classes: token classes, whose mass under each law is read; 0 for none.
+      top: how many of the largest probabilities of each distribution are read; a token head's candidates are these
+        tokens.
+      classes: token classes, whose mass under each distribution is read; 0 for none.
       hidden_q: width of the drafter's last hidden state if it is read, 0 if not.
       hidden_p: the verifier's likewise.
     """
@@ -65,11 +66,11 @@ CANDIDATE_NAMES = ("log_q", "log_p", "q", "p", "rank_q", "rank_p", "is_argmax_q"
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The few tokens a token head scores: the most likely of either law.
+    """The few tokens a token head scores: the most likely of either distribution.
 
     Attributes:
       ids: [..., K] token ids, K = 2 top; the drafter's first.
-      valid: [..., K] bool, False for one of the drafter's that stands among the verifier's too.
+      valid: [..., K] bool, False for a drafter's token that is among the verifier's too.
       features: [..., K, Fc] of each.
       log_p: [..., K] log p_raw of each, cut at LOG_FLOOR.
       log_rest: [...] log of the mass p_raw leaves to all other tokens, cut likewise.
@@ -99,10 +100,13 @@ def prefix_features(pair: Pair, spec: FeatureSpec, classes: Array | None = None)
       classes: [V] int32 class of each token; needed where spec.classes is not 0.
 
     Raises:
-      UserError: a law or the position is missing.
+      UserError: a distribution or the position is missing.
     """
     if pair.q_raw is None or pair.position is None:
-        raise UserError("a learned rule reads both models' laws and the output position, which are not known here")
+        raise UserError(
+            "a learned rule reads both models' distributions and the output position, which are missing here: use it "
+            "between a drafter model and its verifier"
+        )
     q, p = pair.q_raw.astype(jnp.float32), pair.p_raw.astype(jnp.float32)
     (top_q, ids_q), (top_p, ids_p) = jax.lax.top_k(q, spec.top), jax.lax.top_k(p, spec.top)
     columns = []
@@ -135,7 +139,7 @@ def prefix_features(pair: Pair, spec: FeatureSpec, classes: Array | None = None)
 def class_mass(law: Array, spec: FeatureSpec, classes: Array | None) -> Array:
     """[..., V] -> [..., classes]: the mass of each token class."""
     if classes is None:
-        raise UserError("these features read token classes, but no class of each token was given")
+        raise UserError("these features read token classes, but none were given: pass the class of each token")
     return law @ jax.nn.one_hot(classes, spec.classes, dtype=jnp.float32)
 
 
@@ -175,7 +179,7 @@ def candidates(pair: Pair, spec: FeatureSpec, classes: Array | None = None) -> C
 
 
 def _log_rank(law: Array, value: Array) -> Array:
-    """log(1 + how many tokens are more likely than `value`): law [..., V], value [...] or [..., K]."""
+    """log(1 + how many tokens are more likely than `value`): distribution [..., V], value [...] or [..., K]."""
     if value.ndim == law.ndim:
         return jnp.log1p(jnp.sum(law[..., None, :] > value[..., None], axis=-1).astype(jnp.float32))
     return jnp.log1p(jnp.sum(law > value[..., None], axis=-1).astype(jnp.float32))

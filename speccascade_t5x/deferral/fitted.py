@@ -1,4 +1,4 @@
-"""What a fit leaves behind for a bundle: heads, calibrations, and which pair and vocabulary they belong to."""
+"""The result of a fit as a bundle stores it: heads, calibrations, and the pair and vocabulary they belong to."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Fitted:
         return rules.by_name(name, alpha, head=_part(self.heads, kind, "head"), **options)
 
     def check(self, drafter: str, verifier: str, vocabulary: str, where: str) -> None:
-        """Refuses a pair this was not fitted on.
+        """Rejects a pair this was not fitted on.
 
         Raises:
           UserError: naming what differs.
@@ -116,7 +116,7 @@ def from_files(arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]) -
 
     Raises:
       UserError: arrays of another shape than the description says, or that are not finite.
-      KeyError, TypeError: something lacks.
+      KeyError, TypeError: something is missing.
     """
     found_heads = {}
     for kind, fields in described["heads"].items():
@@ -127,7 +127,9 @@ def from_files(arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]) -
         wanted = jax.eval_shape(lambda config=config, few=few: heads.fresh(config, jax.random.key(0), few))
         shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
         if shapes(found.variables) != shapes(wanted):
-            raise UserError(f"the {kind} head's arrays do not fit its description")
+            raise UserError(
+                f"the {kind} head's arrays do not fit its description: fit it again with `speccascade train_deferral`"
+            )
         found_heads[kind] = found
     calibrations = {}
     for kind, names in described["calibrations"].items():
@@ -138,7 +140,9 @@ def from_files(arrays: Mapping[str, np.ndarray], described: Mapping[str, Any]) -
         calibrations[kind] = PairCalibration(**parts)
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise UserError(f"{name} of the deferral head holds NaN or infinities")
+            raise UserError(
+                f"{name} of the deferral head holds NaN or infinities: fit it again with `speccascade train_deferral`"
+            )
     plain = {name: described[name] for name in ("drafter", "verifier", "vocabulary", "about")}
     return Fitted(found_heads, calibrations, **plain)
 

@@ -1,12 +1,12 @@
-"""Fits heads with optax on collected columns: a plain loop over arrays, stopped early by cross-validation.
+"""Fits heads with optax on collected columns, by a plain loop over arrays with early stopping by cross-validation.
 
-A gap is learnt from the positions where the two models choose different tokens: one in a hundred of a good pair. A
-held-out share of so few says little, so the examples are dealt into folds, and one head per fold is fitted without it,
-in step with the head that is kept, which sees them all. What each head loses on the fold it has not seen, over all
-folds, says after how many updates to stop.
+A gap is learned from the positions where the two models choose different tokens, about one in a hundred for a good
+pair. A held-out share of so few is too noisy, so the examples are split into folds. One head per fold is fitted
+without it, in step with the head that is kept, which is fitted on all folds. The mean loss of each head on the fold it
+has not seen determines the number of updates.
 
-Minibatches are a pure function of (seed, step), so a run that was killed continues at its newest checkpoint with the
-same bits. Nothing here knows of files: a `Store` keeps states, an observer is told what happens.
+Minibatches are a pure function of (seed, step), so a killed run continues from its newest checkpoint bit-identically.
+This module does not access files: a `Store` keeps states, and an `Observer` is notified of progress.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class FitConfig:
         the head then gives log-odds of deferring); of a token head "likelihood".
       alphas: of the surrogate.
       softness: of the surrogate, in units of the loss: width of the sigmoid.
-      steps: updates at most.
+      steps: most updates.
       batch_size: positions of a minibatch.
-      learning_rate: of AdamW, falling to a tenth by a cosine. Small: on few positions the best head is found after
-        some dozens of updates, and a larger rate steps over it.
+      learning_rate: of AdamW, decayed to a tenth by a cosine. It is small because on few positions the best head is
+        found after some dozens of updates, and a larger rate would miss it.
       weight_decay: of AdamW.
-      folds: parts of the examples; as many further heads are fitted, each without its part. Five leave four fifths of
-        the data to each and cost six fits in one program.
-      eval_every: updates between looks at the left-out folds; also between checkpoints. Few, for the same reason.
-      patience: looks without a better left-out loss after which a fit stops.
-      seeds: one fit each; the one with the best left-out loss is kept.
-      keep: checkpoints of each seed that stay.
+      folds: parts of the examples; as many further heads are fitted, each without its part. Five leave each head four
+        fifths of the data and cost six fits in one program.
+      eval_every: updates between evaluations on the left-out folds, and between checkpoints; small for the same reason.
+      patience: evaluations without a better left-out loss after which a fit stops.
+      seeds: one fit is made for each; the one with the best left-out loss is kept.
+      keep: number of checkpoints that are kept for each seed.
     """
 
     objective: str = "squared"
@@ -86,7 +86,7 @@ class FitConfig:
 
 
 class Observer:
-    """Told what happens; each method may be overridden."""
+    """Is notified of progress; each method may be overridden."""
 
     def started(self, seed: int, step: int, steps: int) -> None:
         """The fit of a seed begins after `step` updates."""
@@ -98,13 +98,13 @@ class Observer:
 @trees.register
 @dataclasses.dataclass
 class FitState:
-    """What a fit carries: current and best parameters, and how it went.
+    """State of a fit: current and best parameters, and its progress.
 
     Attributes:
       step: int32, updates made.
       params: {"now"}: of all heads, [folds + 1, ...], the last of which sees all folds; {"best"}: of that one after
-        the best number of updates; {"best_loss", "best_step", "worse"}: the left-out loss there, its step, and looks
-        since.
+        the best number of updates; {"best_loss", "best_step", "worse"}: the left-out loss there, its step, and the
+        number of evaluations since.
       opt_state: of AdamW, likewise for all heads.
     """
 
@@ -114,7 +114,7 @@ class FitState:
 
 
 class Store(Protocol):
-    """Keeps states of one fit, whole or not at all."""
+    """Keeps states of one fit; each is written atomically."""
 
     def latest(self) -> int | None:
         """The step of the newest one."""
@@ -194,13 +194,13 @@ def fit_head(
         head.
       classes: [V] class of each token, which the head carries.
       store: seed -> where its states are kept; None keeps none.
-      observer: told what happens.
+      observer: is notified of progress.
 
     Returns:
       One Fit per seed, the best left-out loss first.
 
     Raises:
-      UserError: data nothing can be learnt from, or a loss that became NaN; checkpoints before it stay.
+      UserError: nothing can be learned from the data, or the loss became NaN; earlier checkpoints are kept.
     """
     if (config.kind == "token") != (fit.objective == "likelihood"):
         able = "likelihood" if config.kind == "token" else "squared, surrogate or co_llm"
@@ -228,7 +228,7 @@ class _Run:
     def __init__(self, config: HeadConfig, fit: FitConfig, columns: Columns):
         self.config, self.fit_config, self.columns = config, fit, columns
         self.data = columns_lib.on_device(columns, config)
-        # Neighbours in a corpus are alike, so they are dealt to different folds: each is a sample of the whole.
+        # Neighbours in a corpus are alike, so they go to different folds: each fold is then a sample of the whole.
         dealt = np.unique(columns["example"], return_inverse=True)[1].ravel() % fit.folds
         self.fold = jnp.asarray(dealt, jnp.int32)
         parts = [np.flatnonzero(dealt == number) for number in range(fit.folds)]

@@ -1,4 +1,4 @@
-"""Heads: small networks that read features and say what the models' confidences do not.
+"""Heads: small networks that estimate from features what the models' confidences miss.
 
 A prefix head gives g_hat(x_<t), the expected loss gap. A token head gives P_hat(v | x_<t) of a few candidate tokens.
 The normalisation of the features is part of the head: means and scales travel in its variables.
@@ -22,7 +22,7 @@ from speccascade_t5x.interfaces import NEG_INF, Array, PyTree, UserError
 
 KINDS = ("prefix", "token")
 LOSSES = ("zero_one", "log")
-_LEAST_SCALE = 1e-3  # a feature that hardly varies is not blown up
+_LEAST_SCALE = 1e-3  # a feature that hardly varies is not magnified
 
 
 @jax.tree_util.register_static
@@ -61,7 +61,7 @@ class HeadConfig:
 
 
 class Normalise(nn.Module):
-    """(x - mean) / scale, with statistics of the fitting data that are no parameters."""
+    """(x - mean) / scale, with statistics of the fitting data, which are not trained."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -89,7 +89,7 @@ class Trunk(nn.Module):
 
 
 class PrefixNetwork(nn.Module):
-    """[..., F] (and [..., D]) -> [...] g_hat. The last layer starts at zero: a fresh head sees no gap."""
+    """[..., F] (and [..., D]) -> [...] g_hat. The last layer starts at zero, so a fresh head predicts no gap."""
 
     config: HeadConfig
 
@@ -105,7 +105,7 @@ class PrefixNetwork(nn.Module):
 class TokenNetwork(nn.Module):
     """[..., F], candidates -> [..., K + 1] log P_hat of each candidate and, last, of all other tokens together.
 
-    A correction to log p that starts at zero: a fresh head says what the verifier says.
+    It is a correction to log p that starts at zero, so a fresh head gives the verifier's probabilities.
     """
 
     config: HeadConfig
@@ -141,11 +141,11 @@ class Head:
     variables: PyTree
     classes: Array | None = None
 
-    per_input: ClassVar[bool] = False  # whatever the shapes of its arrays, it is one for all rows of a decode
+    per_input: ClassVar[bool] = False  # one for all rows of a decode, whatever the shapes of its arrays
 
     @property
     def unfitted(self) -> bool:
-        """Whether it says what a head says before its first update: its last layers are still zero."""
+        """Whether it still predicts what a fresh head predicts: its last layers are zero."""
         last = [self.variables["params"][name] for name in ("gap", "score", "rest") if name in self.variables["params"]]
         return not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(last))
 
@@ -153,7 +153,7 @@ class Head:
         """g_hat at each position, [...].
 
         Raises:
-          UserError: this is no prefix head, or the pair lacks what it reads.
+          UserError: this is not a prefix head, or the pair lacks what it reads.
         """
         self._require("prefix")
         spec = self.config.features
@@ -161,10 +161,10 @@ class Head:
         return network(self.config).apply(self.variables, read, features_lib.hidden_states(pair, spec))
 
     def law(self, pair: Pair) -> Array:
-        """P_hat, [..., V]: the candidates' own, and what is left shared by the others as p_raw shares it.
+        """P_hat, [..., V]; the mass that the candidates leave is shared by the other tokens in proportion to p_raw.
 
         Raises:
-          UserError: this is no token head, or the pair lacks what it reads.
+          UserError: this is not a token head, or the pair lacks what it reads.
         """
         self._require("token")
         spec = self.config.features
@@ -180,20 +180,20 @@ class Head:
 
     def _require(self, kind: str) -> None:
         if self.config.kind != kind:
-            raise UserError(f"this is a {self.config.kind} head, but the rule needs a {kind} head: fit such a one")
+            raise UserError(f"this is a {self.config.kind} head, but the rule needs a {kind} head: fit one")
 
 
 trees.register(Head, static=["config"])
 
 
 def remark(head: Head) -> str:
-    """What to know of a head that learnt nothing, in words; empty for any other."""
+    """A remark for users on a head that learned nothing; empty for any other."""
     if not head.unfitted:
         return ""
     if head.config.kind == "token":
         what = "it says what the verifier says, so learned_token equals the plug-in test of the same name"
     else:
-        what = "it sees no gap anywhere, so learned_gap is lossless at alpha < 0 and the drafter's law at alpha >= 0"
+        what = "it sees no gap anywhere, so learned_gap is lossless at alpha < 0 and the drafter alone at alpha >= 0"
     return (
         f"the kept head is the one the fit began with, since no update lowered the left-out loss: {what}; "
         "collect more examples (LIMIT, SPLIT), lower fitting.FitConfig.learning_rate, or try another OBJECTIVE or LOSS"

@@ -1,4 +1,4 @@
-"""What a fit learns from: losses of both models at a label, and expected ones where the data's law is known."""
+"""What a fit learns from: losses of both models at a label, expected ones where the data distribution is known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Labels:
     """Per position, [...] float32.
 
     Attributes:
-      log_q, log_p: log-probability of the label under the raw laws, cut at `features.LOG_FLOOR`.
+      log_q, log_p: log-probability of the label under the raw distributions, cut at `features.LOG_FLOOR`.
       hit_q, hit_p: 1 where the label is the argmax.
     """
 
@@ -32,7 +32,7 @@ trees.register(Labels)
 
 
 def realised(q_raw: Array, p_raw: Array, tokens: Array) -> Labels:
-    """Labels of the realised tokens [...] under laws [..., V]."""
+    """Labels of the realised tokens [...] under distributions [..., V]."""
     hits = [(probs.argmax(law) == tokens).astype(jnp.float32) for law in (q_raw, p_raw)]
     return Labels(*(safe_log(probs.gather(law, tokens)) for law in (q_raw, p_raw)), *hits)
 
@@ -42,7 +42,7 @@ def expected_gap(truth: Array, q_raw: Array, p_raw: Array, loss: str) -> Array:
 
     Args:
       truth: [..., V] P.
-      q_raw, p_raw: [..., V] the models' laws.
+      q_raw, p_raw: [..., V] the models' distributions.
       loss: "zero_one" or "log".
     """
     if loss == "zero_one":

@@ -23,7 +23,7 @@ class Positions:
 
     Attributes:
       loss_q, loss_p: realised losses of drafter and verifier.
-      distance: D_TV(p, q) of the laws that are sampled.
+      distance: D_TV(p, q) of the distributions that are sampled.
       example: id of the example a position belongs to.
     """
 
@@ -40,9 +40,9 @@ class Positions:
 def quantile_alphas(score: np.ndarray, distance: np.ndarray, count: int = ALPHA_COUNT) -> np.ndarray:
     """The alphas at which `score > alpha D_TV` defers at evenly spaced shares of positions, 5 % to 95 %, ascending.
 
-    Positions where both laws are the same (no distance) are left out: nothing is at stake there. Where one law only
-    takes from its likeliest token what it gives to others, max p - max q is D_TV itself and scores tie at alpha = 1 (or
-    -1), up to rounding. An alpha is put just below such a tie, so that at least its share defers.
+    Positions where both distributions are equal (distance 0) are left out, because the choice does not matter there.
+    Where one distribution only moves mass from its likeliest token to others, max p - max q equals D_TV and scores tie
+    at alpha = 1 (or -1), up to rounding. An alpha is put just below such a tie, so that at least its share defers.
     """
     there = distance > 1e-9
     shares = np.linspace(0.95, 0.05, count)
@@ -56,19 +56,19 @@ def by_example(values: np.ndarray, example: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def best_threshold(score: np.ndarray, positions: Positions, alpha: float) -> float:
-    """The threshold on `score` alone with the least objective at alpha; for rules whose test knows no distance."""
+    """The threshold on `score` with the least objective at alpha, for rules whose test does not read the distance."""
     order = np.argsort(-score, kind="stable")
     gain = (positions.loss_p + alpha * positions.distance - positions.loss_q)[order]
     total = np.concatenate([[0.0], np.cumsum(gain)])
     ranked = score[order]
-    # Only between different scores can a threshold lie.
+    # A threshold can only lie between different scores.
     splits = np.concatenate([[True], ranked[1:] < ranked[:-1], [True]])
     at = int(np.flatnonzero(splits)[np.argmin(total[splits])])
     return float("inf") if at == 0 else float(np.nextafter(ranked[at - 1], -np.inf))
 
 
 def area_under_curve(score: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive outranks a negative, ties counted half; NaN where one kind lacks."""
+    """Probability that a positive outranks a negative, ties counted half; NaN where one kind is missing."""
     positive = np.asarray(positive, bool)
     many, few = int(positive.sum()), int((~positive).sum())
     if not many or not few:

@@ -53,7 +53,7 @@ class LearnedGap(PrefixRule):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedToken(TokenRule):
-    """The token-specific tests of [SC] on P_hat, a token head's estimate of the data's law.
+    """The token-specific tests of [SC] on P_hat, a token head's estimate of the data's distribution.
 
     v1 rules out v iff P_hat(v) < P_hat(argmax p_raw) - alpha, v2 iff P_hat(v) < max P_hat - alpha, v3 iff
     P_hat(v) < (1 - alpha) max P_hat.
@@ -67,8 +67,8 @@ class LearnedToken(TokenRule):
     test: str = dataclasses.field(default="v3", metadata={"static": True})
 
     alpha_range = (-math.inf, 1.0)
-    ends = "v3: 0 keeps only the likeliest token of the fitted law from the drafter; 1 is the drafter alone"
-    source = f"{_SC}, Token-specific V1 to V3, on a fitted law"
+    ends = "v3: 0 keeps only the likeliest token of the fitted distribution from the drafter; 1 is the drafter alone"
+    source = f"{_SC}, Token-specific V1 to V3, on a fitted distribution"
 
     def __post_init__(self) -> None:
         if self.test not in TESTS:
@@ -93,7 +93,7 @@ class CalibratedOpt(PrefixRule):
 
     Attributes:
       calibration: of both models.
-      loss: "zero_one" or "log"; static. "log" needs calibrated laws, which isotonic regression does not give.
+      loss: "zero_one" or "log"; static. "log" needs calibrated distributions, which isotonic regression does not give.
     """
 
     calibration: PairCalibration | None = None

@@ -1,11 +1,11 @@
-"""Who proposes: drafters, each reporting the law its tokens were really drawn from."""
+"""Drafters: each proposes tokens and reports the distribution they were drawn from."""
 
+from speccascade_t5x.core.ngram import NGramTable, build_table
 from speccascade_t5x.drafting.build import cascade
 from speccascade_t5x.drafting.cascade import CascadeDrafter
 from speccascade_t5x.drafting.k_matrix import KMatrix, k_matrix
 from speccascade_t5x.drafting.max_gram import MaxGram, max_gram, prompt_lookup
 from speccascade_t5x.drafting.model import ModelDrafter
-from speccascade_t5x.drafting.ngram import NGramTable, build_table
 from speccascade_t5x.drafting.stop import Confidence, Deferral, DraftStop, Entropy
 
 __all__ = [

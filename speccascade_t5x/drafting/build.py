@@ -1,4 +1,4 @@
-"""Cascades put together from bound models, and combinations that have no law refused."""
+"""Builds cascades from bound models and rejects combinations that have no target distribution."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def cascade(
       sampling: the one the decode is given.
       width: V of the verifier's logits; by default the smallest of the models'.
       vocab_size: ids at or above it are never drafted.
-      reads: index of the model whose law the verifier's rule reads; None where it reads none.
+      reads: index of the model whose distribution the verifier's rule reads; None where it reads none.
 
     Raises:
-      UserError: a combination that cannot be run; the message says why and what to use instead.
+      UserError: the combination cannot be run; the message says why and what to use instead.
     """
     if not models:
         raise UserError("a cascade needs a language model: use drafting.max_gram alone, or add a model")
@@ -79,7 +79,7 @@ def _per_model(values: Sequence | None, count: int, name: str) -> list:
 def _lenience(
     lenience: Array | float | Sequence[Array | float | None] | None, rules: list[Rule | None], drafts: list[bool]
 ) -> list[Array | float | None]:
-    """One checked entry per model; a single number goes to every edge, and clashes with a rule on any."""
+    """One checked entry per model; a single number applies to every edge and conflicts with a rule on any of them."""
     if lenience is not None and (isinstance(lenience, jax.Array | np.ndarray) or np.ndim(lenience) == 0):
         lenience = [lenience if below else None for below in drafts]
     lenience = _per_model(lenience, len(rules), "lenience")
@@ -88,8 +88,8 @@ def _lenience(
             continue
         if rules[i] is not None:
             raise UserError(
-                f"lenience and a rule stand on the same edge, below model {i}, and each would fix its law alone: give "
-                "lenience per model with None there, or drop the rule"
+                f"lenience and a rule are both given for the same edge, below model {i}, and each alone determines its "
+                "target distribution: give lenience per model with None there, or drop the rule"
             )
         if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) >= 1.0).all():
             raise UserError(f"lenience={value} must be 1 or more: it is L = 1/l, and 1 is exact")
@@ -97,11 +97,11 @@ def _lenience(
 
 
 def _check_reads(reads: int | None, count: int) -> None:
-    """Refuses a law that no model has."""
+    """Rejects an index that names no model."""
     if reads is not None and not 0 <= reads < count:
         raise UserError(
-            f"reads={reads} names no model of this cascade (they are 0 to {count - 1}): a rule reads the law of a "
-            "model, never that of copied tokens"
+            f"reads={reads} names no model of this cascade: give the index of one, from 0 to {count - 1} (a rule reads "
+            "the distribution of a model, never that of copied tokens)"
         )
 
 
@@ -114,7 +114,7 @@ def _checked_rules(rules: Sequence[Rule | None] | None, plan: KMatrix) -> list[R
 
 
 def _check_rule(model: int, rule: Rule | None, models: int, length: int, row: Sequence[int]) -> None:
-    """Refuses a rule where there is no draft below it, or no model's law behind that draft."""
+    """Rejects a rule with no draft below it, or with a draft that has no model's distribution."""
     if rule is None:
         return
     name = type(rule).__name__
@@ -125,8 +125,8 @@ def _check_rule(model: int, rule: Rule | None, models: int, length: int, row: Se
         )
     if rule.reads_drafter and (model + 1 >= models or not row[model + 1]):
         raise UserError(
-            f"{name} reads the law of the model below model {model}, but that draft is written by copying or by a "
-            "smaller model alone: use lenience there, or a rule that reads no drafter, or let a model write it"
+            f"{name} reads the distribution of the model below model {model}, but that draft is written by copying or "
+            "by a smaller model alone: use lenience there, or a rule that reads no drafter, or let a model write it"
         )
 
 

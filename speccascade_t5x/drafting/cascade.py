@@ -1,7 +1,7 @@
 """Cascades of drafters: a drafter's draft is itself made by speculative decoding from smaller drafters.
 
-Vertical and horizontal cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024), any depth, with
-the law d of every drafted token, so that the last review is exact whatever happened below it.
+This is the vertical and horizontal cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024) at any depth.
+Every drafted token carries its distribution d, so the last review is exact whatever happened below it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import jax.numpy as jnp
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs, verify
+from speccascade_t5x.core.ngram import write_rows
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.core.rules import Rule
 from speccascade_t5x.drafting.edges import Draft, ModelLaw, lenient_target, model_law, raw_chance, rule_law
 from speccascade_t5x.drafting.k_matrix import KMatrix
-from speccascade_t5x.drafting.max_gram import MaxGram, remember, write
+from speccascade_t5x.drafting.max_gram import MaxGram, remember
 from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
 
 # What the drafting of one round carries (`_Carry`): {"history": [B, N] tokens by output index, "caches": one per
 # model, "valid": [B] per model, how many leading slots of its cache hold the history's tokens, "calls": [B] per
-# model}. Beyond a row's current token everything is leftovers that later writes replace.
+# model}. What lies beyond a row's current token is left over from earlier rounds, and later writes replace it.
 _Carry = dict[str, Any]
 
 
@@ -41,14 +42,14 @@ class _Job:
 class CascadeDrafter:
     """See `interfaces.Drafter`; `drafting.cascade` builds it.
 
-    Every review is one block of one model: the tokens its cache lacks, the current token and the inner draft.
-    Where much is lacking the inner draft is cut short so that the block keeps its size; whether to draft on may
-    depend on what has been drafted, so no law is touched. More than a block is caught up in calls of their own.
+    Every review is one block of one model: the tokens missing from its cache, the current token and the inner draft.
+    Where much is missing, the inner draft is cut short so that the block keeps its size; whether to draft on may
+    depend on what has been drafted, so no distribution changes. More than a block is caught up in separate calls.
 
     Parameters are {"models": one tree per model, "copier": the copying drafter's or None}.
 
     Attributes:
-      sampling: how laws are shaped; traced.
+      sampling: how distributions are shaped; traced.
       lenience: per model, L >= 1 between it and the draft it reviews, or None for an exact review; traced.
       rules: per model, the rule between it and the drafter below, or None; its alpha is traced.
       copier: the last drafter, if it copies.
@@ -56,8 +57,9 @@ class CascadeDrafter:
       plan: the K matrix.
       width: V; logits are cut to it.
       vocab_size: ids at or above it are never drafted.
-      reads: index of the model whose law q is reported at every drafted and bonus position, at the price of one
-        more call a round; None reports none. Where that model has a rule with the one below, q is that rule's law.
+      reads: index of the model whose distribution q is reported at every drafted and bonus position, at the price of
+        one more call a round; None reports none. Where that model has a rule with the one below, q is the distribution
+        of that rule.
     """
 
     sampling: Sampling
@@ -191,11 +193,11 @@ class CascadeDrafter:
         lengths = jnp.clip(goal - count, 0, lengths)
         written = {
             "count": count + lengths,
-            "law": _write_block(written["law"], law, count),
-            "confidence": _write_block(written["confidence"], jnp.ones(tokens.shape, jnp.float32), count),
+            "law": write_rows(written["law"], law, count),
+            "confidence": write_rows(written["confidence"], jnp.ones(tokens.shape, jnp.float32), count),
             "broken": written["broken"],
         }
-        return {**carry, "history": write(history, tokens, end + 1)}, written
+        return {**carry, "history": write_rows(history, tokens, end + 1)}, written
 
     def _review(
         self,
@@ -214,22 +216,22 @@ class CascadeDrafter:
         size = self.plan.length(drafter + 1)
         block = self.plan.block(drafter)
         lag = end - carry["valid"][drafter]
-        lag = jnp.where(active, lag % block, lag)  # what is left after blocks that only catch up
+        lag = jnp.where(active, lag % block, lag)  # what remains after blocks that only catch up
         inner = jnp.where(active, jnp.minimum(limit - count, block - lag) - 1, 0)
         below, tests, draw = jnp.split(noise, [noise.shape[1] - size - probs.DRAW, noise.shape[1] - probs.DRAW], axis=1)
         carry, draft = self._draft(job, drafter + 1, carry, end, jnp.clip(inner, 0, size), below)
         carry, target, sure, broken = self._target(job, drafter, carry, draft, end, lag, block, active)
         outcome = verify.token(draft.tokens, draft.lengths, draft.law, target, tests, draw)
         after = end + outcome.accepted + 1
-        history = write(carry["history"], outcome.token[:, None], after)
+        history = write_rows(carry["history"], outcome.token[:, None], after)
         tokens = _window(history, end + 1, size + 1)
         confidence = jnp.ones(tokens.shape, jnp.float32)
-        if any(value is not None for value in self.lenience):  # else nobody reads it, and no raw law is computed
+        if any(value is not None for value in self.lenience):  # nothing else reads it
             confidence = sure(tokens)
         written = {
             "count": jnp.where(active, after - start, count),
-            "law": _write_block(written["law"], target, count),
-            "confidence": _write_block(written["confidence"], confidence, count),
+            "law": write_rows(written["law"], target, count),
+            "confidence": write_rows(written["confidence"], confidence, count),
             "broken": written["broken"] | (active & (broken | draft.broken)),
         }
         own = jnp.where(active, after, carry["valid"][drafter])
@@ -243,8 +245,8 @@ class CascadeDrafter:
         """What follows each token of an inner draft.
 
         Returns:
-          (carry, target law [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there, whether NaN
-          went into that law [B]).
+          (carry, target distribution [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there,
+          whether NaN went into that distribution [B]).
         """
         size, rule = draft.tokens.shape[1], self.rules[drafter]
         lower = None
@@ -268,7 +270,7 @@ class CascadeDrafter:
     def _score(
         self, job: _Job, drafter: int, carry: _Carry, start: Array, lengths: Array, size: int, rows: Array
     ) -> tuple[_Carry, ModelLaw]:
-        """The model law of `drafter` before and after each of `size` drafted tokens, in one more block of `rows`."""
+        """The distribution of model `drafter` around each of `size` drafted tokens, in one more block of `rows`."""
         lower, rule = None, self.rules[drafter]
         if rule is not None and rule.reads_drafter:
             carry, lower = self._score(job, drafter + 1, carry, start, lengths, size, rows)
@@ -281,13 +283,13 @@ class CascadeDrafter:
     def _read(
         self, job: _Job, drafter: int, carry: _Carry, last: Array, block: int, rows: Array
     ) -> tuple[_Carry, Array]:
-        """Feeds a model's cache what it lacks before last[b], then reads the block that begins there.
+        """Feeds a model the tokens before last[b] that are missing from its cache, then the block that begins there.
 
-        Blocks that only catch up and the one that is wanted run in one loop, so the model is compiled once here.
-        Rows that need fewer blocks read theirs again. Does not touch "valid".
+        The blocks that only catch up and the last one run in one loop, so the model is compiled once here. Rows that
+        need fewer blocks read their last one again. "valid" is not changed.
 
         Returns:
-          (carry, logits [B, block, V] of the block that begins at last[b]); `rows` are charged.
+          (carry, logits [B, block, V] of the block that begins at last[b]); the calls are counted for `rows`.
         """
         model, params = self.models[drafter], job.params["models"][drafter]
         history, valid = carry["history"], carry["valid"][drafter]
@@ -317,8 +319,3 @@ trees.register(CascadeDrafter, static=["models", "plan", "width", "vocab_size", 
 def _window(history: Array, begin: Array, size: int) -> Array:
     """[B, size] entries of history [B, N] from begin[b] on."""
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(history, begin)
-
-
-def _write_block(buffer: Array, block: Array, index: Array) -> Array:
-    """buffer [B, N, ...] with block [B, W, ...] written from index[b] on."""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, block, index)

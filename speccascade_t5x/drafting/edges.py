@@ -1,11 +1,11 @@
-"""What one drafter makes of a smaller drafter's draft: the target law of an edge between two drafters.
+"""The target distribution of an edge: what one drafter makes of a smaller drafter's draft.
 
-Three kinds of edge, with s the law each drafted token was really drawn from and m the upper model's law:
+There are three kinds of edge. s is the distribution each drafted token was drawn from, m the upper model's:
   exact     Tr(m);
   lenient   min(s, L m) + (1 - sum) norm(max(0, m - s)), L = 1/l >= 1, and m at the bonus position: "Cascade
             Speculative Drafting" (its lossy acceptance min(1, L m / s));
-  by rule   Tr(rule(Q, M)), Q being the lower drafter's model law: three or more models under rules.
-Whichever it is, `core.verify.token` then realises it, and it is the law d of what comes out.
+  by rule   Tr(rule(Q, M)), Q being the lower drafter's model distribution: three or more models under rules.
+In each case `core.verify.token` samples from it, and it becomes the distribution d of the resulting tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from speccascade_t5x.interfaces import Array
 
 @dataclasses.dataclass(frozen=True)
 class ModelLaw:
-    """What a model, or a rule over models, says at each position.
+    """Distributions of a model, or of a rule over models, at each position.
 
     Attributes:
       tempered: [B, T, V] after temperature, untruncated: what a rule above mixes.
       raw: [B, T, V] at temperature 1: what its tests read.
-      sampled: [B, T, V] Tr of the tempered law: what tokens are drawn from.
+      sampled: [B, T, V] Tr of the tempered distribution: what tokens are drawn from.
       broken: [B, T] bool, NaN went into it, whatever a rule has made of that.
     """
 
@@ -51,9 +51,9 @@ class Draft:
       tokens: [B, G] ids.
       lengths: [B] how many count.
       law: [B, G, V] d.
-      confidence: [B, G] raw probability of each token under whoever reviewed it last; 1 for a copied one. At
-        temperature 0 lenience compares with it.
-      broken: [B] bool, NaN went into a law behind it.
+      confidence: [B, G] raw probability of each token under the model that reviewed it last; 1 for a copied token.
+        At temperature 0 a lenient edge compares with it.
+      broken: [B] bool, NaN went into a distribution behind it.
     """
 
     tokens: Array
@@ -68,27 +68,27 @@ trees.register(Draft)
 
 
 def model_law(logits: Array, sampling: Sampling, vocab_size: int | None) -> ModelLaw:
-    """One model's law from its logits [B, T, V]."""
+    """One model's distribution from its logits [B, T, V]."""
     tempered = probs.tempered(logits, sampling.temperature, vocab_size)
     sampled = probs.truncate(tempered, sampling)
     return ModelLaw(tempered, probs.raw(logits, vocab_size), sampled, probs.is_broken(tempered))
 
 
 def raw_chance(logits: Array, tokens: Array, vocab_size: int | None) -> Array:
-    """The probability of each token at temperature 1, [..., V] x [...] -> [...]; makes no law of the logits."""
+    """The probability of each token at temperature 1, [..., V] x [...] -> [...], without a full softmax."""
     logits = probs.mask_vocabulary(logits, vocab_size)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
 def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Sampling) -> ModelLaw:
-    """The law of a rule over two drafters: q' = rule(q1, q2), and q'_raw of the raw pair.
+    """The distribution of a rule over two drafters: q' = rule(q1, q2), and q'_raw of the raw pair.
 
     Args:
       rule: the edge's rule.
       lower: the smaller drafter's; None where the rule does not read it.
       upper: the larger model's.
-      sampling: as everywhere; its truncation shapes the inputs of a rule that wants it so, else what is sampled.
+      sampling: its truncation is applied to the inputs of a rule with `truncates_inputs`, else to its result.
     """
     kind = "sampled" if rule.truncates_inputs else "tempered"
     q, q_raw = (None, None) if lower is None else (getattr(lower, kind), lower.raw)
@@ -100,11 +100,11 @@ def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Samp
 
 
 def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, sampling: Sampling) -> Array:
-    """The target law of a lenient edge, [B, G + 1, V]; position i is the law after i drafted tokens.
+    """The target distribution of a lenient edge, [B, G + 1, V]; position i is the distribution after i drafted tokens.
 
     `sure` [B, G] is the raw probability of each drafted token under the upper model.
-    At temperature 0 it is the published acceptance: the token stands if it is the upper model's argmax, or if
-    its raw probability there exceeds 1/L of its recorded one; else the argmax stands in its place.
+    At temperature 0 it is the published acceptance: the token is kept if it is the upper model's argmax, or if its
+    raw probability there exceeds 1/L of its recorded one; otherwise the argmax replaces it.
     """
     size = draft.tokens.shape[1]
     lenience = jnp.asarray(lenience, jnp.float32)
@@ -112,7 +112,7 @@ def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, 
     kept = jnp.minimum(draft.law, probs.expand_right(lenience, 3) * m)
     missing = jnp.maximum(1.0 - jnp.sum(kept, axis=-1, keepdims=True), 0.0)
     gain = jnp.maximum(m - draft.law, 0.0)
-    empty = jnp.sum(gain, axis=-1, keepdims=True) <= 0.0  # only by rounding: then nothing but dust is missing
+    empty = jnp.sum(gain, axis=-1, keepdims=True) <= 0.0  # only by rounding: then next to nothing is missing
     sampled = kept + missing * probs.normalise(jnp.where(empty, m, gain))
 
     def published(sampled: Array) -> Array:

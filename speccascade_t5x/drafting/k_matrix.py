@@ -86,9 +86,9 @@ def k_matrix(rows: Sequence[Sequence[int]], models: int, copies: bool) -> KMatri
     for r, row in enumerate(rows):
         for i, value in enumerate(row):
             if int(value) != value or value < 0:
-                raise UserError(f"K[{r}][{i}]={value} is no number of tokens: use 0, 1, 2, ...")
+                raise UserError(f"K[{r}][{i}]={value} is not a number of tokens: use 0, 1, 2, ...")
             if i < r and value:
-                raise UserError(f"K[{r}][{i}]={value} lies below the diagonal, where a K matrix holds 0")
+                raise UserError(f"K[{r}][{i}]={value} lies below the diagonal: put 0 there")
     if not sum(rows[0]):
         raise UserError("row 0 of the K matrix is all 0, so nothing would be drafted: give it a positive entry")
     used = {0}

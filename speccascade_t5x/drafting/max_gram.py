@@ -1,4 +1,4 @@
-"""Drafts that are copied: Max-Gram and prompt lookup, with n-gram tables for the rest. They cost no model call.
+"""Copied drafts: Max-Gram and prompt lookup, filled up from n-gram tables. They cost no model call.
 
 Source: Max-Gram of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs
-from speccascade_t5x.drafting.ngram import NGramTable
+from speccascade_t5x.core.ngram import NGramTable, token_before, write_rows
 from speccascade_t5x.interfaces import Array, Bound, Proposal, PyTree, UserError
 
 # Marks of the searched text, none of which equals an id or another mark.
@@ -24,24 +24,23 @@ _GAP, _AHEAD, _BEFORE = -1, -2, -3
 class MaxGram:
     """Copies what followed the longest earlier occurrence of the output's last tokens; see `interfaces.Drafter`.
 
-    Searched are the prompt (for an encoder-decoder the encoder's input, where the vocabularies are shared) and
-    the row's own output. Positions beyond the copy are filled from an n-gram table where there is one; without
-    it the draft ends with the copy, and is empty where nothing matches. Prompt lookup is this drafter with
-    `max_ngram` small and no table.
+    It searches the prompt (for an encoder-decoder the encoder's input, which shares the vocabulary) and the row's own
+    output. If there is an n-gram table, it fills the positions beyond the copy; otherwise the draft ends with the copy,
+    and is empty if nothing matches. Prompt lookup is this drafter with a small `max_ngram` and no table.
 
-    Parameters are {"table": NGramTable or None}. A copied token, and a filled one unless `fill` is "sample", has
-    the one-hot law; a sampled one has Tr of the table's law.
+    Parameters are {"table": NGramTable or None}. A copied token has the one-hot distribution, and so has a filled one
+    unless `fill` is "sample"; a sampled token has Tr of the table's distribution.
 
     Attributes:
-      sampling: shapes the table's law where `fill` is "sample"; traced.
+      sampling: shapes the table's distribution where `fill` is "sample"; traced.
       draft_len: G.
-      width: V of the laws.
+      width: V of the distributions.
       vocab_size: ids at or above it are never drafted.
-      max_ngram: longest match that counts; None leaves it open (Max-Gram).
-      min_ngram: a shorter match is none.
+      max_ngram: longest match that is looked for; None sets no limit (Max-Gram).
+      min_ngram: shortest match that is used.
       fill: "argmax" or "sample" of the table.
-      latest: of equally long matches, take the last instead of the first.
-      prompt: which input is searched; None searches the output alone. Id 0 is padding there.
+      latest: whether the last of equally long matches is taken instead of the first.
+      prompt: the input that is searched, in which id 0 is padding; None searches the output alone.
     """
 
     sampling: probs.Sampling
@@ -77,7 +76,7 @@ class MaxGram:
 
     @property
     def score_bonus(self) -> bool:
-        """No model's law q stands behind a copied token."""
+        """False: a copied token has no model's distribution q."""
         return False
 
     @property
@@ -102,7 +101,7 @@ class MaxGram:
         end = positions - first
         history = remember(state["tokens"], tokens, end)
         drafted, lengths, law = self.draft(params, state["prompt"], history, end, self.draft_len, noise)
-        history = write(history, drafted, end + 1)
+        history = write_rows(history, drafted, end + 1)
         none = jnp.zeros_like(lengths)
         proposal = Proposal(drafted, lengths, law, None, None, none)
         return proposal, {**state, "tokens": history, "first": first}
@@ -147,8 +146,11 @@ class MaxGram:
             return copied, count, jax.nn.one_hot(copied, self.width, dtype=jnp.float32)
         whole = jnp.full_like(count, size)
         if self.fill == "argmax":
-            fill = lambda copied: self._fill(table, history, end, copied, count, None)[0]  # noqa: E731
-            tokens = jax.lax.cond(jnp.any(count < size), fill, lambda copied: copied, copied)
+
+            def filled(copied: Array) -> Array:
+                return self._fill(table, history, end, copied, count, None)[0]
+
+            tokens = jax.lax.cond(jnp.any(count < size), filled, lambda copied: copied, copied)
             return tokens, whole, jax.nn.one_hot(tokens, self.width, dtype=jnp.float32)
         tokens, law = self._fill(table, history, end, copied, count, noise)
         return tokens, whole, law
@@ -189,23 +191,23 @@ class MaxGram:
         self, table: NGramTable, history: Array, end: Array, copied: Array, count: Array, noise: Array | None
     ) -> tuple[Array, Array | None]:
         """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] if sampled)."""
-        pick = lambda index: jnp.take_along_axis(history, jnp.maximum(index, 0)[:, None], axis=1)[:, 0]  # noqa: E731
-        before, last = jnp.where(end > 0, pick(end - 1), -1), pick(end)
+        ends = end[:, None]
+        earlier, last = token_before(history, ends, 1, -1)[:, 0], token_before(history, ends, 0, -1)[:, 0]
         size = copied.shape[1]
 
         def step(carry, xs):
-            before, last = carry
+            earlier, last = carry
             i, copy, uniforms = xs
             if noise is None:
-                token, law = table.best(before, last, self._top), None
+                token, law = table.best(earlier, last, self._top), None
             else:
-                law = self._sampled_law(table.law(before, last))
+                law = self._sampled_law(table.law(earlier, last))
                 token = probs.sample(law, uniforms)
             token = jnp.where(i < count, copy, token)
             return (last, token), (token, law)
 
         draws = jnp.zeros((size, 0)) if noise is None else noise.reshape(-1, size, probs.DRAW).swapaxes(0, 1)
-        _, (tokens, laws) = jax.lax.scan(step, (before, last), (jnp.arange(size), copied.T, draws))
+        _, (tokens, laws) = jax.lax.scan(step, (earlier, last), (jnp.arange(size), copied.T, draws))
         if noise is None:
             return tokens.T, None
         sure = (jnp.arange(size) < count[:, None])[..., None]
@@ -213,7 +215,7 @@ class MaxGram:
         return tokens.T, jnp.where(sure, one_hot, laws.swapaxes(0, 1))
 
     def _sampled_law(self, law: Array) -> Array:
-        """Tr of the table's law at the sampling temperature, [B, V]."""
+        """Tr of the table's distribution at the sampling temperature, [B, V]."""
         logits = jnp.log(law[..., : self.width])
         return probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
 
@@ -221,19 +223,13 @@ class MaxGram:
 trees.register(MaxGram, static=[f.name for f in dataclasses.fields(MaxGram) if f.name != "sampling"])
 
 
-def write(history: Array, tokens: Array, index: Array) -> Array:
-    """history [B, N] with tokens [B, W] written from index[b] on."""
-    put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (at,))  # noqa: E731
-    return jax.vmap(put)(history, tokens, index)
-
-
 def remember(history: Array, last_two: Array, end: Array) -> Array:
     """Writes the last two committed tokens [B, 2] so that the second stands at end[b].
 
-    Where only the start token exists it stands twice in `last_two`, and index 0 gets it.
+    If only the start token exists, `last_two` holds it twice, and it is written to index 0.
     """
-    history = write(history, last_two[:, :1], jnp.maximum(end - 1, 0))
-    return write(history, last_two[:, 1:], end)
+    history = write_rows(history, last_two[:, :1], jnp.maximum(end - 1, 0))
+    return write_rows(history, last_two[:, 1:], end)
 
 
 def max_gram(
@@ -250,12 +246,12 @@ def max_gram(
     """
     if table is not None and table.vocab_size < width:
         raise UserError(
-            f"the n-gram table has {table.vocab_size} ids, but the laws are {width} wide: build it for {width} ids"
+            f"the n-gram table has {table.vocab_size} ids, but distributions have {width}: build it for {width} ids"
         )
     drafter = MaxGram(sampling or probs.Sampling(), draft_len, width, **options)
     return Bound(drafter, {"table": jax.tree.map(jnp.asarray, table)})
 
 
 def prompt_lookup(draft_len: int, width: int, max_ngram: int = 3, min_ngram: int = 1, **options) -> Bound:
-    """Prompt lookup: Max-Gram with matches of `min_ngram` to `max_ngram` tokens, and nothing where none is found."""
+    """Prompt lookup: Max-Gram with matches of `min_ngram` to `max_ngram` tokens, no draft without a match."""
     return max_gram(draft_len, width, None, max_ngram=max_ngram, min_ngram=min_ngram, **options)

@@ -17,20 +17,21 @@ from speccascade_t5x.interfaces import Array, LanguageModel, Proposal, PyTree
 class ModelDrafter:
     """See `interfaces.Drafter`.
 
-    The drafter's cache must hold every committed token before it drafts. Where the rule reads q
-    (`score_bonus`), the model is also scored after its last drafted token, which fills that slot. Where it
-    does not, that call is saved: the first block of a round feeds the last TWO committed tokens instead,
-    which costs one position and fills the slot a wholly accepted draft has left behind.
+    The drafter's cache must hold every committed token before it drafts. If the rule reads q (`score_bonus`), the
+    model is also called after its last drafted token, which fills that slot. Otherwise that call is saved: the first
+    block of a round feeds the last TWO committed tokens, which costs one position and fills the slot that a wholly
+    accepted draft left empty.
 
     Attributes:
-      sampling: how the drafter's law is shaped; traced.
+      sampling: how the drafter's distribution is shaped; traced.
       model: the language model.
       draft_len: G.
       width: V; logits are cut to it.
       vocab_size: ids at or above it are never drafted.
       score_bonus: whether q is wanted at the bonus position.
-      stop: when a row stops drafting before `draft_len`; None drafts on. Its thresholds are traced.
-      report_q: whether q and q_raw are reported where the bonus position is not scored: G columns of them then.
+      stop: when a row stops drafting before `draft_len`; None always drafts `draft_len` tokens. Its thresholds are
+        traced.
+      report_q: whether q and q_raw are reported, with G columns, even if the bonus position is not scored.
       report_hidden: whether the model's last hidden states are reported beside q, for rules that read them.
     """
 

@@ -1,8 +1,8 @@
-"""When a drafter stops early, so that drafts have a length of their own in every row and round.
+"""Stop tests of drafters, which give every row its own draft length in every round.
 
-A stop test reads the drafter's law at a position BEFORE a token is sampled there. Whether to draft on may
+A stop test reads the drafter's distribution at a position BEFORE a token is sampled there. Whether to draft on may
 depend on everything already drafted, but a sampled token always stays in the draft: throwing away a token for
-its low confidence would bias the emitted law.
+its low confidence would bias the emitted distribution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DraftStop(Protocol):
     """A pytree whose thresholds are traced, so that sweeping them does not recompile."""
 
     def stops(self, q_raw: Array) -> Array:
-        """[B, V] law of the drafter at temperature 1 -> [B] bool: no further token is drafted."""
+        """[B, V] distribution of the drafter at temperature 1 -> [B] bool: whether drafting ends here."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.evaluation.grid import Condition
 from speccascade_t5x.evaluation.measure import NLL
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT, Scorer, Units
-from speccascade_t5x.evaluation.statistics import Bootstrap, Estimate
+from speccascade_t5x.evaluation.statistics import Bootstrap, Estimate, TimeRatio, TimeRatios
 from speccascade_t5x.interfaces import UserError
 
-_TIME_SEED = 1  # of the resamples of timed items, which are drawn apart from those of the scored ones
+_TIME_SEED = 1  # of the draws of timed items, apart from those of the scored ones
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,10 +36,10 @@ class Point:
       row: of its first cell.
       cells: ids of its rows in cells.jsonl.
       quality: per half; the main metric, higher is better.
-      nll: per half, in nats per reference token; empty where the law cannot be told.
+      nll: per half, in nats per reference token; empty where the method has no distribution per token.
       rates: over all items, the mean of the seeds' rates.
       speed_up: per half, time of the verifier alone on the same items over its own, batch 1.
-      seconds: per half, per item at batch 1.
+      seconds: per half, mean per item at batch 1, without an interval.
       batch_speed_up: likewise of whole batches, over both halves.
       tokens_per_s: at batch 1 and in whole batches, over both halves.
       predicted: gain of the cost model at the measured tokens per round, or None.
@@ -53,15 +53,15 @@ class Point:
     quality: Mapping[str, Estimate]
     nll: Mapping[str, Estimate]
     rates: Mapping[str, Any]
-    speed_up: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
+    speed_up: Mapping[str, TimeRatio] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
-    batch_speed_up: Estimate | None = None
+    batch_speed_up: TimeRatio | None = None
     tokens_per_s: tuple[float, float] | None = None
     predicted: float | None = None
 
     @property
     def label(self) -> str:
-        """How people read it."""
+        """Its name in tables and plots."""
         return self.arm if self.alpha is None else f"{self.arm} {self.alpha:g}"
 
     def latency(self, half: str) -> float:
@@ -109,7 +109,7 @@ class Analyst:
 
     def __init__(self, store: CellStore, scorer: Scorer | None, halves: Mapping[str, Sequence[int]], metric: str):
         self.store, self.scorer, self.halves, self.metric = store, scorer, halves, metric
-        self._boots: dict[tuple[int, int], Bootstrap] = {}
+        self._boots: dict[int, Bootstrap] = {}
         self._weight: str | None = None
         self.unit_kind = "examples"
 
@@ -149,25 +149,25 @@ class Analyst:
                 groups.append(Group(condition, tuple(timed)))
         return groups
 
-    def _boot(self, size: int, seed: int) -> Bootstrap:
-        if (size, seed) not in self._boots:
-            self._boots[size, seed] = Bootstrap(size, seed=seed)
-        return self._boots[size, seed]
+    def _boot(self, size: int) -> Bootstrap:
+        if size not in self._boots:
+            self._boots[size] = Bootstrap(size)
+        return self._boots[size]
 
     def _point(self, name: str, rows: Sequence[dict[str, Any]], predictions: Mapping[str, Sequence[str]]) -> Point:
         quality, nll = {}, {}
         references = self.store.read(rows[0]["cell"]).references
         for half, places in self.halves.items():
             if references is not None:
-                one = self._boot(len(places), 0)
+                one = self._boot(len(places))
                 sums = {key: np.asarray(references[key])[list(places)] for key in (NLL, "tokens")}
                 nll[half] = one.ratio(sums[NLL], sums["tokens"])
             if self.metric == NLL:
-                undefined = Estimate(float("nan"), np.full(self._boot(len(places), 0).counts.shape[0], np.nan))
+                undefined = Estimate(float("nan"), np.full(self._boot(len(places)).counts.shape[0], np.nan))
                 quality[half] = -nll[half] if half in nll else undefined
             else:
                 units = self._units([predictions[row["cell"]] for row in rows], half)
-                quality[half] = self._boot(units.numerators.shape[1], 0).ratio(units.numerators, units.denominators)
+                quality[half] = self._boot(units.numerators.shape[1]).ratio(units.numerators, units.denominators)
         return Point(
             name=name,
             arm=rows[0]["arm"],
@@ -196,20 +196,16 @@ class Analyst:
             inside = [i for i, item in enumerate(mine["items"]) if item in set(places)]
             if not inside:
                 continue
-            boot = self._boot(len(inside), _TIME_SEED)
-            speed_up[half] = boot.ratio(base["seconds"][inside], mine["seconds"][inside])
-            seconds[half] = boot.mean(mine["seconds"][inside])
-        whole = self._boot(len(mine["batch_seconds"]), _TIME_SEED)
-        per_s = (
-            mine["tokens"].sum() / mine["seconds"].sum(),
-            mine["batch_tokens"].sum() / mine["batch_seconds"].sum(),
-        )
+            times = TimeRatios(len(inside), seed=_TIME_SEED)
+            speed_up[half] = times.ratio(base["seconds"][inside], mine["seconds"][inside])
+            seconds[half] = Estimate(float(mine["seconds"][inside].mean()), np.array([]), units=len(inside))
+        whole = TimeRatios(len(mine["batch_seconds"]), seed=_TIME_SEED)
         return dataclasses.replace(
             point,
             speed_up=speed_up,
             seconds=seconds,
             batch_speed_up=whole.ratio(base["batch_seconds"], mine["batch_seconds"]),
-            tokens_per_s=tuple(map(float, per_s)),
+            tokens_per_s=mine["tokens_per_s"],
             predicted=_predicted(point, costs),
         )
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.evaluation import grid
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.measure import Measurement, sequence_grid
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.evaluation.statistics import Bootstrap
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options
 
 # Rate -> (counter above, counter below); see `core.accounting.rates`.
 RATES = {
@@ -50,7 +50,7 @@ def wanted(asked: Mapping[str, float]) -> Wanted:
     ((rate, value),) = asked.items()
     if rate not in RATES:
         raise UserError(f"there is no rate {rate!r} to calibrate: use one of {', '.join(RATES)}")
-    options.real(rate, value, 0.0)
+    checks.real(rate, value, 0.0)
     return Wanted(rate, float(value))
 
 

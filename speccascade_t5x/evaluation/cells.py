@@ -1,6 +1,6 @@
-"""What a sweep leaves on disk while it runs: every finished cell, whole.
+"""What a sweep keeps on disk while it runs: every finished cell, written atomically.
 
-    <output_dir>/sweep.json              what the sweep measures; a folder of another sweep is refused
+    <output_dir>/sweep.json              what the sweep measures; the folder of another sweep is rejected
     <output_dir>/cells.jsonl             one row per finished cell: every figure of the report comes from these rows
     <output_dir>/cells/<cell>.json.gz    the row and its records: predictions, tokens, who wrote them, counters
     <output_dir>/timing/block-00000.json wall times of all timed points on a few examples, see `timing`
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
 
 FORMAT, VERSION = "speccascade_t5x.sweep", 1
 ROWS, DESCRIPTION = "cells.jsonl", "sweep.json"
@@ -57,7 +57,7 @@ class CellStore:
 
     def __init__(self, output_dir: str | Path, config: Mapping[str, Any], first: bool = True, reading: bool = False):
         self.folder, self._first, self._reading = Path(output_dir), first, reading
-        self.config = json.loads(records.to_json(dict(config)))
+        self.config = json.loads(storage.to_json(dict(config)))
         self._claim()
         self._rows: dict[str, dict[str, Any]] = {}
         self._read: dict[Path, int] = {}
@@ -82,7 +82,7 @@ class CellStore:
         if not path.exists():
             if (self.folder / ROWS).exists():
                 raise UserError(f"{self.folder} holds {ROWS} but no sweep.json that says of what: use another folder")
-            records.write_json(path, ours)
+            storage.write_json(path, ours)
             return
         try:
             found = json.loads(path.read_text("utf-8"))
@@ -90,7 +90,7 @@ class CellStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a sweep's description: use another output folder") from error
         changes = [
-            f"{name}: then {records.to_json(found.get(name))}, now {records.to_json(ours.get(name))}"
+            f"{name}: then {storage.to_json(found.get(name))}, now {storage.to_json(ours.get(name))}"
             for name in dict.fromkeys([*ours, *found])
             if found.get(name) != ours.get(name)
         ]
@@ -116,7 +116,7 @@ class CellStore:
         return row if row and row["status"] == _DONE else None
 
     def has(self, cell: str) -> bool:
-        """Whether a cell is on disk, be it that it failed."""
+        """Whether a cell is on disk, even if it failed."""
         return self._path(cell).exists()
 
     def read(self, cell: str) -> StoredCell:
@@ -133,17 +133,26 @@ class CellStore:
         """Stores a cell that succeeded; once it returns, a restart skips the cell. Returns its row."""
         return self._write({**row, "status": _DONE}, found, references)
 
-    def write_failure(self, row: Mapping[str, Any], reason: str) -> dict[str, Any]:
-        """Notes why a cell failed; a restart tries it again."""
-        return self._write({**row, "status": _FAILED, "error": reason}, [], None)
+    def write_failure(
+        self, row: Mapping[str, Any], reason: str, found: Sequence[Mapping[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Notes why a cell failed, and keeps what was decoded of it; a restart tries it again."""
+        return self._write({**row, "status": _FAILED, "error": reason}, found, None)
+
+    def unscored(self, cell: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(records, times) of a cell that was decoded and then failed, as where a metric broke; else empty."""
+        row = self._rows.get(cell)
+        if row is None or row["status"] != _FAILED:
+            return [], {}
+        return self.read(cell).records, row.get("decoding", {})
 
     def _write(
         self, row: dict[str, Any], found: Sequence[Mapping[str, Any]], references: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         before = self._rows.get(row["cell"])
         row["order"] = before["order"] if before else row.get("order", len(self._rows))
-        text = records.to_json({"row": row, "records": list(found), "references": references})
-        records.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
+        text = storage.to_json({"row": row, "records": list(found), "references": references})
+        storage.write_bytes(self._path(row["cell"]), [gzip.compress(text.encode("utf-8"), mtime=0)])
         self._rows[row["cell"]] = json.loads(text)["row"]
         self._write_rows()
         return self._rows[row["cell"]]
@@ -151,8 +160,8 @@ class CellStore:
     def _write_rows(self) -> None:
         if not self._first or (self._reading and (self.folder / ROWS).exists()):
             return
-        lines = [(records.to_json(row) + "\n").encode("utf-8") for row in self.rows]
-        records.write_bytes(self.folder / ROWS, lines)
+        lines = [(storage.to_json(row) + "\n").encode("utf-8") for row in self.rows]
+        storage.write_bytes(self.folder / ROWS, lines)
 
     def _path(self, cell: str) -> Path:
         return self.folder / "cells" / f"{cell}.json.gz"
@@ -175,4 +184,4 @@ class CellStore:
 
     def write_block(self, index: int, block: Mapping[str, Any]) -> None:
         """Stores a block of wall times."""
-        records.write_json(self.folder / "timing" / f"block-{index:05d}.json", block)
+        storage.write_json(self.folder / "timing" / f"block-{index:05d}.json", block)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.runtime import records
+from speccascade_t5x.common import storage
 
 _SHOWN_ABOVE_ORACLE = ("always defer", "never defer")
 
@@ -25,7 +25,7 @@ def draw(folder: Path, report: Mapping[str, Any]) -> list[str]:
         FigureCanvasAgg(figure)
         # Without software and date, so that equal data give equal bytes.
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        records.write_bytes(folder / name, [buffer.getvalue()])
+        storage.write_bytes(folder / name, [buffer.getvalue()])
         return name
 
     return [

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.deferral import calibration, fitting, labels, objective
 from speccascade_t5x.deferral.head import Head, remark
 from speccascade_t5x.deferral.objective import Positions
 from speccascade_t5x.evaluation import deferral_plots, statistics
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
-from speccascade_t5x.runtime.deferral_scoring import CLASSES
+from speccascade_t5x.training.deferral.pair_scores import CLASSES
 
 PLUG_IN, LEARNED, EXACT, ORACLE = "plug-in OPT", "learned gap", "exact Bayes", "label oracle (unreachable)"
 Columns = Mapping[str, np.ndarray]
@@ -166,7 +166,7 @@ def recovered(found: Mapping[str, Curve]) -> dict[str, list[float | None]]:
 def reliability(test: Columns, names: tuple[str, ...]) -> dict[str, Any]:
     """ECE and diagram rows of each model before and after each calibration, over all tokens and by class of the label.
 
-    The class is that of the label, which a model does not know: it says where errors are, and is no input of a rule.
+    The class is that of the label, which a model does not know: it shows where errors are, and no rule reads it.
     """
     found: dict[str, Any] = {}
     kinds = [kind for kind in calibration.KINDS if f"score_{kind}_confidence_q" in test]
@@ -194,20 +194,24 @@ def write(folder: str | Path, report: Mapping[str, Any], title: str) -> Path:
     """Writes JSON, a page and plots. Returns the page's path."""
     folder = Path(folder)
     plain = {**report, "curves": {name: curve.as_dict() for name, curve in report["curves"].items()}}
-    records.write_json(folder / "deferral-report.json", _without_nan(plain))
+    storage.write_json(folder / "deferral-report.json", _without_nan(plain))
     drawn = deferral_plots.draw(folder, report)
-    return records.write_text(folder / "deferral-report.md", page(report, title, drawn))
+    return storage.write_text(folder / "deferral-report.md", page(report, title, drawn))
 
 
 def page(report: Mapping[str, Any], title: str, plots: list[str]) -> str:
-    """The report for people, in Markdown."""
+    """The report, in Markdown."""
     sizes = f"{report['examples']} examples, {report['tokens']:,} tokens; loss: {report['loss']}."
     lines = [f"# {title}", "", sizes, ""]
     if report["remark"]:
         lines += [f"**Nothing was learnt:** {report['remark']}.", ""]
     lines += objective_table(report)
     if report["recovered"]:
-        lines += ["", "Share of the way from plug-in OPT to the exact Bayes rule, over all alphas:", ""]
+        lines += [
+            "",
+            "Share of the gap between plug-in OPT and the exact Bayes rule that is closed, over all alphas:",
+            "",
+        ]
         lines += [
             f"- {name}: {100 * each[-1]:.0f} %"
             for name, each in report["recovered"].items()
@@ -226,18 +230,27 @@ def page(report: Mapping[str, Any], title: str, plots: list[str]) -> str:
 
 
 def objective_table(report: Mapping[str, Any]) -> list[str]:
-    """Lines of a table: the objective of each rule at each alpha; a star where its interval excludes plug-in OPT."""
-    lines = ["Realised objective, lower is better; in brackets the half width of the 95 % interval over examples;", ""]
-    lines[0] += " * differs from plug-in OPT by more than the paired interval."
+    """Lines of a table: the objective of each rule at each alpha; a star where it differs from plug-in OPT's.
+
+    Stars are corrected for the number of comparisons, so that the chance of any false one in the table is 5 %.
+    """
     names = list(report["curves"])
+    others = [(name, i) for name in names if name != PLUG_IN for i in range(len(report["alphas"]))]
+    differs = dict(zip(others, statistics.holm([report["curves"][name].against[i] for name, i in others]), strict=True))
+    lines = [
+        "Realised objective, lower is better; in brackets the half width of the 95 % interval over examples. A star "
+        f"marks a difference from plug-in OPT, corrected for the {len(others)} comparisons of the table (Holm): the "
+        "chance that any star is false is at most 5 %.",
+        "",
+    ]
     lines += ["| alpha | OPT defers | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for i, alpha in enumerate(report["alphas"]):
         cells = []
         for name in names:
             curve = report["curves"][name]
-            cost, against = curve.cost[i], curve.against[i]
-            star = "*" if name != PLUG_IN and (against.above() or against.below()) else ""
-            cells.append(f"{cost.value:.4f} ({(cost.high - cost.low) / 2:.4f}){star}")
+            cost, star = curve.cost[i], "*" * differs.get((name, i), False)
+            half = "" if np.isnan(cost.low) else f" ({(cost.high - cost.low) / 2:.4f})"
+            cells.append(f"{cost.value:.4f}{half}{star}")
         lines.append(f"| {alpha:.3f} | {report['curves'][PLUG_IN].deferral[i]:.2f} | " + " | ".join(cells) + " |")
     return lines
 

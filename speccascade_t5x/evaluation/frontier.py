@@ -1,4 +1,4 @@
-"""What a sweep answers: the paper's table, the frontier, and the area under it.
+"""The answers of a sweep: the paper's table, the frontier, and the area under it.
 
 A choice is always made with figures of one half of the items, and shown with figures of the other.
 """
@@ -51,7 +51,7 @@ class Answer:
 
 
 def answers(group: Group, tolerance: float = 0.0) -> list[Answer]:
-    """The table of [SC], Table 2, for every arm that was timed, and the area under its frontier.
+    """Table 2 of "Faster Cascades via Speculative Decoding", for every arm that was timed, and the areas.
 
     Args:
       group: of one condition.
@@ -124,8 +124,8 @@ def area(group: Group, points: Sequence[Point]) -> Estimate | None:
     """Mean quality over latency budgets between the drafter's and the verifier's latency.
 
     At a budget below 1 a method may run as the drafter alone, at any of its points that fits, or as a mixture of them
-    over requests; the verifier alone stands at 1. Which points make its frontier is decided on one half, their
-    figures come from the other: a point that turns out to be a bad choice there counts as one.
+    over requests; the verifier alone is at 1. Which points make its frontier is decided on one half, and their figures
+    come from the other, so a point that was a bad choice counts as one.
 
     Returns:
       None where the drafter or the verifier was not timed, or the drafter is not the faster of the two.
@@ -136,16 +136,11 @@ def area(group: Group, points: Sequence[Point]) -> Estimate | None:
     if max(drafter.latency(CHOOSE), drafter.latency(REPORT)) >= 1.0:
         return None
     chosen = hull([drafter, *points, verifier], CHOOSE)
-    estimates = [(_inverse(point.speed_up[REPORT]), point.quality[REPORT]) for point in chosen]
+    estimates = [(point.speed_up[REPORT], point.quality[REPORT]) for point in chosen]
     low = drafter.latency(REPORT)
-    value = _mean_height([(x.value, y.value) for x, y in estimates], low)
-    columns = zip(*(zip(x.draws, y.draws, strict=True) for x, y in estimates), strict=True)
+    value = _mean_height([(1.0 / x.value, y.value) for x, y in estimates], low)
+    columns = zip(*(zip(1.0 / x.draws, y.draws, strict=True) for x, y in estimates), strict=True)
     return Estimate(value, np.array([_mean_height(list(column), low) for column in columns]))
-
-
-def _inverse(speed_up: Estimate) -> Estimate:
-    """Latency over the verifier's."""
-    return dataclasses.replace(speed_up, value=1.0 / speed_up.value, draws=1.0 / speed_up.draws)
 
 
 def _mean_height(corners: Sequence[tuple[float, float]], low: float) -> float:

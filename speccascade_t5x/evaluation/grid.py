@@ -16,23 +16,24 @@ from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import rules
+from speccascade_t5x.inference import drafters, methods
+from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import drafters, methods, options
-from speccascade_t5x.runtime.settings import Settings, make_settings
 
 # Always measured in the same run: without them no figure of a rule means anything.
 BASELINES = (
     *("verifier", "drafter", "lossless", "lossy_sd", "lossy_sd_optimal", "bild_fixed", "bild"),
     *("token_cascade:chow", "sequence_cascade"),
 )
-# The fair baseline of the first at every alpha: the same kept tokens, with no drafter in the law.
+# The fair baseline of the first at every alpha: the same kept tokens, without the drafter's distribution.
 TRUNCATED, TRUNCATION = "token_v3", "min_p"
-# Where a rule's range is open, or its law stops changing before its end: the span its alphas are taken from.
+# Where a rule's range is open, or its distribution stops changing before its end: the span its alphas are taken from.
 _SPANS = {
     "chow_log": (0.0, 2.0),  # nats; beyond, hardly any position is left to defer
     "diff_log": (-1.5, 1.5),
-    "opt": (-1.0, 1.0),  # |max p - max q| <= D_TV(p, q), so at temperature 1 the law changes nowhere else
+    "opt": (-1.0, 1.0),  # |max p - max q| <= D_TV(p, q), so at temperature 1 nothing changes beyond
     "opt_log": (-3.0, 3.0),
     "bild_fixed": (0.0, 6.0),
     "bild": (0.0, 6.0),
@@ -56,7 +57,7 @@ class Arm:
 
     Attributes:
       name: what tables and files call it.
-      options: fields of `runtime.settings.Settings` that make the method; not alpha, nor sampling options.
+      options: fields of `inference.settings.Settings` that make the method; not alpha, nor sampling options.
       alphas: to measure at; None takes `default_alphas`.
     """
 
@@ -65,7 +66,7 @@ class Arm:
     alphas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        options.text("name", self.name)
+        checks.text("name", self.name)
         if not _FILE_NAME.fullmatch(self.name):
             raise UserError(
                 f"the method name {self.name!r} names files as well: use letters, digits, blanks and -+=@:.,() only"
@@ -75,7 +76,7 @@ class Arm:
             raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
         make_settings(**self.options)
         if self.alphas is not None:
-            object.__setattr__(self, "alphas", tuple(map(float, options.sequence("alphas", self.alphas))))
+            object.__setattr__(self, "alphas", tuple(map(float, checks.sequence("alphas", self.alphas))))
             for alpha in self.alphas:
                 check_alpha(self, alpha)
 
@@ -115,7 +116,7 @@ def arm(text: str | Arm) -> Arm:
     """
     if isinstance(text, Arm):
         return text
-    options.text("method", text)
+    checks.text("method", text)
     rest, _, drafter = text.partition("@")
     rest, _, verification = rest.partition("+")
     execution, _, rule = rest.rpartition(":")
@@ -168,10 +169,11 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
 
 
 def default_alphas(chosen: Arm, count: int) -> tuple[float, ...]:
-    """So many alphas spread over the arm's range, its ends left out: these are the lossless law and the drafter's.
+    """Evenly spaced alphas within the arm's range.
 
-    Where the range is open, or most of it changes nothing, they spread over a stated part of it (`_SPANS`). The
-    alphas of a sequence cascade depend on the drafter's outputs: `sequence_alphas`.
+    Its ends are left out: there the distribution is the verifier's, or the drafter's. Where the range is open, or most
+    of it changes nothing, a part of it is used instead (`_SPANS`). The alphas of a sequence cascade depend on the
+    drafter's outputs, see `sequence_alphas`.
     """
     if chosen.range is None:
         return ()
@@ -226,7 +228,7 @@ def refined(alphas: Sequence[float], costs: Sequence[float], qualities: Sequence
 
 
 def _short(alpha: float) -> float:
-    """Four significant digits: an alpha is read by people, and files are named after it."""
+    """Four significant digits: tables show alphas, and files are named after them."""
     return float(f"{alpha:.4g}")
 
 
@@ -251,12 +253,12 @@ def conditions(
       UserError: an empty list, or a value outside its range.
     """
     for name, values in (("draft_lens", draft_lens), ("temperatures", temperatures), ("top_ps", top_ps)):
-        if not options.sequence(name, values):
+        if not checks.sequence(name, values):
             raise UserError(f"{name} is empty: give it at least one value")
     for length in draft_lens:
-        options.whole("draft_lens", length, 1)
+        checks.whole("draft_lens", length, 1)
     for value in itertools.chain(temperatures, top_ps):
-        options.real("temperatures and top_ps", value, 0.0, 2.0)
+        checks.real("temperatures and top_ps", value, 0.0, 2.0)
     main = Condition(draft_lens[0], float(temperatures[0]), float(top_ps[0]))
     found = [main]
     found += [dataclasses.replace(main, draft_len=length) for length in draft_lens[1:]]
@@ -272,7 +274,7 @@ def _stem(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is decoded and stored at once."""
+    """One point with one seed: what is decoded and stored together."""
 
     arm: Arm
     alpha: float | None
@@ -338,7 +340,7 @@ def arms(
       UserError: an unknown method, two methods of one name, alphas of a method that is not measured, or an alpha
         outside its range.
     """
-    wanted = [arm(text) for text in options.sequence("methods", named)]
+    wanted = [arm(text) for text in checks.sequence("methods", named)]
     found: dict[str, Arm] = {}
     for each in [*map(arm, baselines), *wanted]:
         for other in found.values():
@@ -349,5 +351,5 @@ def arms(
         found.setdefault(TRUNCATION, arm(TRUNCATION))
     for name, values in alphas.items():
         _known(name, found, "method with alphas")
-        found[name] = dataclasses.replace(found[name], alphas=tuple(options.sequence(f"alphas of {name}", values)))
+        found[name] = dataclasses.replace(found[name], alphas=tuple(checks.sequence(f"alphas of {name}", values)))
     return tuple(found.values())

@@ -1,4 +1,4 @@
-"""Decodes the cells of a sweep, in an order in which methods take turns, and keeps what is needed of each."""
+"""Decodes the cells of a sweep, methods alternating, and keeps what the report needs of each."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from speccascade_t5x.distributed import hosts
 from speccascade_t5x.evaluation import grid, teacher_forced, timing
 from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.inference.datasets import Dataset
+from speccascade_t5x.inference.generate import LoadedPair, Runner
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import hosts
-from speccascade_t5x.runtime.generate import LoadedPair, Runner
-from speccascade_t5x.runtime.infer import Dataset
-from speccascade_t5x.runtime.settings import Settings
 
 NLL = "nll"
 
@@ -131,6 +131,8 @@ class Measurement:
     def run(self, cell: Cell, order: int | None = None) -> dict[str, Any] | None:
         """The row of a cell, measured now unless it is on disk; None where it failed, whose reason is then stored.
 
+        What was decoded of a failed cell is stored as well, so that it is only scored when the cell is tried again.
+
         Args:
           cell: what to measure.
           order: of its row among the others; None puts it after those there are.
@@ -142,13 +144,16 @@ class Measurement:
         if row is None:
             settings = cell.settings(self.base)
             name = self._name(cell, settings) | ({} if order is None else {"order": order})
+            found, timed = self.store.unscored(cell.id)
             try:
-                found, timed = self._decode(settings)
+                if not found:
+                    found, timed = self._decode(settings)
                 references = self._on_references(cell, settings)
                 self._score_singles(found)
                 figures = self._figures(found, references)
             except (UserError, jax.errors.JaxRuntimeError) as error:
-                row = self.store.write_failure(name, (str(error).splitlines() or [type(error).__name__])[0])
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                row = self.store.write_failure(name | {"decoding": timed}, reason, found)
             else:
                 row = self.store.write(name | figures | timed, found, references)
             self._measured += 1
@@ -174,7 +179,7 @@ class Measurement:
         return [found[prompt.index] for prompt in self.dataset.prompts], times
 
     def _on_references(self, cell: Cell, settings: Settings) -> dict[str, list[float]] | None:
-        """Sums per reference of the cell's law, which its seed does not change."""
+        """Sums per reference of the cell's target distribution, which its seed does not change."""
         if teacher_forced.why_not(self.pair, settings):
             return None
         if cell.point not in self._known:
@@ -248,7 +253,7 @@ def planned(choices: Choices) -> int:
 def measure_all(measurement: Measurement, choices: Choices) -> None:
     """Runs every cell of a sweep: the main condition with its refinement, then the others on the unrefined grids.
 
-    The order is the same on every run, so a restart does what is missing. Methods take turns alpha by alpha.
+    The order is the same on every run, so a restart measures what is missing. Methods alternate, alpha by alpha.
 
     Raises:
       UserError: neither the verifier nor the drafter alone could be measured: nothing could be compared with them.
@@ -333,7 +338,7 @@ def sequence_grid(measurement: Measurement, chosen: Arm, drafted: Cell, count: i
 
 
 def _join_truncation(choices: Choices, grids: dict[str, list[float]]) -> None:
-    """MinP is measured at every alpha at which a TokenV3 is, whatever else it is measured at."""
+    """Adds to the alphas of MinP all those at which a TokenV3 is measured."""
     if grid.TRUNCATION not in grids:
         return
     for each in choices.arms:
@@ -352,8 +357,8 @@ def _turns(arms: Sequence[Arm], grids: Mapping[str, Sequence[float]]) -> Iterato
 
 def _qualities(metrics: Sequence[Mapping[str, float]], metric: str) -> list[float] | None:
     """What a curve is judged by, of each cell: its likelihood, else `metric`; None where some cell has neither."""
-    # The NLL of the law has no sampling noise, which a bend of a metric's curve may be made of. Executions without a
-    # law per token have none, and a sweep over texts without references has no other metric.
+    # The NLL has no sampling noise, which could look like a bend in the curve of a metric. Executions without a
+    # distribution per token have no NLL, and a sweep over a file of texts has no other metric.
     for found in ([-each.get(NLL, np.nan) for each in metrics], [each.get(metric, np.nan) for each in metrics]):
         if not np.isnan(found).any():
             return found
@@ -361,7 +366,7 @@ def _qualities(metrics: Sequence[Mapping[str, float]], metric: str) -> list[floa
 
 
 def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[float]]) -> None:
-    """Adds alphas where curves bend, one to each arm in turn, judged on the half alphas are chosen on."""
+    """Adds alphas where curves bend, one per arm and pass, by the figures of the half alphas are chosen on."""
     main, seed = choices.conditions[0], choices.seeds[0]
     given = {each.name for each in choices.arms if each.alphas is not None}
     led = any(each.rule == grid.TRUNCATED for each in choices.arms)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.evaluation import frontier
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import options, records
 
 FORMAT, VERSION = "speccascade_t5x.operating_points", 1
 FILE = "operating_points.json"
@@ -38,8 +38,8 @@ def write(
       folder: of the sweep.
       groups: the main condition first.
       metric: what quality means.
-      pair: identity of the pair, see `runtime.plans.identity`.
-      weights: of its parameters, see `runtime.infer.pair_identity`; None leaves them open.
+      pair: identity of the pair, see `inference.plan_files.identity`.
+      weights: of its parameters, see `inference.infer.pair_identity`; None leaves them open.
       tolerance: how far below the verifier's a quality counts as its, see `frontier.answers`.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -59,7 +59,7 @@ def write(
     }
     described = {"format": FORMAT, "version": VERSION, "metric": metric, "pair": pair, "weights": weights}
     described |= {"quality_tolerance": tolerance, "meaning": meaning, "main": _named(groups[0])}
-    return records.write_json(folder / FILE, {**described, "points": points})
+    return storage.write_json(folder / FILE, {**described, "points": points})
 
 
 def _entry(point: Point, group: Group, best: bool, main: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _named(group: Group) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Reads operating points; a folder stands for the file in it.
+    """Reads operating points from the file, or from the folder that contains it.
 
     Raises:
       UserError: it is missing, damaged, empty, or of a newer format.
@@ -139,7 +139,7 @@ def choose(
         asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
         raise UserError(f"{path} has no point under {asked or 'the main condition'}: it has {'; '.join(has)}")
     if latency_budget is not None:
-        options.real("latency_budget", latency_budget, 0.0)
+        checks.real("latency_budget", latency_budget, 0.0)
         fit = [point for point in points if _latency(point) <= latency_budget]
         if not fit:
             least = min(map(_latency, points))
@@ -153,7 +153,7 @@ def choose(
         if not alone:
             raise UserError(f"{path} lacks the verifier alone: give a latency budget or a quality floor")
         quality_floor = _quality(alone[0]) - offered.get("quality_tolerance", 0.0)
-    options.real("quality_floor", quality_floor)
+    checks.real("quality_floor", quality_floor)
     fit = [point for point in points if _quality(point) >= quality_floor]
     if not fit:
         most = max(map(_quality, points))
@@ -164,7 +164,7 @@ def choose(
 
 
 def in_words(point: Mapping[str, Any], metric: str) -> str:
-    """A point and what to expect of it, in a line."""
+    """A point and its expected quality and latency, in one line."""
     quality = point["quality"]
     ends = "" if quality.get("low") is None else f" [{quality['low']:.4g}, {quality['high']:.4g}]"
     return (

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.evaluation import frontier
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.evaluation.statistics import Estimate
-from speccascade_t5x.runtime import records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def _save(folder: Path, name: str, draw: Callable[[Axes], None]) -> Path:
         for kind, extra in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, **extra)
-            path = records.write_bytes(folder / f"{name}.{kind}", [buffer.getvalue()])
+            path = storage.write_bytes(folder / f"{name}.{kind}", [buffer.getvalue()])
     return path
 
 

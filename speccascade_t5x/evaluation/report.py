@@ -10,34 +10,36 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.evaluation import frontier, notes, page, plots
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.measure import NLL
 from speccascade_t5x.evaluation.notes import interval
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
-from speccascade_t5x.runtime import records
+from speccascade_t5x.evaluation.statistics import MIN_UNITS
 
 _CAPTIONS = {
     "frontier": "Quality against time per item, on the half that alphas were not chosen on; bars are 95 % intervals. "
-    "The grey band is the frontier chosen on the other half.",
+    "The grey line is the frontier chosen on the other half.",
     "quality-by-calls": "Quality against verifier calls per token: the same on every machine.",
     "acceptance-by-position": "Acceptance by draft position, each method at its middle alpha.",
     "calls-per-token": "Calls of either model per output token.",
     "gain-against-theory": "Measured speed-up against the cost model at the measured tokens per round.",
-    "reliability": "Reliability of both models on the references: plug-in rules rest on it.",
+    "reliability": "Reliability of both models on the references, on which plug-in rules depend.",
 }
 
 
-_FEW = 16
 _COLUMNS = (
-    "speed-up: the verifier's time over the point's, on the same items; above 1 is faster. A dash was not timed.",
-    "by theory: the speed-up that step costs and the measured tokens per round predict; what it lacks is overhead.",
-    "unreachable: share of reference tokens the law gives no chance.",
+    "speed-up: the verifier's time over the point's, as the geometric mean over the n timed items (at batch 1) or n "
+    "batches; above 1 is faster. A dash means that the point was not timed.",
+    "by theory: the speed-up predicted from step costs and the measured tokens per round, without overhead.",
+    "unreachable: share of reference tokens to which the target distribution gives probability 0.",
     "calls/token: what a point costs on any machine. The verifier alone has 1 and 0.",
-    "acceptance: share of drafts looked at that stood, in decoding. overlap on references: what it would be on the "
-    "references, from both laws; far above the acceptance means that outputs drift from the references.",
-    "deferred: how often the rule turned to the verifier. Alphas of two rules cannot be compared; this can.",
-    "cells: the rows of cells.jsonl a line is made of.",
+    "acceptance: share of the examined draft tokens that were accepted while decoding. overlap on references: the same "
+    "on the references, computed from both distributions; where it is far above the acceptance, outputs drift from the "
+    "references.",
+    "deferred: how often the rule deferred to the verifier. Unlike alphas, this can be compared between rules.",
+    "cells: the rows of cells.jsonl behind a line.",
 )
 
 
@@ -48,14 +50,14 @@ class Facts:
     Attributes:
       name: of the task or input.
       metric: what quality means.
-      unit_kind: what intervals resample.
+      unit_kind: what the intervals of quality resample.
       halves: how many items each half has.
       timed: items wall times were measured on.
       repeats: rounds of the wall times.
       batch_size: B.
       seeds: how many.
-      compile_s: compiling, in no other figure.
-      warm_up_s: first runs, likewise.
+      compile_s: seconds of compiling, which no other figure includes.
+      warm_up_s: seconds of first runs, likewise.
       failures: rows of cells that failed.
       machine: where it ran.
       reliability: per model.
@@ -92,8 +94,8 @@ def write(folder: Path, groups: Sequence[Group], facts: Facts) -> dict[str, Path
     drawn = plots.draw_all(folder / "plots", groups, facts.quality, facts.reliability)
     sections = [_section(group, facts, i == 0) for i, group in enumerate(groups)]
     markdown = _markdown(sections, facts, drawn)
-    records.write_text(folder / "report.md", markdown)
-    records.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
+    storage.write_text(folder / "report.md", markdown)
+    storage.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
     return {"report": folder / "report.html", "report in Markdown": folder / "report.md", "plots": folder / "plots"}
 
 
@@ -111,20 +113,20 @@ class _Section:
 
 def _section(group: Group, facts: Facts, main: bool) -> _Section:
     found = frontier.answers(group, facts.tolerance)
-    law = facts.metric == NLL
-    remarks = ([] if law else notes.chance(group, facts.quality)) + notes.speed(group, found, facts.unit_kind)
+    nll = facts.metric == NLL
+    remarks = ([] if nll else notes.chance(group, facts.quality)) + notes.speed(group, found, facts.unit_kind)
     return _Section(
         title=("Main condition: " if main else "") + str(group.condition),
         advice=notes.advice(group, facts.tolerance, facts.quality) if main and facts.timed else [],
         table=_answers(group, found, facts),
-        truncation=[notes.NLL_CHARGES] if law else notes.truncation(group, facts.quality),
+        truncation=[notes.NLL_CHARGES] if nll else notes.truncation(group, facts.quality),
         remarks=remarks,
         points=_points(group, facts),
     )
 
 
 def _answers(group: Group, found: Sequence[frontier.Answer], facts: Facts) -> tuple[list[str], list[list[str]]]:
-    """The table of [SC]: speed-up at the verifier's quality, best quality within its latency."""
+    """The paper's table: speed-up at the verifier's quality, best quality within its latency."""
     header = [
         *("method", "alpha", "speed-up at the verifier's quality", f"its {facts.quality} less the verifier's"),
         *("alpha ", f"best {facts.quality} within the verifier's latency", "less the verifier's"),
@@ -139,9 +141,8 @@ def _answers(group: Group, found: Sequence[frontier.Answer], facts: Facts) -> tu
                 continue
             row.append("-" if choice.point.alpha is None else f"{choice.point.alpha:g}")
             for name in figures:
-                suffix = "x" if name == "speed_up" else ""
                 digits = 2 if name == "speed_up" else None
-                row.append(interval(getattr(choice, name), digits, sign=name == "gain") + suffix)
+                row.append(interval(getattr(choice, name), digits, sign=name == "gain"))
         rows.append([*row, interval(answer.area, None)])
     return header, rows
 
@@ -185,21 +186,23 @@ def _share(value: float | None) -> str:
 def _protocol(facts: Facts) -> list[str]:
     items, batch = sum(facts.halves.values()), facts.batch_size
     decoded = f"decoded in batches of {batch} over all items with {facts.seeds} seed{'s' * (facts.seeds != 1)}"
-    law = f"minus the NLL of the references, the same for all seeds; rates are of outputs {decoded}"
+    nll = f"minus the NLL of the references, the same for all seeds; rates are of outputs {decoded}"
     timed = [
-        f"Wall time: {facts.timed} of the items, half of them from each half, {facts.repeats} rounds, at batch 1 and "
-        f"in batches of {batch}; all timed points take turns on each item. What has no speed-up was not timed.",
+        f"Wall time: {facts.timed} items drawn at random, half of them from each half, {facts.repeats} rounds with the "
+        f"seeds in turn, at batch 1 and in batches of {batch}; all timed points alternate on each item. A speed-up is "
+        "the geometric mean of the ratios of n items, its interval Student's t on their logarithms; fewer than "
+        f"{MIN_UNITS} have none.",
     ]
     return [
         f"{facts.name}: {items} items; alphas chosen on {facts.halves[CHOOSE]} of them, every figure below from the "
         f"other {facts.halves[REPORT]} (calls, acceptance and tokens/s from all).",
-        f"Quality is {law if facts.metric == NLL else f'{facts.quality}, {decoded}'} (one at temperature 0).",
-        f"Intervals: 95 %, paired bootstrap over {facts.unit_kind}, each for itself: of twenty comparisons one is "
-        "expected to leave out what is true.",
+        f"Quality is {nll if facts.metric == NLL else f'{facts.quality}, {decoded}'} (one at temperature 0).",
+        f"Intervals of quality: 95 %, paired bootstrap over {facts.unit_kind}. No interval is corrected for the number "
+        "of comparisons: one in twenty is expected to miss the true value.",
         *(timed if facts.timed else []),
-        f"Compiling took {facts.compile_s:.1f} s and warm-up {facts.warm_up_s:.1f} s; neither is in any figure.",
-        "NLL: -log of the reference token under the law that is emitted, both models teacher-forced, in nats per "
-        "token; a token without a chance (unreachable) is charged -log 1e-6.",
+        f"Compiling took {facts.compile_s:.1f} s and warm-up {facts.warm_up_s:.1f} s; no figure includes them.",
+        "NLL: -log of the reference token's probability under the target distribution, both models teacher-forced, in "
+        "nats per token; a token of probability 0 (unreachable) is charged -log 1e-6.",
         f"Machine: {facts.machine}.",
     ]
 
@@ -209,7 +212,7 @@ def _warnings(facts: Facts) -> list[str]:
     found += [f"The cell {row['cell']} failed: {row['error']}" for row in facts.failures]
     if not facts.timed:
         found.append("No wall time was measured yet, so there are no speed-ups and no table of answers.")
-    elif facts.timed < _FEW:
+    elif facts.timed < 2 * MIN_UNITS:
         found.append(f"Wall times come from {facts.timed} items, half of them each: too few to trust a speed-up.")
     return found
 
@@ -230,7 +233,7 @@ def _markdown(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Pa
         lines += [f"- {text}" for text in section.remarks]
         lines += ["", *(f"![{name}](plots/{name}.png)" for name in _pictures(i, drawn)), ""]
         lines += page.markdown_table(*section.points)
-    lines += ["", "## What the columns say", "", *(f"- {text}" for text in _COLUMNS)]
+    lines += ["", "## What the columns mean", "", *(f"- {text}" for text in _COLUMNS)]
     return "\n".join(lines) + "\n"
 
 
@@ -252,13 +255,13 @@ def _html(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path],
             parts.append(page.picture(drawn[name], _CAPTIONS[name.rstrip("-0123456789")]))
         points = f"<summary>All {len(section.points[1])} points</summary>{page.table(*section.points)}"
         parts.append(f"<details{' open' if i == 0 else ''}>{points}</details>")
-    parts += ["<h2>What the columns say</h2>", page.bullets(_COLUMNS)]
+    parts += ["<h2>What the columns mean</h2>", page.bullets(_COLUMNS)]
     parts += ["<h2>How it was measured</h2>", page.bullets(_protocol(facts))]
     return page.page(f"Sweep on {facts.name}", "\n".join(parts))
 
 
 def _pictures(section: int, drawn: Mapping[str, Path]) -> list[str]:
-    """Plots of a condition; those that are drawn once stand with the main one."""
+    """Plots of a condition; the main one also shows those that are drawn once."""
     own = [f"frontier-{section}"]
     once = [name for name in drawn if not name.startswith("frontier-")] if section == 0 else []
     return [name for name in own + once if name in drawn]

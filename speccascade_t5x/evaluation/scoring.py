@@ -1,12 +1,12 @@
 """The task's metrics over all items, over each half, and in the form a bootstrap over examples needs.
 
 Most metrics are sums over examples divided by sums over examples: a mean (exact match, ROUGE), or one weighted by the
-length of the reference (word and character accuracy). Which one a metric is, is found by trying: if the metric of
-single examples, so weighted, gives the metric of each half to rounding, then the examples are its units. Word and
-character accuracy end at 0, and one output that runs on and on would lie below: such an example is scored in company of
-references that are predicted right, from which its own part follows.
-A metric that is no such ratio (BLEU, chrF) is cut into groups of examples, and each group's jackknife pseudo-value
-stands for it (Quenouille 1956; Tukey 1958): its units are groups.
+length of the reference (word and character accuracy). Which of these a metric is, is found by trying: if the metric of
+single examples, so weighted, gives the metric of each half up to rounding, then the examples are its units. Word and
+character accuracy are cut off at 0, and an output that never ends would lie below: such an example is scored together
+with references that are predicted right, from which its own part follows.
+For a metric that is not such a ratio (BLEU, chrF) the examples are split into groups, and each group is represented by
+its jackknife pseudo-value (Quenouille 1956; Tukey 1958): the units are groups.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Scorer:
     """Metrics of a dataset; what one item's prediction is worth is computed once.
 
     Args:
-      score: (predictions, places) -> metrics, see `runtime.infer.Dataset`.
+      score: (predictions, places) -> metrics, see `inference.datasets.Dataset`.
       references: of all items.
       seed: of the halves.
     """
@@ -153,7 +153,7 @@ class Scorer:
             return {}
 
     def single(self, place: int, prediction: str) -> dict[str, float]:
-        """Metrics of one prediction by itself; empty where a metric refuses a single item."""
+        """Metrics of one prediction by itself; empty where a metric cannot be computed of a single item."""
         if (place, prediction) not in self._single:
             self.learn(place, prediction, self._attempt([prediction], [place]))
         return self._single[place, prediction]
@@ -194,6 +194,12 @@ class Scorer:
 
 
 def _numbers(scores: Mapping[str, object]) -> dict[str, float]:
-    """Those that are finite numbers: a correlation of equal outputs, or a histogram, is none."""
-    found = {name: value for name, value in scores.items() if isinstance(value, (int, float, np.number))}
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+    """Those that are finite numbers: a correlation of equal outputs, or a text, is none. A number in a mapping in
+    another is called `outer/inner`."""
+    found: dict[str, float] = {}
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in _numbers(value).items()}
+        elif isinstance(value, (int, float, np.number)) and math.isfinite(value):
+            found[name] = float(value)
+    return found

@@ -1,26 +1,38 @@
-"""Means and ratios with paired bootstrap intervals over examples. numpy only.
+"""Means and ratios with paired intervals over examples. numpy and scipy only.
 
-The unit that is resampled is the example: figures of several methods, metrics or seeds that come from one `Bootstrap`
-share its resamples, so their differences and ratios are paired.
+Figures of quality are resampled: the unit is the example, and figures of several methods, metrics or seeds that come
+from one `Bootstrap` share its resamples, so their differences and ratios are paired.
 
     boot = Bootstrap(len(examples))
     gain = boot.mean(hits_of_a) - boot.mean(hits_of_b)
     print(gain.value, gain.low, gain.high)
 
-Source: percentile bootstrap (Efron 1979); paired over test items as in Koehn 2004.
+Wall times are measured on far fewer units, where a percentile interval is too narrow (of normal values it covers 76 %
+at 3 units and 88 % at 8 where 95 % are claimed). Their ratios are paired per unit instead, and the interval is
+Student's t on the mean of the logarithms:
+
+    speed_up = TimeRatios(len(items)).ratio(seconds_of_the_verifier, seconds_of_the_method)
+
+No interval is given below `MIN_UNITS` units.
+
+Source: percentile bootstrap (Efron 1979), paired over test items as in Koehn 2004, its tails widened for few units
+(the expanded percentile interval, Hesterberg 2015); t-interval (Student 1908).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 from speccascade_t5x.interfaces import UserError
 
 LEVEL = 0.95
 DRAWS = 2000
+MIN_UNITS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,17 +41,19 @@ class Estimate:
 
     Attributes:
       value: on the examples as they are.
-      draws: [draws] on each resample; NaN where it is not defined there (an empty denominator, a single example).
+      draws: [draws] on each resample; NaN where it is not defined there (an empty denominator, too few examples).
       level: coverage of [low, high].
+      units: how many examples, or timed items, stand behind it; of a figure made of two, the fewer.
     """
 
     value: float
     draws: np.ndarray
     level: float = LEVEL
+    units: int | None = None
 
     @property
     def low(self) -> float:
-        """Lower end of the percentile interval; NaN where no resample gives a figure."""
+        """Lower end of the interval; NaN where fewer than `MIN_UNITS` units stand behind the figure."""
         return self._ends[0]
 
     @property
@@ -50,10 +64,14 @@ class Estimate:
     @functools.cached_property
     def _ends(self) -> tuple[float, float]:
         known = self.draws[np.isfinite(self.draws)]
-        if not known.size:
+        if not known.size or (self.units is not None and self.units < MIN_UNITS):
             return float("nan"), float("nan")
-        tail = 50.0 * (1.0 - self.level)
-        low, high = np.percentile(known, [tail, 100.0 - tail])
+        tail = 0.5 * (1.0 - self.level)
+        if self.units is not None:
+            # Resamples of n units vary by (n - 1) / n of what samples do, and their spread is itself estimated.
+            n = self.units
+            tail = special.ndtr(special.stdtrit(n - 1, tail) * np.sqrt(n / (n - 1)))
+        low, high = np.percentile(known, [100.0 * tail, 100.0 * (1.0 - tail)])
         return float(low), float(high)
 
     def above(self, reference: float = 0.0) -> bool:
@@ -65,14 +83,17 @@ class Estimate:
         return self.high < reference
 
     def as_dict(self) -> dict[str, float | None]:
-        """{"value", "low", "high"}, None where a figure is not defined, as JSON wants it."""
+        """{"value", "low", "high", "units"}, None where a figure is not defined, as JSON wants it."""
         named = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: float(x) if np.isfinite(x) else None for name, x in named.items()}
+        return {name: float(x) if np.isfinite(x) else None for name, x in named.items()} | {"units": self.units}
 
     def _with(self, other: Estimate | float, how: np.ufunc) -> Estimate:
-        value, draws = (other.value, other.draws) if isinstance(other, Estimate) else (other, other)
+        value, draws, units = other, other, None
+        if isinstance(other, Estimate):
+            value, draws, units = other.value, other.draws, other.units
+        fewest = min((n for n in (self.units, units) if n is not None), default=None)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return Estimate(float(how(self.value, value)), how(self.draws, draws), self.level)
+            return Estimate(float(how(self.value, value)), how(self.draws, draws), self.level, fewest)
 
     def __add__(self, other: Estimate | float) -> Estimate:
         return self._with(other, np.add)
@@ -92,8 +113,6 @@ class Estimate:
 
 class Bootstrap:
     """Resamples of N examples, the same for every figure made with it.
-
-    One example alone has no interval: its resamples are all itself, and would say that nothing is uncertain.
 
     Args:
       examples: N, how many there are.
@@ -126,7 +145,7 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             value = np.divide(above.sum(), below.sum())
             draws = (self.counts @ above) / (self.counts @ below)
-        return Estimate(float(value), draws if self.examples > 1 else np.full_like(draws, np.nan), self.level)
+        return Estimate(float(value), draws, self.level, self.examples)
 
     def mean(self, values: np.ndarray) -> Estimate:
         """Mean over examples (and seeds) of values [N] or [seeds, N]."""
@@ -139,13 +158,63 @@ class Bootstrap:
         return values
 
 
-def mean_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0, level: float = LEVEL) -> Estimate:
-    """Mean of values [N] or [seeds, N] over examples, with its interval.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TimeRatio(Estimate):
+    """The geometric mean of a ratio of wall times over units, with Student's t-interval on the logarithms.
 
-    Raises:
-      UserError: there is no value.
+    Attributes:
+      logs: [N] logarithm of the ratio of each unit. The quotient of two such figures over the same units is one again.
     """
-    return Bootstrap(np.asarray(values).shape[-1], draws, seed, level).mean(values)
+
+    logs: np.ndarray = dataclasses.field(kw_only=True)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[float, float]:
+        n = len(self.logs)
+        if n < MIN_UNITS:
+            return float("nan"), float("nan")
+        half = special.stdtrit(n - 1, 0.5 * (1.0 + self.level)) * self.logs.std(ddof=1) / np.sqrt(n)
+        low, high = np.exp(self.logs.mean() + np.array([-half, half]))
+        return float(low), float(high)
+
+    def __truediv__(self, other: Estimate | float) -> Estimate:
+        if not isinstance(other, TimeRatio):
+            return super().__truediv__(other)
+        quotient = self._with(other, np.divide)
+        return TimeRatio(quotient.value, quotient.draws, self.level, self.units, logs=self.logs - other.logs)
+
+
+class TimeRatios:
+    """Ratios of wall times over the same N units, such as timed items: paired, as figures of one `Bootstrap` are.
+
+    Args:
+      units: N.
+      draws: of each figure, for what is made of times and figures of a bootstrap with as many.
+      seed: of the draws.
+      level: coverage of the intervals.
+    """
+
+    def __init__(self, units: int, draws: int = DRAWS, seed: int = 0, level: float = LEVEL):
+        self.units, self.level = units, level
+        rng = np.random.default_rng(seed)
+        # [draws, N]: applied to logarithms less their mean they give multivariate t draws of that mean's error.
+        self._noise = np.full((draws, units), np.nan)
+        if units >= MIN_UNITS:
+            self._noise = rng.standard_normal((draws, units)) / np.sqrt(rng.chisquare(units - 1, (draws, 1)) * units)
+
+    def ratio(self, above: np.ndarray, below: np.ndarray) -> TimeRatio:
+        """The geometric mean of above / below.
+
+        Args:
+          above: [N] seconds, or seconds per token, of each unit.
+          below: likewise.
+        """
+        logs = np.log(np.asarray(above, np.float64)) - np.log(np.asarray(below, np.float64))
+        if logs.shape != (self.units,):
+            raise ValueError(f"{logs.shape[0]} values for {self.units} units")
+        centre = logs.mean()
+        draws = np.exp(centre + self._noise @ (logs - centre))
+        return TimeRatio(float(np.exp(centre)), draws, self.level, self.units, logs=logs)
 
 
 def paired_difference(
@@ -165,3 +234,24 @@ def paired_difference(
         raise UserError(f"a paired difference needs the same examples, got {sizes[0]} and {sizes[1]}")
     boot = Bootstrap(sizes[0], draws, seed, level)
     return boot.mean(ours) - boot.mean(theirs)
+
+
+def holm(values: Sequence[Estimate], level: float = LEVEL) -> list[bool]:
+    """Which of a family of figures differ from 0, the chance of any false one being at most 1 - level.
+
+    Each is tested by t = value / standard deviation of its resamples, with its units less one degrees of freedom.
+
+    Source: the step-down procedure of Holm (1979).
+    """
+    chances = []
+    for one in values:
+        spread = float(np.std(one.draws)) if one.units is None or one.units >= MIN_UNITS else np.nan
+        size = abs(one.value) / spread if spread else (np.inf if one.value else 0.0)
+        found = 2.0 * special.stdtr((one.units or np.inf) - 1, -size)
+        chances.append(found if np.isfinite(found) else 1.0)
+    differs = [False] * len(chances)
+    for rank, place in enumerate(np.argsort(chances, kind="stable")):
+        if chances[place] > (1.0 - level) / (len(chances) - rank):
+            break
+        differs[place] = True
+    return differs

@@ -1,4 +1,4 @@
-"""The `sweep` job: measures methods x alphas on a task, and shows what each setting buys."""
+"""The `sweep` job: measures methods x alphas on a task, and reports quality and speed of each setting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from speccascade_t5x.common import checks, storage
+from speccascade_t5x.distributed import hosts
 from speccascade_t5x.evaluation import calibrate as calibration
 from speccascade_t5x.evaluation import grid, operating_points, report, scoring, teacher_forced, timing, trace_page
 from speccascade_t5x.evaluation.analysis import Analyst, Group
@@ -19,17 +21,18 @@ from speccascade_t5x.evaluation.cells import DESCRIPTION, CellStore
 from speccascade_t5x.evaluation.grid import Arm, Cell, Condition
 from speccascade_t5x.evaluation.measure import NLL, Choices, Measurement, Progress, Tell, measure_all
 from speccascade_t5x.evaluation.scoring import CHOOSE, Scorer
+from speccascade_t5x.inference import datasets, infer, plan_files
+from speccascade_t5x.inference.generate import LoadedPair, Runner, loaded
+from speccascade_t5x.inference.methods import check as check_settings
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import hosts, infer, options, plans, records
-from speccascade_t5x.runtime.generate import LoadedPair, Runner
-from speccascade_t5x.runtime.settings import Settings
 
 _ALWAYS_TIMED = ("verifier", "drafter", "lossless")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has left behind.
+    """The results of a sweep.
 
     Attributes:
       folder: with everything in it.
@@ -47,7 +50,7 @@ class SweepResult:
 
 
 def sweep(
-    pair: LoadedPair,
+    pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
     output_dir: str | Path | None,
     task: str | None = None,
@@ -79,7 +82,7 @@ def sweep(
     Several hosts share the cells, in a folder all of them see; the first one measures times and reports.
 
     Args:
-      pair: what decodes; it needs a drafter.
+      pair: what decodes, or a function that loads it, called once all else has been checked; it needs a drafter.
       settings: common to all cells: lengths, batch size B, top_k. What the arms choose must be left alone.
       output_dir: everything goes there; see `cells`, `report` and docs/sweep.md.
       task: a registered seqio task with targets; its vocabulary must be the pair's.
@@ -97,13 +100,13 @@ def sweep(
       seeds: one random key each; at temperature 0 the first alone.
       metric: what quality is: a metric of the task (its first by default), or "nll".
       quality_tolerance: how far below the verifier's a quality still counts as its, in units of the metric.
-      timing_items: how many items wall times are measured on, half of them from each half.
-      timing_repeats: rounds of the wall times.
+      timing_items: how many items wall times are measured on, drawn at random, half of them from each half.
+      timing_repeats: rounds of the wall times; each takes the next seed.
       timed_points: most points per arm and condition that are timed: those that matter.
       traces: items on the trace page.
       calibrate: {rate: value}: instead of sweeping, find the alphas of `methods` that reach it.
-      report_only: measure nothing; report the cells that are there, of a sweep that is still at work too.
-      baselines: measured in any case. Leave them alone, but for a test: a gain without them means nothing.
+      report_only: measure nothing; report the finished cells, also those of a sweep that is still running.
+      baselines: always measured. Change them in tests only: a gain without them means nothing.
       progress: called after every cell and block.
 
     Raises:
@@ -118,8 +121,8 @@ def sweep(
         *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
         *(() if limit is None else (("limit", limit, 1),)),
     ):
-        options.whole(name, value, least)
-    options.real("quality_tolerance", quality_tolerance, 0.0)
+        checks.whole(name, value, least)
+    checks.real("quality_tolerance", quality_tolerance, 0.0)
     _check_seeds(seeds)
     if report_only:
         _check_report(output_dir, calibrate)
@@ -132,7 +135,9 @@ def sweep(
     calibrated = [each for each in chosen if each.name in named]
     if target is not None:
         calibration.check(calibrated)
-    _check_cells(pair, settings, chosen, conditions)
+    _check_cells(settings, chosen, conditions)
+    pair = loaded(pair)
+    _check_pair(pair, settings, chosen, conditions)
     dataset, scorer, halves = _dataset(pair, settings, task, split, input, limit)
     metric = _metric(metric, dataset, scorer)
     choices = Choices(chosen, conditions, tuple(varied), tuple(seeds), alpha_points, refine, metric)
@@ -142,35 +147,36 @@ def sweep(
     }
     here = hosts.current()
     _check_hosts(here, pair, calibrate)
-    store = _open(here, output_dir, config, report_only)
-    tell = progress or (lambda _: None)
-    measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
-    if target is not None:
-        found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
-        path = records.write_json(store.folder / "calibration.json", {"calibrated": found})
-        return SweepResult(store.folder, [], found, {"calibration": path})
-    if not report_only:
-        measure_all(measurement, choices)
-        if here.first:  # while the others rest
-            _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
-    result = SweepResult(store.folder, [], [], {})
-    if here.first:
-        result = _report(measurement, choices, quality_tolerance, traces)
-    here.wait("the sweep is reported")
-    return result
+    with storage.one_writer(output_dir, "the sweep", here.first and not report_only):
+        store = _open(here, output_dir, config, report_only)
+        tell = progress or (lambda _: None)
+        measurement = Measurement(pair, settings, dataset, scorer, store, halves, tell, metric, here)
+        if target is not None:
+            found = calibration.calibrate(measurement, calibrated, conditions[0], seeds[0], target, alpha_points)
+            path = storage.write_json(store.folder / "calibration.json", {"calibrated": found})
+            return SweepResult(store.folder, [], found, {"calibration": path})
+        if not report_only:
+            measure_all(measurement, choices)
+            if here.first:  # while the others rest
+                _measure_times(measurement, choices, timing_items, timing_repeats, timed_points, tell)
+        result = SweepResult(store.folder, [], [], {})
+        if here.first:
+            result = _report(measurement, choices, quality_tolerance, traces)
+        here.wait("the sweep is reported")
+        return result
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     """All of them: the cells of the first would be there before the second is read."""
-    for seed in options.sequence("seeds", seeds):
-        options.whole("seeds", seed, 0, 2**32 - 1)
+    for seed in checks.sequence("seeds", seeds):
+        checks.whole("seeds", seed, 0, 2**32 - 1)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
-    """Arms that are not measured are passed over, but a name that stands for none is a mistake."""
-    for name in options.sequence("varied", varied):
+    """Arms that are not measured are skipped, but the name of no arm is an error."""
+    for name in checks.sequence("varied", varied):
         if name not in {each.name for each in arms}:
             grid.arm(name)
 
@@ -203,21 +209,33 @@ def _open(here: hosts.Hosts, folder: str | Path, config: Mapping[str, Any], read
     return CellStore(folder, config, first=False)
 
 
-def _check_cells(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
-    """Builds every arm's program under every condition, so that what cannot run is refused before anything does."""
+def _one_per_arm(base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> Iterator[Settings]:
+    """The settings of one cell per arm and condition."""
     for arm in arms:
         alpha = None
         if arm.range is not None:
             alpha = -1.0 if arm.method == "sequence_cascade" else (arm.alphas or grid.default_alphas(arm, 1))[0]
         for condition in conditions:
-            Runner(pair, Cell(arm, alpha, condition, 0).settings(base))
+            yield Cell(arm, alpha, condition, 0).settings(base)
+
+
+def _check_cells(base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
+    """Refuses what can be known to be wrong without the pair."""
+    for settings in _one_per_arm(base, arms, conditions):
+        check_settings(settings)
+
+
+def _check_pair(pair: LoadedPair, base: Settings, arms: Sequence[Arm], conditions: Sequence[Condition]) -> None:
+    """Builds every arm's program under every condition, so that what this pair cannot run is refused at once."""
+    for settings in _one_per_arm(base, arms, conditions):
+        Runner(pair, settings)
 
 
 def _dataset(
     pair: LoadedPair, base: Settings, task: str | None, split: str, source: str | None, limit: int | None
-) -> tuple[infer.Dataset, Scorer | None, dict[str, list[int]]]:
+) -> tuple[datasets.Dataset, Scorer | None, dict[str, list[int]]]:
     runner = Runner(pair, dataclasses.replace(base, method="verifier"))
-    dataset = infer.read_dataset(runner, task, split, source, limit)
+    dataset = datasets.read(runner.prompt_form, task, split, source, limit)
     if any(text is None for text in dataset.targets_text):
         raise UserError(f"{dataset.name} has examples without targets: a sweep needs a reference for each")
     halves = scoring.halves(len(dataset.prompts))
@@ -225,7 +243,7 @@ def _dataset(
     return dataset, scorer, halves
 
 
-def _metric(metric: str | None, dataset: infer.Dataset, scorer: Scorer | None) -> str:
+def _metric(metric: str | None, dataset: datasets.Dataset, scorer: Scorer | None) -> str:
     """What quality means.
 
     Raises:
@@ -239,10 +257,10 @@ def _metric(metric: str | None, dataset: infer.Dataset, scorer: Scorer | None) -
     return metric
 
 
-def _config(pair: LoadedPair, base: Settings, dataset: infer.Dataset, choices: Choices) -> dict[str, Any]:
+def _config(pair: LoadedPair, base: Settings, dataset: datasets.Dataset, choices: Choices) -> dict[str, Any]:
     """What makes two sweeps the same sweep."""
     return {
-        "data": infer.data_identity(dataset),
+        "data": dataset.identity(),
         "pair": infer.pair_identity(pair),
         "settings": {
             field.name: getattr(base, field.name)
@@ -266,13 +284,14 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
     if not costs.exists():
         widest = max(measurement.references.batches, key=lambda batch: batch.bucket)
         widths = sorted({condition.draft_len + 1 for condition in choices.conditions})
-        records.write_json(costs, timing.step_costs(pair, base, widest, widths))
+        storage.write_json(costs, timing.step_costs(pair, base, widest, widths))
     points = {}
     for row in matter(store.done, choices, most, _size_ratio(pair)):
         chosen = {name: value for name, value in row["settings"].items() if value is not None}
         points[row["point"]] = dataclasses.replace(base, **chosen)
     prompts = {prompt.index: prompt for prompt in measurement.dataset.prompts}
-    watch = timing.Stopwatch(pair, points, prompts, timing.timed_items(measurement.halves, items), repeats)
+    drawn = timing.timed_items(measurement.halves, items)
+    watch = timing.Stopwatch(pair, points, prompts, drawn, repeats, choices.seeds)
     stamps: list[tuple[int, float]] = []
 
     def advance(done: int, total: int) -> None:
@@ -346,7 +365,7 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
             "cells.jsonl can be read, but nothing can be compared; run it further"
         )
     files = {"cells": store.folder / "cells.jsonl"}
-    identities = plans.identity(measurement.pair), infer.pair_identity(measurement.pair)
+    identities = plan_files.identity(measurement.pair), infer.pair_identity(measurement.pair)
     files["operating points"] = operating_points.write(store.folder, groups, choices.metric, *identities, tolerance)
     facts = report.Facts(
         name=measurement.dataset.name,
@@ -384,5 +403,5 @@ def _reliability(measurement: Measurement) -> dict[str, Any]:
         "drafter": teacher_forced.reliability(figures["max_q"], figures["right_q"]),
         "verifier": teacher_forced.reliability(figures["max_p"], figures["right_p"]),
     }
-    records.write_json(path, found)
+    storage.write_json(path, found)
     return found

@@ -18,11 +18,11 @@ import numpy as np
 from speccascade_t5x import decoding
 from speccascade_t5x.core import probs
 from speccascade_t5x.core.rules import Lossless, Pair
+from speccascade_t5x.data import batching
 from speccascade_t5x.decoding.laws import rule_laws
+from speccascade_t5x.inference.generate import LoadedPair, Runner
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Array, Bound, UserError
-from speccascade_t5x.runtime import batching
-from speccascade_t5x.runtime.generate import LoadedPair, Runner
-from speccascade_t5x.runtime.settings import Settings
 
 # A law may give a reference token no chance at all (temperature 0, truncation): it is then charged this much.
 FLOOR = 1e-6

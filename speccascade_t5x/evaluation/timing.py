@@ -1,8 +1,9 @@
-"""Wall times: all timed points take turns on the same few examples, so that drift of the machine hits all alike.
+"""Wall times: all timed points take turns on the same few examples, so that drift of the machine affects all alike.
 
 A block is as many examples of one padded length as a batch holds. In each of its rounds every point decodes every
-example by itself (batch 1) and then all of them at once (batch B); which point begins moves on with every example.
-Programs are compiled, and every point is run once in every shape, before anything is measured. A block is stored whole.
+example by itself (batch 1) and then all of them at once (batch B); which point begins moves on with every example, and
+the seed with every round. Programs are compiled, and every point is run once in every shape, before anything is
+measured. A block is stored whole.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.core import accounting
+from speccascade_t5x.data import batching
+from speccascade_t5x.data.examples import Example
 from speccascade_t5x.evaluation.cells import CellStore
+from speccascade_t5x.inference import measuring
+from speccascade_t5x.inference.generate import LoadedPair, Runner, program_config
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Bound
-from speccascade_t5x.runtime import batching, measuring
-from speccascade_t5x.runtime.generate import LoadedPair, Runner, program_config
-from speccascade_t5x.runtime.settings import Settings
 
 
-def timed_items(halves: Mapping[str, Sequence[int]], count: int) -> list[int]:
-    """The stated subset: the first items of both halves by turns, so that choosing and reporting have their own."""
-    turns = [place for pair in zip(*halves.values(), strict=False) for place in pair]
+def timed_items(halves: Mapping[str, Sequence[int]], count: int, seed: int = 0) -> list[int]:
+    """The timed subset: items drawn at random, from both halves by turns, so that each half has its own."""
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.asarray(places)).tolist() for places in halves.values()]
+    turns = [place for pair in zip(*drawn, strict=False) for place in pair]
     return turns[:count]
 
 
@@ -35,19 +40,21 @@ class Stopwatch:
       pair: what decodes.
       points: {name: settings}.
       prompts: of all items, by index.
-      items: the stated subset.
+      items: the timed subset.
       repeats: rounds per block.
+      seeds: of the random keys, one per round and in turn; None keeps each point's own.
     """
 
     def __init__(
         self,
         pair: LoadedPair,
         points: Mapping[str, Settings],
-        prompts: Mapping[int, batching.Prompt],
+        prompts: Mapping[int, Example],
         items: Sequence[int],
         repeats: int,
+        seeds: Sequence[int] | None = None,
     ):
-        self.pair, self.repeats, self.items = pair, repeats, list(items)
+        self.pair, self.repeats, self.items, self.seeds = pair, repeats, list(items), seeds
         self.points = dict(points)
         self._prompts = prompts
         any_of_them = next(iter(self.points.values()))  # all share batch size and padded lengths
@@ -95,24 +102,31 @@ class Stopwatch:
 
     def _block(self, items: Sequence[int], index: int) -> dict[str, Any]:
         names = list(self.points)
-        found = {name: {"one_s": [], "one_tokens": [], "batch_s": [], "batch_tokens": 0} for name in names}
+        found = {name: {"one_s": [], "one_tokens": [], "batch_s": [], "batch_tokens": []} for name in names}
         turn = index * len(items) * self.repeats
-        for _ in range(self.repeats):
-            seconds: dict[str, list[float]] = {name: [] for name in names}
-            tokens: dict[str, list[int]] = {name: [] for name in names}
+        for repeat in range(self.repeats):
+            points = self._round(repeat)
+            for row in found.values():
+                row["one_s"].append([])
+                row["one_tokens"].append([])
             for item in items:
                 turn += 1
                 for name in _from(names, turn):
-                    runner = self._run(self.points[name], [item], 1)
-                    seconds[name].append(round(runner.timing.decode_s, 6))
-                    tokens[name].append(runner.totals["committed"])
+                    runner = self._run(points[name], [item], 1)
+                    found[name]["one_s"][-1].append(round(runner.timing.decode_s, 6))
+                    found[name]["one_tokens"][-1].append(runner.totals["committed"])
             for name in _from(names, turn):
-                runner = self._run(self.points[name], items, self.points[name].batch_size)
-                found[name]["one_s"].append(seconds[name])
-                found[name]["one_tokens"] = tokens[name]
+                runner = self._run(points[name], items, points[name].batch_size)
                 found[name]["batch_s"].append(round(runner.timing.decode_s, 6))
-                found[name]["batch_tokens"] = runner.totals["committed"]
-        return {"items": list(items), "repeats": self.repeats, "points": found}
+                found[name]["batch_tokens"].append(runner.totals["committed"])
+        return {"items": list(items), "repeats": self.repeats, "seeds": self.seeds, "points": found}
+
+    def _round(self, repeat: int) -> dict[str, Settings]:
+        """The points with the seed of a round."""
+        if not self.seeds:
+            return self.points
+        seed = self.seeds[repeat % len(self.seeds)]
+        return {name: dataclasses.replace(settings, seed=seed) for name, settings in self.points.items()}
 
 
 def _from(names: Sequence[str], turn: int) -> list[str]:
@@ -125,8 +139,8 @@ def read(blocks: Sequence[Mapping[str, Any]], point: str) -> dict[str, Any] | No
     """A point's times over all blocks; None where it was not timed.
 
     Returns:
-      "items" [n], "seconds" [n] (the median over repeats), "tokens" [n], all at batch 1; "batch_seconds" and
-      "batch_tokens" [blocks] of whole batches.
+      "items" [n] and "seconds" [n] (the median over rounds) at batch 1, "batch_seconds" [blocks] of whole batches;
+      "tokens_per_s", over all rounds, at batch 1 and in whole batches.
     """
     known = [block for block in blocks if point in block["points"]]
     if not known:
@@ -135,10 +149,15 @@ def read(blocks: Sequence[Mapping[str, Any]], point: str) -> dict[str, Any] | No
     return {
         "items": [item for block in known for item in block["items"]],
         "seconds": np.concatenate([np.median(one["one_s"], axis=0) for one in mine]),
-        "tokens": np.concatenate([one["one_tokens"] for one in mine]).astype(float),
         "batch_seconds": np.array([np.median(one["batch_s"]) for one in mine]),
-        "batch_tokens": np.array([one["batch_tokens"] for one in mine], float),
+        "tokens_per_s": (_rate(mine, "one_tokens", "one_s"), _rate(mine, "batch_tokens", "batch_s")),
     }
+
+
+def _rate(blocks: Sequence[Mapping[str, Any]], tokens: str, seconds: str) -> float:
+    """Tokens over seconds of all rounds. Blocks of the first release hold the tokens of one round for all."""
+    made = sum(np.broadcast_to(one[tokens], np.shape(one[seconds])).sum() for one in blocks)
+    return float(made / sum(np.sum(one[seconds]) for one in blocks))
 
 
 def step_costs(pair: LoadedPair, settings: Settings, batch: batching.Batch, widths: Sequence[int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trace page: who wrote each output token, with q, p and the decision at a touch. HTML and CSS alone, no script."""
+"""The trace page: which model wrote each output token, with q, p and the decision. HTML and CSS alone, no script."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.evaluation import page, teacher_forced
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.measure import Measurement
 from speccascade_t5x.evaluation.scoring import REPORT
+from speccascade_t5x.inference.generate import Runner
 from speccascade_t5x.interfaces import (
     SOURCE_ACCEPTED,
     SOURCE_BONUS,
@@ -18,13 +20,11 @@ from speccascade_t5x.interfaces import (
     SOURCE_RESIDUAL,
     SOURCE_VERIFIER,
 )
-from speccascade_t5x.runtime import records
-from speccascade_t5x.runtime.generate import Runner
 
 _SOURCES = {
     SOURCE_ACCEPTED: "accepted draft",
-    SOURCE_RESIDUAL: "residual of a rejection",
-    SOURCE_BONUS: "bonus of a whole draft",
+    SOURCE_RESIDUAL: "residual after a rejection",
+    SOURCE_BONUS: "bonus after a whole draft",
     SOURCE_VERIFIER: "verifier",
     SOURCE_DRAFTER: "drafter",
 }
@@ -60,9 +60,9 @@ def write(measurement: Measurement, group: Group, items: int) -> Path:
     rest = [point for point in shown if point not in alone]
     parts = ["<h1>Who wrote which token</h1>", _legend()]
     parts.append(
-        '<p class="note">Touch or hover a token for q (drafter) and p (verifier) at temperature 1, the probability pi '
-        "under the law that is emitted, and what was decided. A character of several tokens shows at its last one, the "
-        "others as a dot. All methods drew from the same seed.</p>"
+        '<p class="note">Touch or hover over a token for q (drafter) and p (verifier) at temperature 1, its '
+        "probability pi under the target distribution, and the decision. A character of several tokens is shown at its "
+        "last one, the others as a dot. All methods used the same seed.</p>"
     )
     for place in places:
         dataset = measurement.dataset
@@ -73,7 +73,7 @@ def write(measurement: Measurement, group: Group, items: int) -> Path:
         parts.append(f'<div class="beside">{_grid(lines)}</div>')
         parts.append(_grid([(point.label, columns[point.name][place]) for point in rest]))
     path = measurement.store.folder / "trace.html"
-    return records.write_text(path, page.page("Who wrote which token", "\n".join(parts), _STYLE))
+    return storage.write_text(path, page.page("Who wrote which token", "\n".join(parts), _STYLE))
 
 
 def _grid(lines: list[tuple[str, str]]) -> str:
@@ -104,7 +104,7 @@ def _rows(measurement: Measurement, point: Point, places: list[int]) -> dict[int
         each = {name: values[place] for name, values in figures.items()} if figures else {}
         written = enumerate(zip(pieces, record["source"], strict=True))
         if settings.drafter != "model" or settings.verification != "token":
-            each.pop("drafted", None)  # drafts come from elsewhere, or do not stand or fall one by one
+            each.pop("drafted", None)  # drafts come from elsewhere, or are not accepted one by one
         rows[place] = "".join(_span(piece, source, i, each) for i, (piece, source) in written)
     return rows
 
@@ -115,9 +115,9 @@ def _span(piece: str, source: int, i: int, figures: dict[str, np.ndarray]) -> st
     if figures:
         q, p, pi, deferral = (float(figures[name][i]) for name in ("q", "p", "prob", "deferral"))
         told.append(f"q {q:.3f}, p {p:.3f}, pi {pi:.3f}")
-        told.append(f"the rule turns to the verifier here with probability {deferral:.2f}")
+        told.append(f"the rule defers to the verifier here with probability {deferral:.2f}")
         drafted = float(figures["drafted"][i]) if "drafted" in figures else 0.0
         if source == SOURCE_ACCEPTED and drafted > 0:
-            told.append(f"a draft of it stands with probability {min(1.0, pi / drafted):.2f}")
+            told.append(f"a draft of it is accepted with probability {min(1.0, pi / drafted):.2f}")
     shown = page.escape(piece) if piece else "·"
     return f'<span class="s{source}" tabindex="0" data-t="{page.escape("; ".join(told))}">{shown}</span>'

@@ -17,6 +17,23 @@ def mask_bias(mask: Array, bias: Array | None = None) -> Array:
     return jnp.where(mask, 0.0 if bias is None else bias, NEG_INF)
 
 
+def meeting(
+    queries: Array, keys: Array, query_segments: Array | None = None, key_segments: Array | None = None
+) -> Array:
+    """[B, T, S] bool: both the query [B, T] and the key [B, S] are real, and of one packed example where there are any.
+
+    Args:
+      queries: [B, T] bool, False at padding.
+      keys: [B, S] bool likewise.
+      query_segments: [B, T], the packed example each query belongs to; None where nothing is packed.
+      key_segments: [B, S] likewise.
+    """
+    mask = queries[:, :, None] & keys[:, None, :]
+    if query_segments is None:
+        return mask
+    return mask & (query_segments[:, :, None] == key_segments[:, None, :])
+
+
 class Attention(nn.Module):
     """One attention layer, in two halves so that keys and values can be cached between them.
 

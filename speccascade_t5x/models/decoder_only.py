@@ -11,53 +11,28 @@ input tokens, and the first output token is predicted at the last of them.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.interfaces import Array, PyTree, UserError
-from speccascade_t5x.models import cache as kv_cache
-from speccascade_t5x.models import prompts
-from speccascade_t5x.models.attention import Attention, mask_bias
-from speccascade_t5x.models.layers import ACTIVATIONS, MLP, Dense, Embed, RelativePositionBias, RMSNorm, dropout
+from speccascade_t5x.models import prompts, transformer
+from speccascade_t5x.models.attention import meeting
+from speccascade_t5x.models.layers import Embed
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderOnlyConfig:
-    """Architecture, with the field names of T5X's decoder-only TransformerConfig. Hashable: static under jit.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderOnlyConfig(transformer.TransformerConfig):
+    """Architecture, with the field names of T5X's decoder-only TransformerConfig; see `TransformerConfig`.
 
     Attributes:
       inputs_bidirectional_attention: prefix LM: the tokens of a prompt all see each other. T5X keeps this in
         `models.DecoderOnlyModel`, as the parameters are those of a causal LM.
-      dtype: of activations ("float32" or "bfloat16"); parameters are float32, laws and logits too.
-      logits_via_embedding: tied logits scaled by emb_dim^-0.5 instead of a projection of their own.
-      mlp_activations: ("relu",), or ("gelu", "linear") for a gated MLP.
     """
 
-    vocab_size: int
-    emb_dim: int = 512
-    num_heads: int = 8
     num_layers: int = 6
-    head_dim: int = 64
-    mlp_dim: int = 2048
-    mlp_activations: tuple[str, ...] = ("relu",)
-    dropout_rate: float = 0.0
-    logits_via_embedding: bool = False
-    dtype: str = "float32"
     inputs_bidirectional_attention: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
-        if unknown:
-            raise UserError(f"unknown mlp activation {unknown[0]!r}: use some of {', '.join(ACTIVATIONS)}")
-
-    @property
-    def activation_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
 
     @property
     def module(self) -> DecoderOnlyModule:
@@ -65,97 +40,23 @@ class DecoderOnlyConfig:
         return DecoderOnlyModule(self)
 
 
-class SelfAttentionLayer(nn.Module):
-    """Self-attention and MLP, each behind a norm and inside a residual."""
-
-    config: DecoderOnlyConfig
+class PrefixDecoder(transformer.Decoder):
+    """A decoder with its embedding: all of a decoder-only network sits below "decoder"."""
 
     def setup(self) -> None:
-        config, dtype = self.config, self.config.activation_dtype
-        self.pre_self_attention_layer_norm = RMSNorm(dtype=dtype)
-        self.self_attention = Attention(config.num_heads, config.head_dim, config.dropout_rate, dtype)
-        self.pre_mlp_layer_norm = RMSNorm(dtype=dtype)
-        self.mlp = MLP(config.mlp_dim, config.mlp_activations, config.dropout_rate, dtype)
-        self.dropout = dropout(config.dropout_rate)
-
-    def __call__(
-        self,
-        x: Array,
-        bias: Array,
-        stored: tuple[Array, Array] | None = None,
-        positions: Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, T, D] -> (x, the layer's cache). Without `stored`, the block is its own whole context."""
-        normed = self.pre_self_attention_layer_norm(x)
-        block = self.self_attention.keys_values(normed)
-        if stored is None:
-            stored = block
-        else:
-            stored = tuple(kv_cache.write(s, b, positions) for s, b in zip(stored, block, strict=True))
-        attended = self.self_attention(normed, *stored, bias, deterministic)
-        x = x + self.dropout(attended, deterministic=deterministic)
-        transformed = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(transformed, deterministic=deterministic), stored
+        super().setup()
+        self.token_embedder = transformer.embed(self.config)
 
 
-class PrefixDecoder(nn.Module):
-    """Embedding, stack and output projection: all of a decoder-only network sits below "decoder"."""
-
-    config: DecoderOnlyConfig
-
-    def setup(self) -> None:
-        config = self.config
-        self.token_embedder = Embed(config.vocab_size, config.emb_dim, config.activation_dtype)
-        self.relpos_bias = RelativePositionBias(config.num_heads, bidirectional=False)
-        self.layers = [SelfAttentionLayer(config) for _ in range(config.num_layers)]
-        self.decoder_norm = RMSNorm(dtype=config.activation_dtype)
-        self.dropout = dropout(config.dropout_rate)
-        if not config.logits_via_embedding:
-            # float32 whatever the activations: the laws are float32.
-            self.logits_dense = Dense(config.vocab_size, ("embed", "vocab"))
-
-    def project(self, hidden: Array) -> Array:
-        """[B, T, D] -> float32 logits [B, T, V]."""
-        if self.config.logits_via_embedding:
-            return self.token_embedder.attend(hidden)
-        return self.logits_dense(hidden)
-
-    def __call__(
-        self, tokens: Array, mask: Array, deterministic: bool = True
-    ) -> tuple[Array, list[tuple[Array, Array]]]:
-        """tokens [B, T], mask [B or 1, T, T] bool -> (hidden [B, T, D], keys and values of each layer)."""
-        length = tokens.shape[1]
-        bias = mask_bias(mask[:, None], self.relpos_bias(jnp.array(0), length, length))
-        x, stored = self.dropout(self.token_embedder(tokens), deterministic=deterministic), []
-        for layer in self.layers:
-            x, own = layer(x, bias, deterministic=deterministic)
-            stored.append(own)
-        return self.dropout(self.decoder_norm(x), deterministic=deterministic), stored
-
-    def extend(self, tokens: Array, cache: PyTree, positions: Array) -> tuple[Array, PyTree]:
-        """One block at per-row positions: tokens [B, T] -> (hidden [B, T, D], cache)."""
-        length, slots = tokens.shape[1], cache["self"][0][0].shape[2]
-        seen = kv_cache.visible(positions, length, slots)
-        if self.config.inputs_bidirectional_attention:
-            prompt = cache["prompt"][:, None]
-            query = (positions[:, None] + jnp.arange(length)) < prompt
-            seen |= query[:, :, None] & (jnp.arange(slots) < prompt)[:, None, :]
-        bias = mask_bias(seen[:, None], self.relpos_bias(positions, length, slots))
-        x, stored = self.token_embedder(tokens), []
-        for layer, own in zip(self.layers, cache["self"], strict=True):
-            x, own = layer(x, bias, own, positions)
-            stored.append(own)
-        return self.decoder_norm(x), {**cache, "self": stored}
-
-
-class DecoderOnlyModule(nn.Module):
+class DecoderOnlyModule(transformer.Network):
     """The whole network. Parameters sit where T5X puts them."""
 
-    config: DecoderOnlyConfig
-
     def setup(self) -> None:
-        self.decoder = PrefixDecoder(self.config)
+        self.decoder = PrefixDecoder(self.config, self.config.num_layers)
+
+    def embedder(self) -> Embed:
+        """See `Network`."""
+        return self.decoder.token_embedder
 
     def __call__(
         self,
@@ -182,11 +83,8 @@ class DecoderOnlyModule(nn.Module):
         """
         real = decoder_target_tokens > 0
         mask = self._mask(real.shape[1], decoder_causal_attention)
-        mask &= real[:, :, None] & real[:, None, :]
-        if decoder_segment_ids is not None:
-            mask &= decoder_segment_ids[:, :, None] == decoder_segment_ids[:, None, :]
-        hidden, _ = self.decoder(decoder_input_tokens, mask, deterministic)
-        return self.decoder.project(hidden)
+        mask &= meeting(real, real, decoder_segment_ids, decoder_segment_ids)
+        return self.run(decoder_input_tokens, mask, deterministic=deterministic)[0]
 
     def _mask(self, length: int, prefix: Array | None) -> Array:
         """[B or 1, T, T] bool: tokens see themselves and earlier ones; a prefix LM's prefix sees all of itself."""
@@ -204,71 +102,45 @@ class DecoderOnlyModule(nn.Module):
         Slots beyond a row's own prompt hold leftovers of its padding, which no query sees before they are overwritten.
         """
         prefix = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        _, stored = self.decoder(tokens, self._mask(tokens.shape[1], prefix))
+        _, stored = self.decoder(self.embedder()(tokens), self._mask(tokens.shape[1], prefix))
         pads = ((0, 0), (0, 0), (0, max(room - 1, 0)), (0, 0))
-        spread = lambda x: jnp.pad(jnp.repeat(x, repeats, axis=0), pads)  # noqa: E731
-        cache = {"self": [(spread(keys), spread(values)) for keys, values in stored]}
+        cache = {"self": jax.tree.map(lambda x: jnp.pad(jnp.repeat(x, repeats, axis=0), pads), stored)}
         if self.config.inputs_bidirectional_attention:
             cache["prompt"] = jnp.repeat(lengths, repeats)
         return cache
 
-    def extend(self, cache: PyTree, tokens: Array, positions: Array) -> tuple[Array, Array, PyTree]:
-        """[B, T] ids at per-row positions -> (logits [B, T, V], hidden [B, T, D], cache)."""
-        hidden, cache = self.decoder.extend(tokens, cache, positions)
-        return self.decoder.project(hidden), hidden, cache
+    def visible(self, cache: PyTree, positions: Array, length: int, slots: int) -> Array:
+        """See `Network`; the prompt of a prefix LM sees all of itself."""
+        seen = super().visible(cache, positions, length, slots)
+        if self.config.inputs_bidirectional_attention:
+            prompt = cache["prompt"][:, None]
+            query = (positions[:, None] + jnp.arange(length)) < prompt
+            seen |= query[:, :, None] & (jnp.arange(slots) < prompt)[:, None, :]
+        return seen
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class DecoderOnly:
-    """A decoder-only network as a LanguageModel (see `interfaces.LanguageModel`).
+class DecoderOnly(transformer.NetworkModel):
+    """A decoder-only network as a LanguageModel; see `NetworkModel`. `start_id` is the token before every prompt.
 
     `inputs` is {"decoder_input_tokens": [rows, S]}, prompts of any length behind the start token and padded on the
-    right, and perhaps "decoder_causal_attention", which says how long they are (see `models.prompts`).
-
-    Attributes:
-      config: the architecture.
-      start_id: the token before every prompt.
+    right, and perhaps "decoder_causal_attention", which says how long they are (see `models.prompts`). A row gets
+    S - 1 + room cache slots: `room` counts from the last prompt token on, which stands where the start token of an
+    encoder-decoder does, so callers ask for the same room whatever the prompts.
     """
 
     config: DecoderOnlyConfig
-    start_id: int = 0
     input_name: ClassVar[str] = prompts.TOKENS
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the logits."""
-        return self.config.vocab_size
-
-    @property
-    def module(self) -> DecoderOnlyModule:
-        """The Flax module, for training and scoring."""
-        return self.config.module
 
     def inputs(self, tokens: Array) -> dict[str, Array]:
         """What `start` reads, of prompts [rows, S] that are padded with 0 on the right."""
         return prompts.from_rows(tokens, self.start_id)
 
-    def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
-        """Prefills the prompts once per input; see the Protocol.
-
-        A row has S - 1 + room slots: `room` counts from the last prompt token on, which stands where the start token
-        of an encoder-decoder does, so callers ask for the same room whatever the prompts.
-        """
-        tokens, lengths = prompts.read(inputs)
-        samples = prompts.repeats(batch_size, tokens.shape[0])
-        return self.module.apply({"params": params}, tokens, lengths, samples, room, method="start")
+    def read(self, inputs: PyTree) -> tuple[Array, Array]:
+        """The prompts and their lengths."""
+        return prompts.read(inputs)
 
     def first(self, inputs: PyTree) -> tuple[Array, Array]:
         """The last prompt token of every row at its own position; the start token at 0 where a prompt is empty."""
         return prompts.last(inputs)
-
-    def extend(
-        self, params: PyTree, cache: PyTree, tokens: Array, positions: Array, capture: tuple[str, ...] = ()
-    ) -> tuple[Any, PyTree]:
-        """Scores a block; see the Protocol. `capture` knows "hidden", the final norm's output."""
-        unknown = set(capture) - {"hidden"}
-        if unknown:
-            raise UserError(f"a decoder-only model has no hidden state {unknown.pop()!r} to capture: ask for 'hidden'")
-        logits, hidden, cache = self.module.apply({"params": params}, cache, tokens, positions, method="extend")
-        return ((logits, {"hidden": hidden}) if capture else logits), cache

@@ -171,7 +171,10 @@ class RelativePositionBias(nn.Module):
         window = table[:, distance_bucket[distance + self.max_distance]].astype(self.dtype)
         query = positions[..., None] + jnp.arange(length)
         begin = top - query  # column of key 0, whose distance is the query's position
-        take = lambda at: jax.lax.dynamic_slice(window, (0, at), (self.heads, keys))  # noqa: E731
+
+        def take(at: Array) -> Array:
+            return jax.lax.dynamic_slice(window, (0, at), (self.heads, keys))
+
         if query.ndim == 1:
             return jax.vmap(take, out_axes=1)(begin)
         return jax.vmap(jax.vmap(take, out_axes=1))(begin)

@@ -16,8 +16,7 @@ from speccascade_t5x.interfaces import Array, PyTree
 
 def _boxed_shapes(config: Any) -> PyTree:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = lambda key, x: config.module.init(key, x, x, x)["params"]  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), tokens)
+    return jax.eval_shape(lambda key, x: config.module.init(key, x, x, x)["params"], jax.random.key(0), tokens)
 
 
 def param_shapes(config: Any) -> PyTree:
@@ -27,8 +26,8 @@ def param_shapes(config: Any) -> PyTree:
 
 def logical_axes(config: Any) -> PyTree:
     """The parameter tree with each leaf replaced by its tuple of logical axis names (T5X's names)."""
-    boxed = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.names, _boxed_shapes(config), is_leaf=boxed)
+    boxed = _boxed_shapes(config)
+    return jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
 
 def init_params(config: Any, key: Array) -> PyTree:

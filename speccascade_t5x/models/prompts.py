@@ -1,4 +1,4 @@
-"""Ragged prompts of models that write on after their inputs.
+"""Ragged prompts of models that continue their inputs.
 
 The names are those of T5X's `DecoderOnlyModel`, so that its batches can be decoded as they are:
 
@@ -6,8 +6,8 @@ The names are those of T5X's `DecoderOnlyModel`, so that its batches can be deco
     decoder_input_tokens       0 9 4 6 1      0 7 1 0 0      the start token, the prompt, padding
     decoder_causal_attention   1 1 1 1 1      1 1 1 0 0      optional: 1 where the first column or a prompt token is
 
-The mask says how long each prompt is, and what stands after it is not read (T5X's batches hold the targets there).
-Without a mask the 0s at the end of a row are its padding.
+The mask gives the length of each prompt, and what follows the prompt is not read (T5X's batches hold the targets
+there). Without a mask, trailing 0s are padding.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def read(inputs: PyTree) -> tuple[Array, Array]:
         )
     tokens = jnp.asarray(inputs[TOKENS], jnp.int32)
     if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise UserError(f"{TOKENS} must be [rows, 1 or more], but has shape {tokens.shape}")
+        raise UserError(f"{TOKENS} has shape {tokens.shape}: give [rows, 1 or more]")
     if MASK in inputs:
         if jnp.shape(inputs[MASK]) != tokens.shape:
-            raise UserError(f"{MASK} has shape {jnp.shape(inputs[MASK])}, but {TOKENS} {tokens.shape}")
+            raise UserError(f"{MASK} has shape {jnp.shape(inputs[MASK])}, but {TOKENS} {tokens.shape}: make them equal")
         lengths = jnp.sum(jnp.asarray(inputs[MASK]) > 0, axis=1, dtype=jnp.int32)
     else:
         lengths = jnp.max(jnp.where(tokens != 0, jnp.arange(1, tokens.shape[1] + 1), 1), axis=1)
@@ -57,7 +57,7 @@ def read(inputs: PyTree) -> tuple[Array, Array]:
 
 
 def last(inputs: PyTree) -> tuple[Array, Array]:
-    """(tokens [B], positions [B]) of the last token of each prompt: what the first block of a row begins with."""
+    """(tokens [B], positions [B]) of the last token of each prompt: the first token of a row's first block."""
     tokens, lengths = read(inputs)
     positions = lengths - 1
     return jnp.take_along_axis(tokens, positions[:, None], axis=1)[:, 0], positions

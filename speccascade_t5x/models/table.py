@@ -1,4 +1,4 @@
-"""n-gram tables as LanguageModels: free drafters, and laws small enough to enumerate in tests."""
+"""n-gram tables as LanguageModels: drafters that call no network, and models small enough to enumerate in tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x.core import ngram
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 from speccascade_t5x.models import prompts
 
@@ -17,8 +18,8 @@ class TableModel:
     """Next-token logits looked up by the last `order` tokens.
 
     Parameters are {"logits": [V] * order + [V]}. Contexts that reach before the first token are filled with
-    `start_id`. Inputs only tell how many rows there are, unless they hold the prompts of decoder-only models
-    (`models.prompts`): a table then writes on after them, beside such a model or alone.
+    `start_id`. Inputs only give the number of rows, unless they hold the prompts of decoder-only models
+    (`models.prompts`): the table then continues them, beside such a model or alone.
 
     Attributes:
       vocab_size: V.
@@ -51,16 +52,29 @@ class TableModel:
     ) -> tuple[Array, PyTree]:
         """Scores a block by lookup; see the Protocol. There are no hidden states to capture."""
         if capture:
-            raise UserError(f"a table model has no hidden state {capture[0]!r}")
-        put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
-        stored = jax.vmap(put)(cache["tokens"], tokens.astype(jnp.int32), positions)
+            raise UserError(f"a table model has no hidden state {capture[0]!r}: capture nothing")
+        stored = ngram.write_rows(cache["tokens"], tokens, positions)
         query = positions[:, None] + jnp.arange(tokens.shape[1])
-        context = []
-        for back in reversed(range(self.order)):
-            slot = query - back
-            token = jnp.take_along_axis(stored, jnp.maximum(slot, 0), axis=1)
-            context.append(jnp.where(slot < 0, self.start_id, token))
-        return params["logits"][tuple(context)], {"tokens": stored}
+        return self._logits(params, stored, query), {"tokens": stored}
+
+    def _logits(self, params: PyTree, stored: Array, query: Array) -> Array:
+        """[B, T, V] after the tokens of `stored` [B, N] at the positions `query` [B, T]."""
+        context = [ngram.token_before(stored, query, back, self.start_id) for back in reversed(range(self.order))]
+        return params["logits"][tuple(context)]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NGramModel(TableModel):
+    """An `NGramTable` as a LanguageModel: it calls no network, and its distribution q can be read by rules.
+
+    Parameters are {"table": NGramTable}. The token before the first one is unknown, not `start_id`.
+    """
+
+    def _logits(self, params: PyTree, stored: Array, query: Array) -> Array:
+        earlier, last = (ngram.token_before(stored, query, back, -1) for back in (1, 0))
+        law = params["table"].law(earlier.reshape(-1), last.reshape(-1))
+        return jnp.log(law).reshape(*query.shape, self.vocab_size)
 
 
 def bigram(logits: Array, start_id: int = 0) -> Bound:
@@ -77,3 +91,8 @@ def bigram(logits: Array, start_id: int = 0) -> Bound:
     if logits.ndim < 2 or len(set(logits.shape)) != 1:
         raise UserError(f"a table needs two or more axes of one size V, but has shape {logits.shape}")
     return Bound(TableModel(logits.shape[-1], logits.ndim - 1, start_id), {"logits": logits})
+
+
+def ngram_model(table: ngram.NGramTable, start_id: int = 0) -> Bound:
+    """A bound `NGramModel`."""
+    return Bound(NGramModel(table.vocab_size, start_id=start_id), {"table": jax.tree.map(jnp.asarray, table)})

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import records
-from speccascade_t5x.tpu import cells
+from speccascade_t5x.tpu import slice_cells
 
 
-def read(file: Path, cell: cells.Cell) -> dict[str, Any]:
+def read(file: Path, cell: slice_cells.Cell) -> dict[str, Any]:
     """The results of a cell so far; none where the file is missing or damaged."""
     empty = {"cell": cell.to_json(), "programs": {}}
     try:
@@ -30,20 +30,20 @@ def read(file: Path, cell: cells.Cell) -> dict[str, Any]:
 def main() -> int:
     """Reads the request from standard input. Returns the exit code."""
     request = json.load(sys.stdin)
-    cell, file = cells.Cell.from_json(request["cell"]), Path(request["file"])
+    cell, file = slice_cells.Cell.from_json(request["cell"]), Path(request["file"])
     found = read(file, cell)
     found["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
     def done(report: dict[str, Any]) -> None:
         found["programs"][report["program"]] = report
-        records.write_json(file, found)
+        storage.write_json(file, found)
 
     try:
         from speccascade_t5x.tpu import compiling  # the compiler loads after the request is known to be good
 
         compiling.compile_all(cell, request["programs"], done)
     except UserError as error:
-        records.write_json(file, {**found, "refused": str(error)})
+        storage.write_json(file, {**found, "refused": str(error)})
         return 2
     return 0
 

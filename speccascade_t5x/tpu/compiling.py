@@ -12,11 +12,12 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from speccascade_t5x.decoding import compiled
+from speccascade_t5x.distributed.partitioning import AXES, Partitioning, with_batch_of
+from speccascade_t5x.distributed.slices import Slice
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import train_loop
-from speccascade_t5x.runtime.partitioning import AXES, Partitioning, with_batch_of
 from speccascade_t5x.tpu import hardware, hlo, shapes
-from speccascade_t5x.tpu.cells import Cell
+from speccascade_t5x.tpu.slice_cells import Cell
+from speccascade_t5x.training import train_loop
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _AMOUNT = r"([\d.]+)([KMGT]?)"
@@ -27,14 +28,14 @@ _TOO_LARGE = (
 _LONGEST_MESSAGE = 300
 
 
-def mesh(on: hardware.Slice, model: int) -> Mesh:
+def mesh(on: Slice, model: int) -> Mesh:
     """The mesh ('data', 'model') of a slice that need not be here.
 
     Raises:
       UserError: the compiler does not know the slice, or it cannot be laid out so.
     """
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=on.name, **on.options)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=on.name, **hardware.compiler_options(on))
         sizes = (hardware.groups(on, model), model)
         # A side of the torus may have to be cut to get the axis that was asked for.
         order = mesh_utils.create_device_mesh(sizes, list(found.devices), allow_split_physical_axes=True)
@@ -81,7 +82,7 @@ class Compiler:
         """Compiles one program. Returns what is known of it, as JSON types; see docs/precompile.md.
 
         Args:
-          name: of `cells.PROGRAMS`.
+          name: of `slice_cells.PROGRAMS`.
         """
         begin = time.perf_counter()
         lowered, held = self._train(name) if name.startswith("train_") else getattr(self, f"_{name}")()
@@ -146,7 +147,7 @@ class Compiler:
         return self._fit(total, memory | {name: held[name] for name in ("parameters", "caches")})
 
     def _fit(self, needed: int, memory: dict[str, int]) -> dict[str, Any]:
-        capacity = hardware.named(self.cell.topology).chip.hbm_bytes
+        capacity = hardware.chip(hardware.named(self.cell.topology)).hbm_bytes
         over = max(needed - capacity, 0)
         status = "too large" if over else "fits"
         return {"status": status, "needed": needed, "capacity": capacity, "over": over, "memory": memory}
@@ -163,7 +164,7 @@ class Compiler:
     def _costs(self, text: str) -> dict[str, Any]:
         """Cycles and collectives: of a round and of the rest where the program loops, of one run else."""
         found = hlo.costs(text)
-        clock = hardware.named(self.cell.topology).chip.clock
+        clock = hardware.chip(hardware.named(self.cell.topology)).clock
         parts: dict[str, hlo.Cost] = {"run": found.once}
         if found.round is not None:
             parts = {"round": found.round, "before": found.once}

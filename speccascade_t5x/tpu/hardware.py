@@ -1,4 +1,4 @@
-"""TPU generations and slices: what a chip holds and does, as published, and the names libtpu's compiler knows.
+"""TPU generations: what a chip holds and does, as published, and the slices libtpu's compiler knows.
 
 Sources. Capacity, HBM bandwidth and peak bfloat16 FLOP/s of a chip: the system architecture pages of Google Cloud's TPU
 documentation, cloud.google.com/tpu/docs/v4, .../v5e, .../v5p and .../v6e (tables "key specifications"). Interconnect:
@@ -12,9 +12,9 @@ counts need: v4 1050 MHz (the same table); v5e and v5p follow from peak FLOP/s a
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 
+from speccascade_t5x.distributed import slices
+from speccascade_t5x.distributed.slices import Slice
 from speccascade_t5x.interfaces import UserError
 
 GIB = 2**30
@@ -61,55 +61,32 @@ CHIPS = {
         Chip("v6e", 32 * GIB, 1638e9, 918e12, 100e9, 2),
     )
 }
-# Slices the clouds offer, small ones first, which libtpu 0.0.42 was seen to know.
-SLICES = (
-    *("v4:2x2x1", "v4:2x2x2", "v4:2x2x4", "v4:2x4x4", "v4:4x4x4"),
-    *("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"),
-    *("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4"),
-    *("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Chips of one generation in a box.
-
-    Attributes:
-      chip: the generation.
-      sides: of the box, in chips.
-    """
-
-    chip: Chip
-    sides: tuple[int, ...]
-
-    @property
-    def chips(self) -> int:
-        """How many there are; each is one device."""
-        return math.prod(self.sides)
-
-    @property
-    def name(self) -> str:
-        """As libtpu calls it: "v4:2x2x1"."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
-
-    @property
-    def options(self) -> dict[str, str]:
-        """What the compiler is told beside the name: the two cores of a v4 chip work as one device."""
-        return {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+# The slices that libtpu 0.0.42 was seen to know.
+SLICES = tuple(each.name for each in slices.SLICES if each.generation in CHIPS and 4 <= each.chips <= 64)
 
 
 def named(name: str) -> Slice:
-    """A slice by its name, such as "v4:2x2x1".
+    """A slice of a generation whose figures are known, by any of its names; see `distributed.slices`.
 
     Raises:
-      UserError: no slice has that name.
+      UserError: no slice has that name, or it is of another generation.
     """
-    if name not in SLICES:
-        near = difflib.get_close_matches(name, SLICES, n=1)
-        hint = f"did you mean {near[0]!r}? Known are" if near else "known are"
-        raise UserError(f"there is no TPU topology {name!r}: {hint} {', '.join(SLICES)}")
-    generation, _, sides = name.partition(":")
-    return Slice(CHIPS[generation], tuple(map(int, sides.split("x"))))
+    found = slices.named(name)
+    if found.generation not in CHIPS:
+        raise UserError(
+            f"nothing can be compiled or predicted for {found.short_name}: name a slice of {', '.join(CHIPS)}"
+        )
+    return found
+
+
+def chip(of: Slice) -> Chip:
+    """What each chip of a slice can do."""
+    return CHIPS[of.generation]
+
+
+def compiler_options(of: Slice) -> dict[str, str]:
+    """What the compiler is told beside a slice's name: the two cores of a v4 chip work as one device."""
+    return {"chip_config_name": "megacore"} if of.generation == "v4" else {}
 
 
 def groups(of: Slice, model: int) -> int:

@@ -13,7 +13,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from speccascade_t5x.runtime import collectives
+from speccascade_t5x.distributed import collectives
 
 _BEGIN = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%(?P<name>\S+) = ")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.common import checks as checks
+from speccascade_t5x.common import storage
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
-from speccascade_t5x.runtime import options as checks
-from speccascade_t5x.runtime import records
-from speccascade_t5x.tpu import cells, child, hardware, report
+from speccascade_t5x.tpu import child, hardware, programs_table, slice_cells
 
 # Called with what is being done, in a few words.
 Progress = Callable[[str], None]
@@ -43,7 +43,7 @@ def precompile(
     environment: Mapping[str, str],
     pairs: Sequence[str],
     topologies: Sequence[str],
-    options: cells.Options,
+    options: slice_cells.Options,
     output_dir: str | Path | None = None,
     timeout_s: float = 3600.0,
     before: Callable[[], None] = lambda: None,
@@ -70,7 +70,7 @@ def precompile(
         raise UserError("there is nothing to compile: name PAIRS and TOPOLOGIES")
     for name in topologies:
         hardware.named(name)
-    chosen = [cells.make(pair, *architectures[pair], name, options) for pair in pairs for name in topologies]
+    chosen = [slice_cells.make(pair, *architectures[pair], name, options) for pair in pairs for name in topologies]
     before()
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(nowhere if output_dir is None else output_dir)
@@ -85,12 +85,12 @@ def precompile(
 
 
 def _write(folder: Path, results: list[dict[str, Any]]) -> None:
-    records.write_json(folder / FILE, {"results": results})
-    records.write_text(folder / TABLE, report.markdown(results))
+    storage.write_json(folder / FILE, {"results": results})
+    storage.write_text(folder / TABLE, programs_table.markdown(results))
 
 
 def _compiled(
-    cell: cells.Cell, file: Path, environment: Mapping[str, str], timeout_s: float, progress: Progress
+    cell: slice_cells.Cell, file: Path, environment: Mapping[str, str], timeout_s: float, progress: Progress
 ) -> dict[str, Any]:
     """The results of a cell: those that are there already, and the rest from child processes."""
     tried: set[str] = set()
@@ -107,14 +107,14 @@ def _compiled(
         status, message = _run_child(request, environment, timeout_s)
         found = child.read(file, cell)
         if "refused" in found:
-            records.write_json(file, {name: value for name, value in found.items() if name != "refused"})
+            storage.write_json(file, {name: value for name, value in found.items() if name != "refused"})
             raise UserError(found["refused"])
         finished = [name for name in missing if found["programs"].get(name, {}).get("status") in _FINAL]
         if len(finished) < len(missing):  # the first that is missing is what the process died of
             died = next(name for name in missing if name not in finished)
             seconds = round(time.perf_counter() - begin, 2)
             found["programs"][died] = {"program": died, "status": status, "message": message, "compile_s": seconds}
-            records.write_json(file, found)
+            storage.write_json(file, found)
             tried |= {died}
 
 

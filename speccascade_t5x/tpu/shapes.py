@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from speccascade_t5x import decoding
 from speccascade_t5x.core import noise, rules
 from speccascade_t5x.decoding.compiled import shapes
+from speccascade_t5x.distributed.partitioning import Partitioning
 from speccascade_t5x.interfaces import Bound, PyTree
 from speccascade_t5x.models import T5, T5Config, param_shapes
-from speccascade_t5x.runtime.partitioning import Partitioning
 
 _CACHES = ("verifier_cache", "drafter_state")
 
@@ -37,11 +37,11 @@ def program(drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Pa
     Args:
       drafter: architecture.
       verifier: architecture.
-      wanted: `cells.Options`.
+      wanted: `slice_cells.Options`.
       partitioning: where everything would live.
     """
     config = decoding.DecodeConfig(wanted.max_len, wanted.draft_len, num_samples=wanted.num_samples)
-    # Strongly typed, as `runtime.settings` makes them.
+    # Strongly typed, as `inference.settings` makes them.
     sampling = decoding.Sampling(jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0))
     pair = bound(drafter, partitioning, drafter=True), bound(verifier, partitioning)
     made = decoding.speculative_program(*pair, rules.by_name(wanted.rule, wanted.alpha), config, sampling)

@@ -28,10 +28,18 @@ def make(folder: Path, form: str, sizes: list[int]) -> None:
     from speccascade_t5x.checkpoints.bundle import Bundle
     from speccascade_t5x.interfaces import Bound
     from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     vocab, width, layers, mlp = sizes
-    config = T5Config(vocab, width, 2, layers, layers, 64, mlp, ("gelu", "linear"))
+    config = T5Config(
+        vocab_size=vocab,
+        emb_dim=width,
+        num_heads=2,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        mlp_dim=mlp,
+        mlp_activations=("gelu", "linear"),
+    )
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32), param_shapes(config))
     folder.parent.mkdir(exist_ok=True, parents=True)

@@ -20,7 +20,7 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import bundle as bundles
 from speccascade_t5x.checkpoints import orbax_tree, tree
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
 from .tiny import TINY, assert_same, make_model
 
@@ -105,7 +105,7 @@ def test_bundle_of_one_model(tmp_path):
     model = checkpoints.load(path)
     assert model.model.start_id == 7
     with pytest.raises(UserError, match="no member 'drafter'; it has verifier"):
-        bundles.load_member(path, "drafter")
+        bundles.open_member(path, "drafter")
 
 
 def test_plain_orbax_reads_the_members(saved):
@@ -278,8 +278,8 @@ def test_full_disk_leaves_nothing(saved, tmp_path):
 def test_importing_needs_no_tensorflow_seqio_or_gin():
     program = textwrap.dedent("""
         import sys
-        import speccascade_t5x.checkpoints, speccascade_t5x.runtime.vocabulary
-        import speccascade_t5x.runtime.records, speccascade_t5x.runtime.batching
+        import speccascade_t5x.checkpoints, speccascade_t5x.text.vocabulary
+        import speccascade_t5x.inference.records, speccascade_t5x.data.batching
         edges = ("tensorflow", "seqio", "gin", "clu", "sentencepiece")
         print([name for name in edges if name in sys.modules])
     """)

@@ -13,7 +13,7 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import describe, export
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.decoder_only import DecoderOnly, DecoderOnlyConfig
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 from .tiny import TINY, assert_same, make_model, write_native, write_npz
 

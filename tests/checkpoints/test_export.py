@@ -20,7 +20,7 @@ from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import bundle, describe, t5x_native, tensors, tree
 from speccascade_t5x.checkpoints.bundle import TABLE_FILE, read_manifest, store_table
 from speccascade_t5x.checkpoints.export import FORMATS, export
-from speccascade_t5x.drafting.ngram import build_table
+from speccascade_t5x.core.ngram import build_table
 from speccascade_t5x.interfaces import UserError
 
 from .tiny import TINY, assert_same, make_model, write_native, write_npz
@@ -96,7 +96,7 @@ def test_a_table_is_not_left_behind_in_silence(source, tmp_path, form):
 @pytest.fixture
 def small_bytes(monkeypatch):
     """The fixtures have 128 logits, fewer than there are bytes; the vocabulary is not what is tested with them."""
-    from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+    from speccascade_t5x.text.vocabulary import ByteVocabulary
 
     monkeypatch.setattr(ByteVocabulary, "vocab_size", 128)
 

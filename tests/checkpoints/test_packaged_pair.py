@@ -10,10 +10,10 @@ import speccascade_t5x
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import tree
 from speccascade_t5x.core import probs
-from speccascade_t5x.runtime.deferral_scoring import scored_logits
 from speccascade_t5x.tasks.folding import fold
+from speccascade_t5x.training.deferral.pair_scores import scored_logits
 
-PAIR = Path(speccascade_t5x.__file__).parent / "data" / "restore_de_pair"
+PAIR = Path(speccascade_t5x.__file__).parent / "pretrained" / "restore_de_pair"
 MEGABYTE = 10**6
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from corpora import ROWS, train_sentencepiece, write_split
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.runtime import mixing, paths, shards
+from speccascade_t5x.common import paths
+from speccascade_t5x.data import mixing, shards
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from speccascade_t5x.interfaces import (
     SOURCE_RESIDUAL,
     SOURCE_VERIFIER,
 )
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 BYTES = ByteVocabulary()
 

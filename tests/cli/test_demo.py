@@ -14,14 +14,15 @@ from rich.console import Console
 
 from speccascade_t5x.cli import demo, demo_report
 from speccascade_t5x.cli.__main__ import run_verb
+from speccascade_t5x.common import paths
+from speccascade_t5x.inference import generate
+from speccascade_t5x.inference.generate import Generation, Settings, Timing
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import generate, paths
-from speccascade_t5x.runtime.generate import Generation, Settings, Timing
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary
 from speccascade_t5x.tasks.folding import fold
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLE = paths.data_dir() / demo.PAIR
+BUNDLE = paths.pretrained_dir() / demo.PAIR
 needs_bundle = pytest.mark.skipif(
     not (BUNDLE / "bundle.json").is_file(), reason=f"needs the packaged pair {demo.PAIR}, which this checkout lacks"
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 
 import gin
 import pytest
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import __main__ as cli
+from speccascade_t5x.cli import gin_files, gin_flags
 from speccascade_t5x.interfaces import UserError
 
 RUN = ["runs/infer.gin"]
@@ -16,8 +18,11 @@ RUN = ["runs/infer.gin"]
 
 @pytest.fixture(autouse=True)
 def clean_gin():
+    path = list(sys.path)
     yield
     gin.clear_config()
+    gin_files.ask(gin_files.Asked())
+    sys.path[:] = path
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def parser():
 
 
 def settings():
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 
@@ -69,15 +74,121 @@ def test_bindings_come_last_and_a_load_forgets_the_one_before():
     assert (settings().rule, settings().alpha) == ("lossless", None)
 
 
-def test_files_are_searched_in_order(tmp_path, monkeypatch):
-    (tmp_path / "here" / "runs").mkdir(parents=True)
-    (tmp_path / "there").mkdir()
+def asked(*argv: str) -> tuple[list[str], list[str]]:
+    """Flags as a verb takes them. Returns (values of --gin_file, bindings)."""
+    parser = argparse.ArgumentParser()
+    gin_flags.add_flags(parser)
+    flags, bindings = gin_flags.split(parser, argv)
+    return flags.gin_file, bindings
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A working directory whose files have the names of packaged ones."""
+    for name in ("runs", "rules", "topologies", "models"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    for name in ("runs/infer.gin", "runs/infer_restore_de.gin", "rules/token_v3.gin", "topologies/any.gin"):
+        write(tmp_path / "here", name, "PLACE = 'here'")
     monkeypatch.chdir(tmp_path / "here")
-    write(tmp_path / "here", "runs/infer.gin", "PLACE = 'here'")
-    write(tmp_path / "there", "mine.gin", "include 'runs/infer.gin'\nOTHER = 1\n")
-    assert "PLACE = 'here'" in gin_flags.load(["mine.gin"], [], str(tmp_path / "there"))
-    monkeypatch.chdir(tmp_path)  # the packaged file again: an earlier search path is forgotten
-    assert "PLACE" not in gin_flags.load(["mine.gin"], [], str(tmp_path / "there"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", [*RUN, "runs/infer_restore_de.gin", "rules/token_v3.gin", "topologies/any.gin"])
+def test_the_working_directory_holds_only_files_that_the_user_names(planted, file, capsys):
+    asked()
+    assert "PLACE" not in gin_flags.load([file], [])
+    (named, _) = asked(f"--gin_file={file}")
+    assert "PLACE = 'here'" in gin_flags.load(named, [])
+    assert f"{file} of the working directory is read, not the packaged file" in capsys.readouterr().err
+
+
+def test_a_verb_reads_no_file_that_nobody_named(planted, capsys):
+    write(planted / "here", "runs/infer.gin", "import antigravity_that_runs")
+    assert cli.main(["infer", "--input=missing.txt"]) == 2
+    assert "missing.txt" in capsys.readouterr().err
+
+
+def test_what_files_include_is_searched_likewise(planted):
+    (planted / "there").mkdir()
+    mine = write(planted / "there", "mine.gin", "include 'runs/infer.gin'\ninclude 'own.gin'\nOTHER = 1\n")
+    write(planted / "there", "own.gin", "OWN = 1")
+    found = gin_flags.load([mine], [])
+    assert "PLACE" not in found and "OWN = 1" in found  # beside the file that includes it, but packaged names first
+    assert "PLACE = 'here'" in gin_flags.load([mine], [], str(planted / "here"))
+    write(planted / "here", "runs/deeper.gin", "PLACE = 'deeper'")
+    write(planted / "there", "mine.gin", "include 'runs/deeper.gin'")
+    assert "PLACE = 'deeper'" in gin_flags.load([mine], [])
+    write(planted / "there", "mine.gin", "include 'mine.gin'")
+    with pytest.raises(UserError, match=r"line 1 is not usable: mine\.gin includes itself"):
+        gin_flags.load([mine], [])
+
+
+REACHING = [
+    ("import subprocess\ngenerate.Settings.rule = @subprocess.getoutput()", "imports subprocess, which", "subprocess"),
+    ("import os\ngenerate.Settings.rule = @os.getcwd()", "imports os, which", "os"),
+    ("import speccascade_t5x.tasks.l10n\ngenerate.Settings.rule = @speccascade_t5x.tasks.l10n.os.getcwd()",
+     "it names speccascade_t5x.tasks.l10n.os.getcwd, which is of os", "os"),
+    ("from speccascade_t5x.tasks import mbpp\nmbpp.json.loads.s = '1'", "mbpp.json.loads, which is of json", "json"),
+    ("from speccascade_t5x.tasks import mbpp\nmbpp.Path.home.cls = 1", "which is of pathlib", "pathlib"),
+    ("import seqio\ngenerate.Settings.rule = @seqio.utils.os.getcwd()", "seqio.utils.os.getcwd, which is of os", "os"),
+    ("generate.Settings.rule = @generate.Settings.__init__.__globals__()", "begins with an underscore", None),
+    ("generate.Settings.rule = @gin.macro.__globals__()", "gin is no module, class or function", None),
+    ("from speccascade_t5x.tasks import sandbox\nsandbox.run.protected = False", "tasks.sandbox, which",
+     "speccascade_t5x.tasks.sandbox"),
+    ("from speccascade_t5x.tasks import mbpp\nmbpp.sandbox.run.protected = False", "of speccascade_t5x.tasks.sandbox",
+     "speccascade_t5x.tasks.sandbox"),
+    ("from speccascade_t5x.cli import infer as verb\nverb.main.argv = []", "imports speccascade_t5x.cli.infer, which",
+     "speccascade_t5x.cli"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message", "module"), REACHING)
+def test_names_stay_inside_the_modules_that_files_may_reach(tmp_path, text, message, module):
+    head = "from __gin__ import dynamic_registration\nfrom speccascade_t5x.inference import generate\n"
+    mine = write(tmp_path, "mine.gin", head + text)
+    asked(f"--gin_file={mine}")
+    with pytest.raises(UserError, match=f"mine.gin.*{message}") as caught:
+        gin_flags.load([mine], [])
+    assert "\n" not in str(caught.value)
+    if module:
+        assert "add --gin_allow_module=" in str(caught.value)
+        asked(f"--gin_allow_module={module}")
+        gin_flags.load([mine], [])
+        asked()
+        with pytest.raises(UserError, match=message):  # what was allowed once is not for ever
+            gin_flags.load([mine], [])
+
+
+def test_without_dynamic_registration_too(tmp_path):
+    """Names that some library has registered with gin, its own or another's."""
+    gin.external_configurable(len, "registered_elsewhere", module="elsewhere")
+    mine = write(tmp_path, "mine.gin", "elsewhere.registered_elsewhere.obj = 'text'")
+    asked()
+    with pytest.raises(UserError, match="which is of builtins, which gin files may not reach"):
+        gin_flags.load([mine], [])
+
+
+def test_a_module_of_the_user_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "tasks_of_mine.py", "import helper_of_mine\ndef kept(path=None):\n    return helper_of_mine.X\n")
+    write(tmp_path, "helper_of_mine.py", "X = 7\n")
+    text = "from __gin__ import dynamic_registration\nimport tasks_of_mine\ntasks_of_mine.kept.path = 'here'\n"
+    write(tmp_path, "mine.gin", text)
+    named, _ = asked("--gin_file=mine.gin")
+    with pytest.raises(UserError, match="add --gin_allow_module=tasks_of_mine if you trust it"):
+        gin_flags.load(named, [])
+    for how in ("--module=tasks_of_mine", "--gin.MIXTURE_OR_TASK_MODULE='tasks_of_mine'"):
+        named, bindings = asked(how, "--gin_file=mine.gin")
+        assert "tasks_of_mine.kept.path = 'here'" in gin_flags.load(named, bindings)
+    assert gin.get_configurable(sys.modules["tasks_of_mine"].kept)() == 7
+    write(tmp_path, "mine.gin", "MIXTURE_OR_TASK_MODULE = 'tasks_of_mine'")
+    asked()
+    with pytest.raises(UserError, match="wants the module tasks_of_mine of tasks: add --module=tasks_of_mine"):
+        gin_flags.load([str(tmp_path / "mine.gin")], [])
+    write(tmp_path, "broken.py", "1 / 0\n")
+    asked("--module=broken")
+    with pytest.raises(UserError, match=r"--module=broken cannot be imported \(ZeroDivisionError: division by zero\)"):
+        gin_flags.load(RUN, [])
 
 
 def test_gin_does_not_chatter(tmp_path, monkeypatch, capsys, caplog):
@@ -116,7 +227,7 @@ def test_a_bad_binding_is_named_with_the_nearest_valid_name(binding, message):
     [
         ("include 'runs/infer.gin'\n\ngenerate.Settings.tempature = 1\n", r"bad\.gin, line 3 .*mean 'temperature'"),
         ("include 'runs/nothing.gin'\n", r"bad\.gin, line 1 .*includes runs/nothing\.gin"),
-        ("from nowhere import thing\n", r"bad\.gin, line 1 .*No module named 'nowhere'"),
+        ("from speccascade_t5x import thing\n", r"bad\.gin, line 1 .*No module named 'speccascade_t5x\.thing'"),
         ("A = 1\nB = (1,\n", r"bad\.gin .*not closed"),
         ("A = 1\nB = one\n", r"bad\.gin.*'one' is no value"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from corpora import ROWS, train_sentencepiece, write_split
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.runtime import paths
+from speccascade_t5x.common import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 # One shape for the whole file, because each costs a compile.
@@ -84,7 +84,7 @@ def test_files_and_a_config_that_repeats_the_run(lines, capsys):
 
 def test_every_short_flag_is_in_the_config(lines, capsys):
     from speccascade_t5x.cli import gin_flags
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     flags = {
         "method": "speculative", "rule": "chow", "alpha": 0.25, "draft_len": 2, "verification": "block",
@@ -178,6 +178,22 @@ def test_bad_flags_and_bindings(lines, capsys, flags, message):
     assert message in refused(capsys, f"--input={lines}", "--output_dir=out", *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rule=token_v33"], "there is no rule named 'token_v33'"),
+        (["--rule=token_v3", "--alpha=2"], "alpha=2.0 is outside the range"),
+        (["--drafter=nobody"], "drafter='nobody' is unknown"),
+        (["--method=token_cascade", "--verification=block", "--rule=chow"], "the rule 'chow' needs an alpha"),
+        (["--task=restore_dee", "--gin_file=runs/infer_restore_de.gin"], "there is no task 'restore_dee'"),
+        (["--input=nowhere.txt"], "the input nowhere.txt cannot be read"),
+    ],
+)
+def test_what_flags_tell_is_refused_before_a_weight_is_read(lines, capsys, flags, message):
+    data = [] if any(flag.startswith(("--task", "--input")) for flag in flags) else [f"--input={lines}"]
+    assert message in refused(capsys, "--pair=nowhere", "--output_dir=out", *data, *flags)
+
+
 def test_a_prompt_that_is_too_long_can_be_cut(capsys):
     Path("long.txt").write_text("schliessen\n" + "a" * 40)
     assert "long.txt, line 2 has 41 tokens" in refused(capsys, "--input=long.txt", *SHAPE)
@@ -216,7 +232,7 @@ def test_bad_data(corpus, capsys, monkeypatch):
     assert "The corpus folder nowhere does not exist" in refused(capsys, *task, nowhere)
     monkeypatch.delenv("SPECCASCADE_L10N_DIR")
     assert "No corpus folder is set" in refused(capsys, *task)
-    assert "There is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
+    assert "there is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
 
 
 def test_code_runs_only_where_the_flag_says_so(tmp_path, capsys):
@@ -233,7 +249,7 @@ def test_code_runs_only_where_the_flag_says_so(tmp_path, capsys):
 
 
 def test_a_damaged_bundle(lines, capsys):
-    shutil.copytree(paths.data_dir() / "restore_de_pair", "bundle")
+    shutil.copytree(paths.pretrained_dir() / "restore_de_pair", "bundle")
     largest = max(Path("bundle/verifier").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -246,14 +262,12 @@ def test_a_damaged_bundle(lines, capsys):
     assert "bundle/bundle.json" in refused(capsys, *command)
 
 
-def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tmp_path, shared):
-    trained = shared / "pair_t5x"
-    if not trained.is_dir():
-        pytest.skip("needs the trained T5X pair (pair_t5x) of the shared material")
+def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tmp_path, fixtures):
+    trained = fixtures / "restore_de_drafter"
     command = [f"--input={lines}", "--output_dir=out", "--gin_file=runs/infer.gin"]
-    command += ["--gin_file=pairs/from_checkpoints.gin", f"--gin.VERIFIER='{trained}/verifier'"]
+    command += ["--gin_file=pairs/from_checkpoints.gin", f"--gin.VERIFIER='{trained}'"]
     assert "needs DRAFTER, VOCABULARY: set --gin.DRAFTER=VALUE" in refused(capsys, *command)
-    good = [*command, f"--gin.DRAFTER='{trained}/drafter'"]
+    good = [*command, f"--gin.DRAFTER='{trained}'"]
     wide = [*good, "--gin.VOCABULARY='bytes'", "--gin.generate.from_checkpoints.extra_ids=200"]
     assert "the verifier has 384 logits but the vocabulary 459 pieces" in refused(capsys, *wide)
     assert "nowhere.model" in refused(capsys, *good, "--gin.VOCABULARY='nowhere.model'")
@@ -261,7 +275,7 @@ def test_models_that_do_not_fit_each_other_or_their_vocabulary(lines, capsys, tm
     assert "nowhere does not exist" in refused(capsys, *missing)
 
     task = ["--gin_file=runs/infer_restore_de.gin", "--gin_file=pairs/from_checkpoints.gin", "--output_dir=out"]
-    task += [f"--gin.{name.upper()}='{trained}/{name}'" for name in ("verifier", "drafter")]
+    task += [f"--gin.{name}='{trained}'" for name in ("VERIFIER", "DRAFTER")]
     message = refused(capsys, *task, f"--gin.VOCABULARY='{train_sentencepiece(tmp_path)}'")
     assert "of task 'restore_de' has a vocabulary of 384 pieces (byte)" in message
 
@@ -275,7 +289,7 @@ def test_help_lists_what_is_required_and_common(capsys):
     header = (paths.gin_configs_dir() / "runs" / "infer.gin").read_text("utf-8")
     for macro in re.findall(r"^([A-Z_]+) = ", header, re.MULTILINE):
         assert macro in shown
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     for field in generate.Settings.__dataclass_fields__:
         assert field in shown, field

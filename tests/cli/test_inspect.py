@@ -23,8 +23,8 @@ def run(capsys, *argv):
         ("t5x_v1_0", "npz folder", "not recorded", "T5 1.0 (relu MLP, tied logits)"),
     ],
 )
-def test_it_tells_the_essentials(shared, capsys, name, kind, step, family):
-    code, out, err = run(capsys, shared / "fixtures" / name)
+def test_it_tells_the_essentials(fixtures, capsys, name, kind, step, family):
+    code, out, err = run(capsys, fixtures / name)
     assert code == 0 and err == ""
     lines = {line[:14].strip(): line[14:] for line in out.splitlines()}
     assert (lines["kind"], lines["step"], lines["model"]) == (kind, step, family)
@@ -34,9 +34,9 @@ def test_it_tells_the_essentials(shared, capsys, name, kind, step, family):
 
 
 def test_the_packaged_bundle_as_json(capsys):
-    from speccascade_t5x.runtime import paths
+    from speccascade_t5x.common import paths
 
-    code, out, err = run(capsys, paths.data_dir() / "restore_de_pair", "--json", "--verify")
+    code, out, err = run(capsys, paths.pretrained_dir() / "restore_de_pair", "--json", "--verify")
     assert code == 0 and err == ""
     found = json.loads(out)
     assert found["kind"] == "bundle" and list(found["models"]) == ["verifier", "drafter"]

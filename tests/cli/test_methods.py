@@ -7,8 +7,8 @@ import pytest
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import methods as verb
 from speccascade_t5x.core import rules
-from speccascade_t5x.runtime.drafters import DRAFTERS
-from speccascade_t5x.runtime.methods import METHODS
+from speccascade_t5x.inference.drafters import DRAFTERS
+from speccascade_t5x.inference.methods import METHODS
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import gin_flags, settings_flags
 
@@ -63,7 +63,7 @@ def test_a_k_matrix_on_the_command_line(text):
 
 
 def test_short_flags_become_settings():
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     parser = argparse.ArgumentParser()
     settings_flags.add_flags(parser)

@@ -40,7 +40,7 @@ def test_names_of_pairs():
     ("flags", "message"),
     [
         (["--pairs=t5_1_1_smal_xl"], "needs models/t5_1_1_smal.gin, which there is not: did you mean 't5_1_1_small'?"),
-        (["--topologies=v4:2x2x3"], "there is no TPU topology 'v4:2x2x3': did you mean 'v4:2x2x"),
+        (["--topologies=v4:2x2x3"], "there is no TPU slice 'v4:2x2x3': did you mean 'v4:2x2x"),
         ([f"--pairs={PAIR}", "--model=3"], "model=3 does not divide the 4 chips of v4:2x2x1: use 1, 2, 4"),
         (["--programms=loop"], "unknown flag '--programms=loop': did you mean '--programs'?"),
         (["--model=x"], "argument --model: invalid int value: 'x'"),
@@ -105,4 +105,4 @@ def test_a_slice_plan(capsys):
     assert cli.main(["slice_plan", "--pair=t5_1_1_small_xl"]) == 2
     assert "name either the acceptance (--acceptance=0.8, or one per position) or a plan" in capsys.readouterr().err
     assert cli.main(["slice_plan", "--acceptance=0.5", "--topology=v4:2x2x9"]) == 2
-    assert "there is no TPU topology 'v4:2x2x9'" in capsys.readouterr().err
+    assert "there is no TPU slice 'v4:2x2x9'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import preemption
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,13 +10,13 @@ import gin
 import pytest
 
 from evaluation.synthetic import group, point
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import gin_flags, infer, operating_point, sweep
 from speccascade_t5x.evaluation import grid, operating_points
 from speccascade_t5x.evaluation.measure import Progress
 from speccascade_t5x.evaluation.sweep import SweepResult
-from speccascade_t5x.runtime import generate, plans
+from speccascade_t5x.inference import generate, plan_files
 
 SHAPE = ["--batch_size=1", "--gin.generate.Settings.buckets=(32,)"]
 
@@ -105,7 +105,7 @@ def points(folder: Path, **settings) -> str:
 
     offered = [one("fast", 0.5, 70.0, settings), one("verifier", 1.0, 80.0, {"method": "verifier"})]
     described = {"format": operating_points.FORMAT, "version": 1, "metric": "exact_match"}
-    described["pair"] = plans.identity(generate.load(folder / "pair"))
+    described["pair"] = plan_files.identity(generate.load(folder / "pair"))
     (folder / "points.json").write_text(json.dumps({**described, "points": offered}))
     return "--operating_point=points.json"
 

@@ -7,7 +7,7 @@ import re
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.checkpoints import bundle
 from speccascade_t5x.cli import __main__ as cli
 

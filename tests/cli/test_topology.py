@@ -7,13 +7,11 @@ import json
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.cli import gin_flags, topology
+from speccascade_t5x.distributed import partitioning
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import partitioning, paths
-
-NAMES = sorted(path.stem for path in (paths.gin_configs_dir() / "topologies").glob("*.gin"))
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +30,18 @@ def configured(name: str, *more: str) -> partitioning.Topology:
     return gin.get_configurable(partitioning.Topology)()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_packaged_topology(name):
+# The clouds count cores in some names; a v3 chip is two devices.
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        *(("v4-8", 4), ("v4_8", 4), ("v4:2x2x1", 4), ("v4_32", 16), ("v3-8", 8), ("v5p-8", 4), ("v5e_16", 16)),
+        *(("v5litepod-16", 16), ("v5e:4x4", 16), ("v6e-1", 1), ("cpu_8", 8), ("gpu_1", 1), ("gpu-8", 8)),
+        *(("any", None), ("drafter_replicated", None)),
+    ],
+)
+def test_a_topology(name, devices):
     found = configured(name)
-    chips = {"v4_8": 4, "v4_16": 8, "v4_32": 16, "v5p_8": 4}  # the clouds count cores here
-    expected = chips.get(name, int(name.rpartition("_")[2])) if name[-1].isdigit() else None
-    assert (found.devices, found.model) == (expected, 1)
+    assert (found.devices, found.data, found.model) == (devices, None, 1)
     replicated = name == "drafter_replicated"
     assert found.drafter_rules == (partitioning.replicated_rules() if replicated else None)
 
@@ -46,21 +50,41 @@ def test_sizes_and_bindings():
     assert topology.configured(None) == ([], {})
     found = configured("4x2")
     assert (found.data, found.model, found.devices) == (4, 2, None)
-    assert configured("v4_32", "partitioning.Topology.model = 4").model == 4
-    gin_flags.load(["runs/train.gin", "models/t5_1_1_small.gin", "topologies/v4_8.gin"], ["OUTPUT_DIR = 'x'"])
+    assert configured("v4-32", "partitioning.Topology.model = 4").model == 4
+    files, bindings = topology.configured("v4-8")
+    given = ["OUTPUT_DIR = 'x'", *gin_flags.literal(bindings)]
+    gin_flags.load(["runs/train.gin", "models/t5_1_1_small.gin", *files], given)
     assert "TOPOLOGY" in str(gin.query_parameter("train.train.topology"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v4_9", r"there is no topology 'v4_9': did you mean 'v4_\d'"),
-        ("somewhere", r"there is no topology 'somewhere': use DATAxMODEL, such as 4x2, or one of any, cpu_1"),
+        ("v4_9", r"there is no TPU slice 'v4_9': did you mean 'v4-\d+'\? \(or give the sizes of the mesh, DATAxMODEL"),
+        ("somewhere", r"there is no TPU slice 'somewhere': known are v2-128, .* \(or give the sizes of the mesh"),
     ],
 )
 def test_unknown_topologies(name, message):
     with pytest.raises(UserError, match=message):
         topology.configured(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "instead"),
+    [
+        ("topologies/v4_8.gin", "topologies/any.gin --gin.partitioning.Topology.devices=4, or --topology=v4_8 instead"),
+        ("topologies/cpu_8.gin", "topologies/any.gin --gin.partitioning.Topology.devices=8, or --topology=cpu_8 inst"),
+        ("runs/infer_wmt14_en_de.gin", "runs/infer_text_task.gin --task=wmt14_en_de instead"),
+    ],
+)
+def test_files_of_an_earlier_release(file, instead, tmp_path):
+    with pytest.raises(UserError, match=f"was not found in .*: use --gin_file={instead}"):
+        gin_flags.load(["runs/infer.gin", file], [])
+    (tmp_path / "own.gin").write_text(f"include '{file}'\n")
+    with pytest.raises(UserError, match=f"it includes {file}, which is not there: use --gin_file={instead}"):
+        gin_flags.load(["own.gin"], [])
+    with pytest.raises(UserError, match="was not found in [^:]*$"):
+        gin_flags.load(["topologies/v4_9.gin"], [])
 
 
 @pytest.mark.sharding

@@ -10,12 +10,13 @@ import gin
 import numpy as np
 import pytest
 
-from runtime.training import quick_compiles
 from speccascade_t5x import checkpoints
 from speccascade_t5x.cli import train
 from speccascade_t5x.cli.__main__ import run_verb
-from speccascade_t5x.runtime import paths, shards
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+from speccascade_t5x.common import paths
+from speccascade_t5x.data import shards
+from speccascade_t5x.text.vocabulary import ByteVocabulary
+from training.training import quick_compiles
 
 SMALL = """
 from __gin__ import dynamic_registration
@@ -125,11 +126,11 @@ def test_the_recipe_of_the_packaged_pair_names_its_models(role):
     """The two run files configure the architectures of the packaged pair."""
     from speccascade_t5x.cli import gin_flags
     from speccascade_t5x.models import t5
-    from speccascade_t5x.runtime import train_loop
+    from speccascade_t5x.training import train_loop
 
     given = [f"{name} = 'somewhere'" for name in ("OUTPUT_DIR", "CACHED", "TEACHER")[: 3 if role == "drafter" else 2]]
     gin_flags.load([f"runs/train_restore_de_{role}.gin"], given)
-    packaged = checkpoints.load_bundle(paths.data_dir() / "restore_de_pair")
+    packaged = checkpoints.load_bundle(paths.pretrained_dir() / "restore_de_pair")
     assert gin.get_configurable(t5.T5Config)() == getattr(packaged, role).model.config
     distill = gin.get_configurable(train_loop.TrainConfig)().distill
     assert (distill is not None) == (role == "drafter")
@@ -138,7 +139,7 @@ def test_the_recipe_of_the_packaged_pair_names_its_models(role):
 def test_the_loop_needs_no_edge_library():
     """Training from shards loads none of TensorFlow, seqio, gin and clu."""
     code = (
-        "import sys; from speccascade_t5x.runtime import train, train_loop, packing\n"
+        "import sys; from speccascade_t5x.training import train, train_loop; from speccascade_t5x.data import packing\n"
         "print([n for n in ('tensorflow', 'seqio', 'gin', 'clu', 'sentencepiece') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.checkout_dir())

@@ -8,7 +8,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 
 
@@ -30,9 +30,10 @@ def test_a_packaged_task_into_a_bundle_that_infer_reads(corpus, capsys):
     out, err = capsys.readouterr()
     assert "seed 0: left-out loss" in out and "learned gap" in out and "wrote out/bundle" in out
     assert "nothing was learnt: the kept head is the one the fit began with" in out
-    assert "lossless at alpha < 0 and the drafter's law at alpha >= 0; collect more examples" in out
+    assert "lossless at alpha < 0 and the drafter alone at alpha >= 0; collect more examples" in out
     assert "**Nothing was learnt:** the kept head is the one" in Path("out/deferral-report.md").read_text()
-    assert "collected fit: 2 examples" in err and "Traceback" not in err
+    assert "collected fit: 2 examples" in err and "Traceback" not in err and "note:" not in err
+    assert "SPLIT = 'validation'" in Path("out/config.gin").read_text()
     report = json.loads(Path("out/deferral-report.json").read_text())
     assert len(report["alphas"]) == 10 and "label oracle (unreachable)" in report["curves"]
     assert {"config.gin", "deferral-report.md", "deferral-summary.json", "deferral-metrics.jsonl", "tensorboard"} <= {

@@ -11,9 +11,9 @@ import pytest
 
 from speccascade_t5x import deferral  # noqa: F401 registers its rules
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import rules
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import paths
 
 ROOT = paths.gin_configs_dir()
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.gin"))
@@ -44,7 +44,7 @@ def given(name: str) -> list[str]:
 
 def settings():
     """Settings as the parsed files configure them."""
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 
@@ -112,7 +112,7 @@ def test_a_later_rule_file_replaces_an_earlier_one():
 def test_a_pair_file_replaces_the_pair_of_a_run_file():
     files = ["runs/infer_l10n_en_de.gin", "pairs/from_checkpoints.gin"]
     gin_flags.load(files, given("pairs/from_checkpoints.gin"))  # PAIR is not asked for any more
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints"
     gin_flags.load([*files, "pairs/restore_de.gin"], given("pairs/from_checkpoints.gin"))
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.load()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.load"
     assert gin.query_parameter("generate.load.path") is not None

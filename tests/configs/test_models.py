@@ -15,8 +15,8 @@ import jax
 import pytest
 
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths
 from speccascade_t5x.models import t5
-from speccascade_t5x.runtime import paths
 
 FOLDER = paths.gin_configs_dir() / "models"
 OWN = {"restore_de_drafter", "restore_de_verifier"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import gin
 import pytest
 
 from raw_examples import mocked
 from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.common import paths
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data, paths
-from speccascade_t5x.runtime.settings import Settings
 from speccascade_t5x.tasks import lengths, vocabularies
 
 TASKS = [name for name in lengths.LENGTHS if not name.endswith("_few_shot")]
@@ -23,40 +26,49 @@ def clean_gin():
 
 
 def load(task: str, *files: str, **bindings: str) -> str:
-    given = {"PAIR": "'somewhere'"} | ({"DATA": "'somewhere'"} if task == "mbpp" else {}) | bindings
-    return gin_flags.load([f"runs/infer_{task}.gin", *files], [f"{name} = {value}" for name, value in given.items()])
+    """What `speccascade infer --task=...` loads."""
+    given = {"PAIR": "'somewhere'", "TASK": repr(task)}
+    given |= ({"DATA": "'somewhere'"} if task.startswith("mbpp") else {}) | bindings
+    file = gin_flags.default_file("infer", task)
+    return gin_flags.load([file, *files], [f"{name} = {value}" for name, value in given.items()])
 
 
 def settings() -> Settings:
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     return gin.get_configurable(generate.Settings)()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", lengths.LENGTHS)
 def test_a_run_has_its_tasks_lengths_and_a_split_of_it(task):
-    load(task)
+    text = load(task)
     assert gin.query_parameter("TASK/gin.macro.value") == task
     found = settings()
     assert (found.max_input_len, found.max_len) == lengths.LENGTHS[task]
-    assert found.truncate
-    header = (paths.gin_configs_dir() / f"runs/infer_{task}.gin").read_text("utf-8").partition("from __gin__")[0]
-    assert f" {found.max_input_len:,} and {found.max_len:,} here" in header
-    assert gin.query_parameter("SPLIT/gin.macro.value") in data.seqio.TaskRegistry.get(task).splits
+    assert found.truncate == (not task.endswith("_few_shot"))
+    text = gin_flags.settled("SPLIT", "infer.infer.split", text)
+    split = re.search(r"^SPLIT = '(\w+)'$", text, re.MULTILINE)[1]  # `cache` reads it in the config beside records
+    assert split == gin_flags.configured("infer.infer.split")
+    assert split in seqio_tasks.seqio.TaskRegistry.get(task).splits
+    assert split == ("validation" if task.startswith(("wmt", "xsum", "cnn", "squad")) else "test")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_few_shot_task_brings_its_own_lengths(task):
-    load(task, TASK=repr(f"{task}_few_shot"))
-    assert (settings().max_input_len, settings().max_len) == lengths.LENGTHS[f"{task}_few_shot"]
+def test_the_header_names_every_task_the_file_serves():
+    header = (paths.gin_configs_dir() / "runs/infer_text_task.gin").read_text("utf-8").partition("from __gin__")[0]
+    served = [task for task in TASKS if gin_flags.default_file("infer", task) == "runs/infer_text_task.gin"]
+    assert len(served) == 11 and all(task in header for task in served)
+    assert {gin_flags.default_file("infer", task) for task in ("mbpp", "mbpp_few_shot")} == {"runs/infer_mbpp.gin"}
+    assert gin_flags.default_file("infer", None) == gin_flags.default_file("infer", "other") == "runs/infer.gin"
+    assert gin_flags.default_file("sweep", "xsum") == "runs/sweep.gin"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_vocabulary_and_pair_are_the_users(task):
     load(task, VOCABULARY="'bytes'")
-    assert data.task_vocabularies(task)["inputs"].vocab_size == 384
+    assert seqio_tasks.task_vocabularies(task)["inputs"].vocab_size == 384
     with pytest.raises(UserError, match="needs PAIR"):
-        gin_flags.load([f"runs/infer_{task}.gin"], ["DATA = 'x'"] if task == "mbpp" else [])
+        given = ["DATA = 'x'"] if task == "mbpp" else []
+        gin_flags.load([gin_flags.default_file("infer", task)], [*given, f"TASK = {task!r}"])
 
 
 def test_code_runs_only_where_the_flag_says_so():
@@ -71,12 +83,12 @@ def test_code_runs_only_where_the_flag_says_so():
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_pair_file_keeps_the_lengths_of_the_run(pair):
-    given = ["DRAFTER = 'a'", "VERIFIER = 'b'"]
-    gin_flags.load(["runs/infer_xsum.gin", pair], given)
+    given = ["TASK = 'xsum'", "DRAFTER = 'a'", "VERIFIER = 'b'"]
+    gin_flags.load(["runs/infer_text_task.gin", pair], given)
     assert (settings().max_input_len, settings().max_len) == lengths.LENGTHS["xsum"]
-    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints()"
+    assert str(gin.query_parameter("infer.infer.pair")) == "@generate.from_checkpoints"
     with pytest.raises(UserError, match="needs VERIFIER: set"):
-        gin_flags.load(["runs/infer_xsum.gin", pair], given[:1])
+        gin_flags.load(["runs/infer_text_task.gin", pair], given[:2])
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -91,10 +103,10 @@ def test_the_models_a_pair_file_names_have_files(pair):
 def test_a_pair_of_checkpoints_takes_vocabulary_and_sentinels_by_name(monkeypatch, tmp_path):
     """The pair's bindings are resolved when it is loaded: the missing checkpoint is what stops it here."""
     from corpora import train_sentencepiece
-    from speccascade_t5x.runtime import generate
+    from speccascade_t5x.inference import generate
 
     model = train_sentencepiece(tmp_path)
-    pieces = data.seqio.SentencePieceVocabulary(str(model)).vocab_size
+    pieces = seqio_tasks.seqio.SentencePieceVocabulary(str(model)).vocab_size
     monkeypatch.setitem(vocabularies.PUBLISHED, "t5", vocabularies.Published("file:///none", pieces + 2, 2))
     gin_flags.load([PAIRS[0]], ["DRAFTER = 'a'", "VERIFIER = 'no_such_checkpoint'", f"VOCABULARY = {str(model)!r}"])
     assert gin.get_configurable(vocabularies.model_file)() == str(model)
@@ -107,7 +119,7 @@ def test_gin_can_ask_for_a_tasks_lengths():
     gin.parse_config(
         """
         from __gin__ import dynamic_registration
-        from speccascade_t5x.runtime import generate
+        from speccascade_t5x.inference import generate
         from speccascade_t5x.tasks import lengths
 
         generate.Settings.max_input_len = @lengths.inputs()
@@ -135,6 +147,8 @@ def test_infer_decodes_and_scores_a_task_with_the_packaged_pair(tmp_path):
     metrics = json.loads((tmp_path / "web_questions-metrics.json").read_text())
     assert metrics["examples"] == 2
     assert {"exact_match", "f1"} <= set(metrics)
+    for config in ("config.gin", "web_questions-predict.config.txt"):
+        assert "\nSPLIT = 'test'\n" in (tmp_path / config).read_text("utf-8")
     (records,) = tmp_path.glob("web_questions-predict.jsonl-*")
     first = json.loads(records.read_text().splitlines()[0])
     assert first["inputs"] == "wq question: wer"

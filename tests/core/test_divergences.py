@@ -1,4 +1,4 @@
-"""Distances between laws against the float64 oracle, and their edge cases."""
+"""Total variation and entropy against the float64 oracle, and their edge cases."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def pair():
     return p, q
 
 
-@pytest.mark.parametrize("name", ["total_variation", "kl"])
-def test_matches_the_oracle(pair, name):
+def test_total_variation_matches_the_oracle(pair):
     p, q = pair
-    got = getattr(divergences, name)(jnp.asarray(p), jnp.asarray(q))
-    wanted = [[getattr(oracle, name)(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(p, q, strict=True)]
+    got = divergences.total_variation(jnp.asarray(p), jnp.asarray(q))
+    wanted = [[oracle.total_variation(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(p, q, strict=True)]
     assert got.shape == (5, 3) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-6)
 
@@ -36,11 +35,8 @@ def test_entropy_matches_the_oracle(pair):
 def test_zeros_are_harmless():
     p, q = jnp.asarray([0.0, 0.5, 0.5]), jnp.asarray([0.25, 0.25, 0.5])
     assert divergences.entropy(p) == pytest.approx(math.log(2))
-    assert divergences.kl(p, q) == pytest.approx(0.5 * math.log(2))
-    assert divergences.kl(q, p) == math.inf
     assert divergences.total_variation(p, q) == pytest.approx(0.25)
     assert divergences.entropy(jnp.asarray([0.0, 1.0])) == 0
-    assert divergences.kl(p, p) == 0
 
 
 def test_total_variation_spans_zero_to_one():

@@ -34,12 +34,9 @@ from decoding.executions import (
     sequence,
 )
 from decoding.tables import exact_law, outputs
-from models.test_t5_parity import load
 from oracles import sampler
 from oracles.tables import lookup
 from speccascade_t5x import decoding
-from speccascade_t5x.core import rules
-from speccascade_t5x.drafting import Confidence
 from speccascade_t5x.interfaces import SOURCE_DRAFTER, SOURCE_VERIFIER
 
 FEW = 4
@@ -178,26 +175,3 @@ def test_temperature_0(rule):
     if rule == "chow":
         wanted = law_of(rule, 0.0, tables=KEEPING)
         assert outputs(decode(cascade(rule, sampling=greedy), FEW)) == list(wanted) * FEW
-
-
-def test_greedy_lossless_with_dynamic_drafts_on_the_trained_pair(shared):
-    """The verifier's greedy output, whatever the drafter's confidence does to the draft lengths."""
-    folder = shared / "pair_t5x"
-    if not folder.is_dir():
-        pytest.skip("needs the trained T5X pair (pair_t5x) of the shared material")
-    (drafter, _), (verifier, wanted) = (load(folder / name) for name in ("drafter", "verifier"))
-    output = decoding.speculative(
-        drafter=drafter,
-        verifier=verifier,
-        rule=rules.Lossless(),
-        inputs={"encoder_input_tokens": wanted["encoder_input_tokens"][:64]},
-        config=decoding.DecodeConfig(max_len=96, draft_len=5),
-        sampling=decoding.Sampling(temperature=0.0),
-        key=jax.random.key(0),
-        example_ids=np.arange(64),
-        draft_stop=Confidence(0.9),
-    )
-    np.testing.assert_array_equal(output.tokens, wanted["greedy_ids"][:64])
-    np.testing.assert_allclose(output.log_probs, wanted["greedy_log_prob"][:64], atol=1e-3)
-    counts = jax.device_get(output.counts)
-    assert counts.rounds.sum() < counts.drafted.sum() < 5 * counts.rounds.sum()  # some drafts were cut, not all

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from speccascade_t5x import checkpoints, decoding
+from speccascade_t5x.common import paths
 from speccascade_t5x.core import rules
+from speccascade_t5x.drafting.stop import Confidence
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_RESIDUAL
-from speccascade_t5x.runtime import paths
 from speccascade_t5x.tasks.folding import fold
 
 LENGTH, MAX_LEN = 80, 96
-BUNDLE = paths.data_dir() / "restore_de_pair"
+BUNDLE = paths.pretrained_dir() / "restore_de_pair"
 pytestmark = pytest.mark.skipif(
     not (BUNDLE / "bundle.json").is_file(), reason="needs the packaged pair restore_de_pair, which this checkout lacks"
 )
@@ -49,6 +50,37 @@ def options(pair, rows: np.ndarray, temperature: float, **config) -> dict:
     }
 
 
+def demo_rows() -> np.ndarray:
+    lines = (paths.pretrained_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
+    return prompts([line.split("\t")[1] for line in lines if not line.startswith("#")])
+
+
+@pytest.fixture(scope="module")
+def alone(pair) -> decoding.Output:
+    """The verifier's greedy decode of the demo's texts."""
+    return decoding.autoregressive(model=pair.verifier, **options(pair, demo_rows(), 0.0))
+
+
+@pytest.mark.parametrize("draft_len", [3, 7])
+def test_greedy_lossless_is_the_verifiers_own_output(pair, alone, draft_len):
+    chosen = options(pair, demo_rows(), 0.0, draft_len=draft_len)
+    both = decoding.speculative(drafter=pair.drafter, verifier=pair.verifier, rule=rules.Lossless(), **chosen)
+    np.testing.assert_array_equal(both.tokens, alone.tokens)
+    np.testing.assert_allclose(both.log_probs, alone.log_probs, atol=1e-3)
+    counts = jax.device_get(both.counts)
+    assert counts.accepted.sum() > 0.95 * counts.examined.sum()
+    assert counts.rounds.sum() < counts.committed.sum() / (0.7 * draft_len)
+
+
+def test_greedy_lossless_with_dynamic_drafts(pair, alone):
+    """The verifier's greedy output, whatever the drafter's confidence does to the draft lengths."""
+    chosen = options(pair, demo_rows(), 0.0, draft_len=5) | {"draft_stop": Confidence(0.9)}
+    both = decoding.speculative(drafter=pair.drafter, verifier=pair.verifier, rule=rules.Lossless(), **chosen)
+    np.testing.assert_array_equal(both.tokens, alone.tokens)
+    counts = jax.device_get(both.counts)
+    assert counts.rounds.sum() < counts.drafted.sum() < 5 * counts.rounds.sum()  # some drafts were cut, not all
+
+
 @pytest.mark.slow
 def test_greedy_lossless_is_the_verifiers_own_output_on_the_whole_test_split(pair, shared):
     texts = corpus_rows(shared, "test")
@@ -68,8 +100,7 @@ def test_measured_acceptance_is_the_computed_one(pair, rule):
 
     A drafted token is rejected with that probability whatever came before, so the difference is a martingale.
     """
-    lines = (paths.data_dir() / "demo_de.tsv").read_text(encoding="utf-8").splitlines()
-    rows = prompts([line.split("\t")[1] for line in lines if not line.startswith("#")])
+    rows = demo_rows()
     output = decoding.speculative(
         drafter=pair.drafter, verifier=pair.verifier, rule=rule, **options(pair, rows, 1.0, trace=True, num_samples=4)
     )

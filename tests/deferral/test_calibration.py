@@ -124,7 +124,7 @@ def test_what_cannot_be_calibrated_is_said():
         calibration.fit_temperature(batches_of(np.full_like(LOGITS, np.nan)))
     with pytest.raises(UserError, match="right at every label"):
         calibration.fit_isotonic(np.array([0.3, 0.7]), np.ones(2))
-    with pytest.raises(UserError, match="gives a confidence and no law"):
+    with pytest.raises(UserError, match="gives no distribution"):
         calibration.fit_isotonic(np.array([0.3, 0.7]), np.array([0, 1])).law(jnp.ones((1, 2)) / 2)
     with pytest.raises(UserError, match="'none' is unknown"):
         calibration.Calibration("none", {})

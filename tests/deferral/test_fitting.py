@@ -11,7 +11,7 @@ import pytest
 from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, fitting
 from speccascade_t5x.deferral.head import fresh, remark
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.deferral_store import OrbaxStore
+from speccascade_t5x.training.deferral.fit_store import OrbaxStore
 
 SPEC = FeatureSpec(top=2)
 CONFIG = HeadConfig(features=SPEC, loss="log", width=16, layers=1)
@@ -156,7 +156,7 @@ def test_a_fold_is_judged_by_a_head_that_has_not_seen_it():
     last = found.history[-1]
     assert last["fit"] < 0.6 < 1.2 < last["left_out"]  # 1 is what the head it began with loses
     assert found.kept_at == 0 and found.left_out == found.first
-    assert found.head.unfitted and "lossless at alpha < 0 and the drafter's law at alpha >= 0" in remark(found.head)
+    assert found.head.unfitted and "lossless at alpha < 0 and the drafter alone at alpha >= 0" in remark(found.head)
 
 
 def test_an_unfitted_token_head_is_named():

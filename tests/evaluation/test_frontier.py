@@ -13,6 +13,7 @@ from speccascade_t5x.evaluation import frontier, notes, operating_points
 from speccascade_t5x.evaluation.analysis import Group
 from speccascade_t5x.evaluation.grid import Condition
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
+from speccascade_t5x.evaluation.statistics import Bootstrap
 from speccascade_t5x.interfaces import UserError
 
 # (choose, report) each: chosen by the first, shown with the second.
@@ -73,7 +74,7 @@ def test_what_to_run_is_what_infer_chooses(written):
     assert "token_v3 0.5. On the other half its speed-up is 1.67" in said[0] and "less the verifier's -1.00" in said[0]
     assert "token_v3 0.1" in said[1] and said[1].endswith("--operating_point=FOLDER --latency_budget=1")
     alone = notes.advice(group(POOR), 0.0, "exact_match")
-    assert all(text.startswith("Of all that was timed the verifier alone is the ") for text in alone)
+    assert all(text.startswith("Of all timed points the verifier alone is the ") for text in alone)
 
 
 def test_a_tolerance_holds_for_infer_as_well(tmp_path):
@@ -92,7 +93,7 @@ def test_no_area_where_the_drafter_is_no_faster():
     [
         ((85, 0.5), (85.0, 0.5), "ARTEFACT: truncation explains the gain"),
         ((85, 0.5), (90.0, 0.5), "ARTEFACT"),
-        ((85, 0.5), (82.0, 0.5), "Truncation does not explain all of it: the difference from MinP is above 0."),
+        ((85, 0.5), (82.0, 0.5), "Truncation does not explain all of the gain: the difference from MinP is above 0."),
         ((85, 0.5), (79.9, 0.5), "above 0, and truncation alone shows none"),
         ((80.1, 3.0), (80, 0.5), "No gain is shown"),
         ((75, 0.5), (80, 0.5), "A loss, not a gain"),
@@ -104,6 +105,13 @@ def test_a_gain_is_called_an_artefact_where_min_p_shows_it_too(cascade, truncate
     (text,) = notes.truncation(group(ours, fair), "exact_match")
     assert said in text and text.startswith("token_v3 at alpha 0.3: exact_match ")
     assert "MinP" in text
+
+
+def test_few_items_decide_nothing():
+    few = {half: Bootstrap(7, draws=200).mean(np.arange(7.0) + 80) for half in (CHOOSE, REPORT)}
+    ours, fair = (dataclasses.replace(point(arm, 0.3, (85, 85), None), quality=few) for arm in ("token_v3", "min_p"))
+    (text,) = notes.truncation(group(ours, fair), "exact_match")
+    assert text.endswith("Undecided: there are too few items for an interval.") and "[" not in text
 
 
 def test_chance_is_called_rounding_where_nothing_is_sampled():

@@ -9,8 +9,8 @@ import pytest
 
 from speccascade_t5x.core import rules
 from speccascade_t5x.evaluation import grid, measure
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.settings import Settings
 
 MAIN = grid.Condition(5, 1.0, 1.0)
 

@@ -65,6 +65,8 @@ def test_both_forms_say_the_same(written):
     for said in ("The cell bild_a1_t1_p1_s0 failed: a model produced NaN", "were not measured: bild", "ARTEFACT"):
         assert (said in markdown) == (said in text)
     assert "Where a gain is an artefact of truncation" in markdown
+    # How many items stand behind a speed-up is said beside it, and three batches have no interval.
+    assert "| 1.67 [1.67, 1.67] n=50 | 1.10 n=3 |" in markdown and "fewer than 8 have none" in markdown
     assert "token_v3_a0.5_s0" in markdown  # every figure names its cells
     assert {path.suffix for path in (written / "plots").iterdir()} == {".png", ".svg"}
     assert "![frontier-0](plots/frontier-0.png)" in markdown

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inference import small_pair
 from oracles import rules as oracle
 from oracles import sampler
-from runtime import small_pair
 from speccascade_t5x.evaluation import teacher_forced, trace_page
+from speccascade_t5x.inference import generate
+from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound, UserError
-from speccascade_t5x.runtime import generate
-from speccascade_t5x.runtime.settings import Settings
 
 BASE = Settings(batch_size=2, buckets=(32,), max_len=6)
 TARGETS = ["abc", "zyxwvut", "a"]  # the second is cut to 6 ids, EOS included
@@ -39,7 +39,7 @@ def pair(tmp_path_factory) -> generate.LoadedPair:
 def scored(pair):
     """(texts, figures by name)."""
     runner = generate.Runner(pair, dataclasses.replace(BASE, method="verifier"))
-    prompts = [runner.prompt(i, text, "text") for i, text in enumerate(small_pair.TEXTS)]
+    prompts = [runner.prompt_form.encode(i, text, "text") for i, text in enumerate(small_pair.TEXTS)]
     texts = teacher_forced.references(pair, runner.batches(prompts), TARGETS, 6)
     shape = {"batch_size": 2, "buckets": (32,), "max_len": 6}
     settings = [dataclasses.replace(one, **shape) for one in RULES.values()]

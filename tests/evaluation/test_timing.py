@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from evaluation.synthetic import MAIN, point
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x.evaluation import timing
 from speccascade_t5x.evaluation.analysis import Analyst
 from speccascade_t5x.evaluation.cells import CellStore
-from speccascade_t5x.runtime import generate
-from speccascade_t5x.runtime.settings import Settings
+from speccascade_t5x.inference import generate
+from speccascade_t5x.inference.settings import Settings
 
 TEXTS = ["ab", "abc", "abcd", "a text of more than sixteen"]
 ALONE = Settings(method="drafter", batch_size=2, buckets=(16, 32), max_len=6)
@@ -21,8 +24,35 @@ COSTS = {"verifier_s": {"1": 0.01, "6": 0.02}, "drafter_s": {"1": 0.001}}
 def watch(tmp_path_factory) -> timing.Stopwatch:
     pair = generate.load(small_pair.write(tmp_path_factory.mktemp("timing") / "pair", table=False))
     runner = generate.Runner(pair, ALONE)
-    prompts = {i: runner.prompt(i, text, "text") for i, text in enumerate(TEXTS)}
+    prompts = {i: runner.prompt_form.encode(i, text, "text") for i, text in enumerate(TEXTS)}
     return timing.Stopwatch(pair, {"alone": ALONE}, prompts, [0, 3, 1, 2], repeats=1)
+
+
+def test_timed_items_are_drawn_and_not_the_first_ones():
+    halves = {"choose": list(range(0, 100, 2)), "report": list(range(1, 100, 2))}
+    drawn = timing.timed_items(halves, 16)
+    assert drawn == timing.timed_items(halves, 16) != timing.timed_items(halves, 16, seed=1)
+    assert len(set(drawn)) == 16 and all(sum(i in set(half) for i in drawn) == 8 for half in halves.values())
+    assert max(drawn) > 50  # the lowest-numbered ones would be those below 16
+    often = np.bincount(np.ravel([timing.timed_items(halves, 16, seed=seed) for seed in range(400)]), minlength=100)
+    assert often.min() > 30 and often.max() < 110  # 64 expected of each, four standard deviations of 7.4 and more
+
+
+def test_rounds_take_the_seeds_in_turn(watch):
+    timed = timing.Stopwatch(
+        watch.pair,
+        {"alone": dataclasses.replace(ALONE, temperature=1.0)},
+        watch._prompts,
+        [0, 1],
+        repeats=3,
+        seeds=(7, 9),
+    )
+    made = []
+    timed._run = lambda settings, items, size: made.append(settings.seed) or watch._run(settings, items, size)
+    block = timed._block([0, 1], 0)
+    assert made == [7] * 3 + [9] * 3 + [7] * 3 and block["seeds"] == (7, 9)
+    tokens = block["points"]["alone"]["one_tokens"]
+    assert np.shape(tokens) == (3, 2) and tokens[0] == tokens[2]
 
 
 def test_a_block_has_one_padded_length_and_no_more_than_a_batch(watch):

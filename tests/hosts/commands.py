@@ -17,7 +17,7 @@ from pathlib import Path
 
 SILENT = 8  # seconds of heartbeats that may be missed
 PATIENCE = 600  # seconds until a test gives up; machines may be slow
-_LOADED = ("cli.infer", "cli.sweep", "cli.train", "evaluation.sweep", "runtime.infer", "runtime.train")
+_LOADED = ("cli.infer", "cli.sweep", "cli.train", "evaluation.sweep", "inference.infer", "training.train")
 
 
 def _run(argv: Sequence[str], folder: Path, log: Path, devices: int) -> None:

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from hosts.commands import alone
-from runtime import small_pair
+from inference import small_pair
 from speccascade_t5x import checkpoints
-from speccascade_t5x.runtime import shards
-from speccascade_t5x.runtime.vocabulary import ByteVocabulary
+from speccascade_t5x.data import shards
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 LINES = [f"zeile {i}" for i in range(240)]
 CHUNKS = 60

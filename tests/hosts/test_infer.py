@@ -9,8 +9,8 @@ import pytest
 
 from hosts.commands import SILENT, alone, running
 from hosts.jobs import CHUNKS, INFER, check_records, chunks
-from speccascade_t5x.cli import hosts, preemption
-from speccascade_t5x.runtime.hosts import LOST
+from speccascade_t5x.cli import host_processes, preemption
+from speccascade_t5x.distributed.hosts import LOST
 
 BOUND = SILENT + 60  # far below what a hang would take, far above what a loaded machine adds
 
@@ -20,7 +20,7 @@ def test_a_host_dies_another_is_preempted_and_the_files_are_those_of_one_host(de
     with running(decoding, 2, *argv) as job:
         job.until(lambda: len(chunks(out)) >= 4)
         os.kill(job.hosts[0].worker, signal.SIGKILL)  # with it goes the coordination service
-        assert job.hosts[1].wait(BOUND) == hosts.EXIT_CODE, job.said
+        assert job.hosts[1].wait(BOUND) == host_processes.EXIT_CODE, job.said
         assert job.hosts[1].said.splitlines() == [f"speccascade infer: {LOST}"]
         assert job.hosts[0].wait() == 128 + signal.SIGKILL and "was ended by SIGKILL" in job.hosts[0].said
     kept = chunks(out)
@@ -47,7 +47,7 @@ def test_four_hosts_lose_one_and_a_job_of_three_finishes_it(decoding):
         job.until(lambda: len(chunks(decoding / "four")) >= 4)
         job.hosts[2].kill()
         for host in (job.hosts[0], job.hosts[1], job.hosts[3]):
-            assert host.wait(BOUND) == hosts.EXIT_CODE, job.said
+            assert host.wait(BOUND) == host_processes.EXIT_CODE, job.said
             assert host.said.splitlines() == [f"speccascade infer: {LOST}"]
     assert len(chunks(decoding / "four")) < CHUNKS
     with running(decoding, 3, *argv) as job:

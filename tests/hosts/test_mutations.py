@@ -23,8 +23,10 @@ from pathlib import Path
 import pytest
 
 from hosts.threads import Threads, serving
-from runtime import small_pair
-from speccascade_t5x.runtime import generate, hosts, infer, records
+from inference import small_pair
+from speccascade_t5x.common import storage
+from speccascade_t5x.distributed import hosts
+from speccascade_t5x.inference import generate, infer, records
 
 LINES = [f"zeile {i}" for i in range(22)]
 CHUNKS, PER_CHUNK, HOSTS = 6, 4, 2  # the last chunk is not full
@@ -131,7 +133,7 @@ def killed_in_a_write(place: Place) -> bool:
         flush(handle)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records.os, "fsync", dying)
+        patch.setattr(storage.os, "fsync", dying)
         with pytest.raises(Killed):
             place.decode("out")
     return same_file(place, place.together("out"))

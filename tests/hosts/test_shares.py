@@ -8,12 +8,13 @@ import subprocess
 
 import pytest
 
-from speccascade_t5x.cli import hosts as flags
+from speccascade_t5x.cli import host_processes as flags
 from speccascade_t5x.cli import infer, sweep, train
 from speccascade_t5x.cli.__main__ import run_verb
+from speccascade_t5x.distributed import hosts
+from speccascade_t5x.distributed.hosts import Hosts, Team
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import hosts, train_loop
-from speccascade_t5x.runtime.hosts import Hosts, Team
+from speccascade_t5x.training import train_loop
 
 
 def test_teams_share_out_every_item_once():
@@ -85,14 +86,14 @@ def test_the_parser_lists_the_flags():
 
 def test_parts_of_a_task_are_the_task(corpus):
     pytest.importorskip("seqio")
-    from speccascade_t5x.runtime import data
+    from speccascade_t5x.data import seqio_tasks
     from speccascade_t5x.tasks import l10n  # noqa: F401  registers the task
 
-    whole = [example.targets_text for example in data.examples("restore_de", "train", {})]
-    parts = [[e.targets_text for e in data.examples("restore_de", "train", {}, shard=(i, 2))] for i in range(2)]
+    whole = [example.targets_text for example in seqio_tasks.examples("restore_de", "train", {})]
+    parts = [[e.targets_text for e in seqio_tasks.examples("restore_de", "train", {}, shard=(i, 2))] for i in range(2)]
     assert all(parts) and sorted([*parts[0], *parts[1]]) == sorted(whole)
     with pytest.raises(UserError, match=r"no example in split 'train', part 90 of 99"):
-        data.examples("restore_de", "train", {}, shard=(90, 99))
+        seqio_tasks.examples("restore_de", "train", {}, shard=(90, 99))
 
 
 def test_a_mesh_over_one_host_may_be_a_part_of_it(devices):

@@ -9,9 +9,9 @@ import signal
 import pytest
 
 from hosts.commands import SILENT, alone, running
-from runtime import small_pair
-from speccascade_t5x.cli import hosts
-from speccascade_t5x.runtime.hosts import LOST
+from inference import small_pair
+from speccascade_t5x.cli import host_processes
+from speccascade_t5x.distributed.hosts import LOST
 
 TEXTS = ["abcabcabcabc", "aaaabbbb", "xyzxyz", "hello", "good day", "abba"]
 SWEEP = (
@@ -48,7 +48,7 @@ def test_a_host_dies_and_the_restarted_sweep_has_the_cells_of_one_host(place):
     with running(place, 2, *argv) as job:
         job.until(lambda: len(cells(out)) >= 4)
         os.kill(job.hosts[1].pid, signal.SIGKILL)  # the parent, which its worker does not outlive
-        assert job.hosts[0].wait(SILENT + 60) == hosts.EXIT_CODE, job.said
+        assert job.hosts[0].wait(SILENT + 60) == host_processes.EXIT_CODE, job.said
         assert job.hosts[0].said.splitlines()[-1] == f"speccascade sweep: {LOST}"
     kept = cells(out)
     assert 4 <= len(kept) < CELLS
@@ -70,7 +70,7 @@ def test_four_hosts_lose_one_and_a_sweep_of_three_finishes_it(place):
         job.until(lambda: len(cells(out)) >= 3)
         job.hosts[2].kill()
         for host in (job.hosts[0], job.hosts[1], job.hosts[3]):
-            assert host.wait(SILENT + 60) == hosts.EXIT_CODE, job.said
+            assert host.wait(SILENT + 60) == host_processes.EXIT_CODE, job.said
             assert host.said.splitlines()[-1] == f"speccascade sweep: {LOST}"
     kept = cells(out)
     assert 3 <= len(kept) < CELLS

@@ -11,8 +11,8 @@ import pytest
 from corpora import ROWS, write_split
 from hosts.commands import SILENT, Command, alone, running, until
 from hosts.jobs import EVERY, TRAIN, TRAINING, check_parameters, losses, newest
-from speccascade_t5x.cli import hosts, preemption
-from speccascade_t5x.runtime.hosts import LOST
+from speccascade_t5x.cli import host_processes, preemption
+from speccascade_t5x.distributed.hosts import LOST
 
 STEPS = 60
 LONG = (*TRAIN, f"--steps={STEPS}")
@@ -38,7 +38,7 @@ def kill_host_1(training, out, argv=LONG):
     with running(training, 2, *argv, f"--output_dir={out.name}") as job:
         job.until(lambda: newest(out) >= 2 * EVERY)
         os.kill(job.hosts[1].worker, signal.SIGKILL)
-        assert job.hosts[0].wait(SILENT + 60) == hosts.EXIT_CODE, job.said
+        assert job.hosts[0].wait(SILENT + 60) == host_processes.EXIT_CODE, job.said
         assert job.hosts[0].said.splitlines()[-1] == f"speccascade train: {LOST}"
         assert "Traceback" not in job.hosts[0].said
     assert 2 * EVERY <= newest(out) < STEPS
@@ -118,7 +118,7 @@ def test_four_hosts_with_split_weights_lose_one_and_end_with_the_same_bits(train
         job.until(lambda: newest(out) >= 2 * EVERY)
         job.hosts[3].kill()
         for host in job.hosts[:3]:
-            assert host.wait(SILENT + 60) == hosts.EXIT_CODE, job.said
+            assert host.wait(SILENT + 60) == host_processes.EXIT_CODE, job.said
             assert host.said.splitlines()[-1] == f"speccascade train: {LOST}"
     assert newest(out) < STEPS
     with running(training, 4, *argv, "--output_dir=split_killed", devices=2) as job:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from jax._src.lib import _jax  # what jax.distributed.initialize is made of, which allows one host per process
 
-from speccascade_t5x.runtime import hosts
+from speccascade_t5x.distributed import hosts
 
 PATIENCE_S = 60.0  # until a host that does not come is given up, where a test says nothing else
 _jobs = itertools.count()  # a service keeps the keys of all jobs it has seen

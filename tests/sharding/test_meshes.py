@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding import tiny
 from speccascade_t5x.decoding.compiled import CompiledQueue
 from speccascade_t5x.decoding.queue import NOBODY
-from speccascade_t5x.runtime import collectives
-from speccascade_t5x.runtime.partitioning import Partitioning, Topology, replicated_rules
+from speccascade_t5x.distributed import collectives
+from speccascade_t5x.distributed.partitioning import Partitioning, Topology, replicated_rules
 
 pytestmark = pytest.mark.sharding
 # Each costs two programs; the one that splits both ways runs by default.
@@ -89,9 +89,9 @@ def test_a_mesh_decodes_what_one_device_does(devices, data, model):
     assert donated.is_deleted()  # the loop works in place
     for seed, expected in enumerate(one_device()):
         assert_same_tokens(tiny.decode(program, decoder, seed), expected)
-    found = assert_nothing_large_travels(decoder.loop_text(), mesh)
+    found = assert_nothing_large_travels(decoder._loop.as_text(), mesh)
     if model == 1:  # only whether all rows are done
-        assert [(c.kind, c.nbytes) for c in found] == [("all-reduce", 4)]
+        assert [(c.kind, c.nbytes) for c in found] == [("all-reduce", 1)]
 
 
 @pytest.mark.parametrize(("data", "model"), MESHES)
@@ -115,7 +115,7 @@ def test_a_queue_on_a_mesh_sends_no_more_than_the_rows_it_moves(devices, data, m
         own = {field: [getattr(output, field)[i] for output, i in rows] for field in ("tokens", "log_probs", "source")}
         assert_same_tokens(SimpleNamespace(**{field: np.stack(values) for field, values in own.items()}), expected)
     # Beyond what a round sends: the one row that moves at a time, from the devices that hold it to those that shall.
-    sent = collectives.in_program(decoder.loop_text())
+    sent = collectives.in_program(decoder._loop.as_text())
     large = [c for c in sent if c.nbytes > tiny.LARGEST_SENT]
     assert {c.kind for c in large} == ({"all-reduce"} if data > 1 else set())
     assert sum(c.nbytes for c in large) <= 1.1 * row / model + 2**10
@@ -130,7 +130,7 @@ def test_a_replicated_drafter_needs_no_collective(devices, rule, alpha):
     )
     ids = jnp.arange(tiny.ROWS, dtype=jnp.int32)
     assert_shardings(whole[1].start(whole[0], tiny.inputs(), jax.random.key(0), ids), 4, drafter_axis=None)
-    counts = [len(collectives.in_program(decoder.loop_text())) for _, decoder in (split, whole)]
+    counts = [len(collectives.in_program(decoder._loop.as_text())) for _, decoder in (split, whole)]
     assert counts[1] < counts[0], counts
     for chosen in (split, whole):
         for seed, expected in enumerate(one_device(rule, alpha)):

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from runtime import small_pair
+from inference import small_pair
 from sharding import tiny
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.common import fingerprints
+from speccascade_t5x.distributed import partitioning
+from speccascade_t5x.distributed.partitioning import STANDARD_RULES, Topology, replicated_rules, tile
+from speccascade_t5x.inference import generate
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5, DecoderOnly, logical_axes
 from speccascade_t5x.models.decoder_only import DecoderOnlyConfig
-from speccascade_t5x.runtime import fingerprints, generate, partitioning
-from speccascade_t5x.runtime.partitioning import STANDARD_RULES, Topology, replicated_rules, tile
 
 pytestmark = pytest.mark.sharding
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from runtime.training import FAST, MODEL, Copying, quick_compiles
+from speccascade_t5x.distributed.partitioning import Topology
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.t5 import T5, param_shapes
-from speccascade_t5x.runtime import optimizers, train_loop
-from speccascade_t5x.runtime.partitioning import Topology
-from speccascade_t5x.runtime.train_loop import TrainConfig
+from speccascade_t5x.training import optimizers, train_loop
+from speccascade_t5x.training.train_loop import TrainConfig
+from training.training import FAST, MODEL, Copying, quick_compiles
 
 pytestmark = pytest.mark.sharding
 

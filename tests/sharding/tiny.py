@@ -16,9 +16,9 @@ import numpy as np
 from speccascade_t5x import decoding
 from speccascade_t5x.core import rules
 from speccascade_t5x.decoding.compiled import CompiledDecoder
+from speccascade_t5x.distributed.partitioning import Partitioning
 from speccascade_t5x.interfaces import Bound
 from speccascade_t5x.models import T5, T5Config, init_params
-from speccascade_t5x.runtime.partitioning import Partitioning
 
 VOCAB, WIDTH, ROWS, DRAFT_LEN = 32, 64, 8, 2
 LARGEST_SENT = 4 * ROWS * (DRAFT_LEN + 1) * WIDTH  # bytes

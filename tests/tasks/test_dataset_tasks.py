@@ -12,8 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from raw_examples import byte_ids, configure, mocked
-from speccascade_t5x.runtime import data
-from speccascade_t5x.runtime.data import seqio
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.data.examples import Example
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.tasks import closed_book, gsm8k, lengths, squad, summarization, translation
 from speccascade_t5x.tasks.exemplars import EXEMPLARS
 
@@ -30,9 +31,9 @@ def bytes_everywhere():
     gin.clear_config()
 
 
-def read(task: str, split: str, rows) -> list[data.Example]:
+def read(task: str, split: str, rows) -> list[Example]:
     with mocked(rows):
-        return data.examples(task, split, ROOM)
+        return seqio_tasks.examples(task, split, ROOM)
 
 
 def texts(task: str, split: str, rows) -> list[tuple[str, str]]:
@@ -83,11 +84,11 @@ def test_squad_in_the_form_t5_saw():
 
 def test_squad_is_scored_against_every_answer():
     found = read("squad_v2", "validation", SQUAD)
-    assert data.score("squad_v2", found, ["The Curie .", "Unanswerable."]) == {
+    assert seqio_tasks.score("squad_v2", found, ["The Curie .", "Unanswerable."]) == {
         "exact_match": 100.0, "f1": 100.0, "exact_match_has_answer": 100.0, "f1_has_answer": 100.0,
         "exact_match_no_answer": 100.0, "f1_no_answer": 100.0,
     }  # fmt: skip
-    worse = data.score("squad_v2", found, ["unanswerable", "Curie"])
+    worse = seqio_tasks.score("squad_v2", found, ["unanswerable", "Curie"])
     assert set(worse.values()) == {0.0}
 
 
@@ -114,8 +115,8 @@ def test_trivia_qa():
     (example,) = read("trivia_qa", "test", [row])
     assert example.inputs_text == "trivia_qa question: Who?"
     assert example.targets.tolist() == byte_ids("Danger Mouse")
-    assert data.score("trivia_qa", [example], ["d m"]) == {"exact_match": 100.0, "f1": 100.0}
-    assert data.score("trivia_qa", [example], ["danger"])["f1"] == pytest.approx(200 / 3)
+    assert seqio_tasks.score("trivia_qa", [example], ["d m"]) == {"exact_match": 100.0, "f1": 100.0}
+    assert seqio_tasks.score("trivia_qa", [example], ["danger"])["f1"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_listed_answers(task, field, prefix):
     assert example.inputs_text == f"{prefix} question: q1"
     assert example.targets.tolist() == byte_ids("Zürich")
     assert json.loads(example.targets_text) == ["Zürich", "Bern"]
-    assert data.score(task, [example], ["the bern"]) == {"exact_match": 100.0, "f1": 100.0}
+    assert seqio_tasks.score(task, [example], ["the bern"]) == {"exact_match": 100.0, "f1": 100.0}
 
 
 GSM8K = [{"question": "3 * 4?", "answer": "That is 3*4=<<3*4=12>>12.\n#### 12"}]
@@ -136,7 +137,7 @@ GSM8K = [{"question": "3 * 4?", "answer": "That is 3*4=<<3*4=12>>12.\n#### 12"}]
 def test_gsm8k():
     assert texts("gsm8k", "test", GSM8K) == [("question: 3 * 4?", "That is 3*4=12.\n#### 12")]
     found = read("gsm8k", "test", GSM8K)
-    assert data.score("gsm8k", found, ["#### 12.0"]) == {"final_number": 100.0}
+    assert seqio_tasks.score("gsm8k", found, ["#### 12.0"]) == {"final_number": 100.0}
 
 
 def test_a_few_shot_prompt_of_this_projects_own_examples():
@@ -161,8 +162,8 @@ def test_a_few_shot_prompt_of_the_train_split():
     (example,) = read("web_questions_few_shot", "test", rows)
     assert example.inputs_text == ("Question: t0\nAnswer: a0\n\nQuestion: t1\nAnswer: a1\n\nQuestion: asked\nAnswer:")
     wrote = [" also\n\nQuestion: more\nAnswer: no"]
-    assert data.score("web_questions_few_shot", [example], wrote)["exact_match"] == 100.0
-    assert data.score("web_questions_few_shot", [example], [" also Question: more"])["exact_match"] == 100.0
+    assert seqio_tasks.score("web_questions_few_shot", [example], wrote)["exact_match"] == 100.0
+    assert seqio_tasks.score("web_questions_few_shot", [example], [" also Question: more"])["exact_match"] == 100.0
 
 
 def test_a_few_shot_prompt_of_squad():
@@ -172,7 +173,7 @@ def test_a_few_shot_prompt_of_squad():
     begin = "Answer from the context, or with unanswerable.\n\n"
     shown = form.format("Marie Curie ( 1867 - 1934 ) won two prizes . ") + " Marie Curie\n\n"
     assert found[1].inputs_text == begin + shown + form.format("It rained . ")
-    assert data.score("squad_v2_few_shot", found, ["Curie question: x", "unanswerable\n\n"])["f1"] == 100.0
+    assert seqio_tasks.score("squad_v2_few_shot", found, ["Curie question: x", "unanswerable\n\n"])["f1"] == 100.0
 
 
 @pytest.mark.parametrize("task", OF_TFDS)
@@ -184,7 +185,7 @@ def test_the_fields_are_those_of_the_real_builder(task, tmp_path):
     with tfds.testing.mock_data(num_examples=2):
         splits = list(seqio.TaskRegistry.get(task).splits)
         for split in splits[-1:] if task.endswith("few_shot") else splits:
-            found = data.examples(task, split, ROOM)
+            found = seqio_tasks.examples(task, split, ROOM)
             assert len(found) == 2
             assert all(len(e.inputs) > 1 and len(e.targets) > 1 for e in found)
 
@@ -204,7 +205,7 @@ def test_importing_a_task_module_reads_and_asks_for_nothing():
     names = [module.__name__ for module in MODULES] + ["speccascade_t5x.tasks.mbpp"]
     lines = [
         "import sys, importlib",
-        "from speccascade_t5x.runtime.data import seqio",
+        "from speccascade_t5x.data.seqio_tasks import seqio",
         "import gin, sacrebleu, sentencepiece, urllib.request, concurrent.futures.thread",
         "seen = []",
         "def hook(event, args):",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from corpora import ROWS, train_sentencepiece, write_split
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data
-from speccascade_t5x.runtime.data import seqio
 from speccascade_t5x.tasks import l10n
 from speccascade_t5x.tasks.folding import fold
 
@@ -36,7 +36,7 @@ def byte_ids(text: str) -> list[int]:
 
 
 def test_restore_de_folds_the_input_and_keeps_the_order(corpus):
-    found = data.examples("restore_de", "validation", LENGTHS)
+    found = seqio_tasks.examples("restore_de", "validation", LENGTHS)
     assert [e.targets_text for e in found] == [de for _, de, _ in ROWS]
     assert [e.inputs_text for e in found] == [fold(de) for _, de, _ in ROWS]
     assert [e.index for e in found] == [0, 1, 2, 3]
@@ -49,7 +49,7 @@ def test_restore_de_folds_the_input_and_keeps_the_order(corpus):
 def test_an_error_under_a_gin_binding_stays_one_sentence(tmp_path):
     configure(f"l10n.data_dir.path = {str(tmp_path / 'none')!r}")
     with pytest.raises(UserError) as caught:
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
     assert "\n" not in str(caught.value)
 
 
@@ -58,7 +58,7 @@ def test_rows_are_filtered_by_the_bytes_of_the_german_side(corpus):
     limit = lengths[1]  # a row of exactly this many bytes stays
     assert limit > len(ROWS[1][1])
     configure(f"l10n.restore_de_rows.max_target_bytes = {limit}")
-    found = data.examples("restore_de", "test", LENGTHS)
+    found = seqio_tasks.examples("restore_de", "test", LENGTHS)
     assert [e.targets_text for e in found] == [de for (_, de, _), n in zip(ROWS, lengths, strict=True) if n <= limit]
     assert 1 < len(found) < len(ROWS)
 
@@ -66,7 +66,7 @@ def test_rows_are_filtered_by_the_bytes_of_the_german_side(corpus):
 def test_a_filter_that_leaves_nothing_is_said(corpus):
     configure("l10n.restore_de_rows.max_target_bytes = 1")
     with pytest.raises(UserError, match="no example in split 'test'.*row filters"):
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
 
 
 def test_gin_names_the_folder_and_wins_over_the_environment(corpus, tmp_path):
@@ -74,7 +74,7 @@ def test_gin_names_the_folder_and_wins_over_the_environment(corpus, tmp_path):
     other.mkdir()
     write_split(other, "test", ROWS[:1])
     configure(f"l10n.data_dir.path = {str(other)!r}")
-    assert len(data.examples("restore_de", "test", LENGTHS)) == 1
+    assert len(seqio_tasks.examples("restore_de", "test", LENGTHS)) == 1
     assert "l10n.data_dir.path" in gin.config_str()
 
 
@@ -82,13 +82,13 @@ def test_both_ways_to_name_the_folder_are_in_the_message(monkeypatch, tmp_path):
     monkeypatch.delenv("SPECCASCADE_L10N_DIR", raising=False)
     both = r"l10n\.data_dir\.path.*SPECCASCADE_L10N_DIR"
     with pytest.raises(UserError, match=both):
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
     monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"missing does not exist.*" + both):
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
     monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"test\.tsv\.gz does not exist.*" + both):
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_bad_line_is_named(corpus, line, message):
     good = "".join("\t".join(row) + "\n" for row in ROWS[:2]).encode()
     (corpus / "test.tsv.gz").write_bytes(gzip.compress(good + line + good))
     with pytest.raises(UserError, match=rf"test\.tsv\.gz, {message}"):
-        data.examples("restore_de", "test", LENGTHS, limit=1)
+        seqio_tasks.examples("restore_de", "test", LENGTHS, limit=1)
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b[:-10], lambda b: b[:5], lambda b: b"plain text"])
@@ -115,28 +115,28 @@ def test_a_broken_gzip_file_is_named(corpus, spoil):
     file = corpus / "test.tsv.gz"
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(UserError, match=r"test\.tsv\.gz is not a whole gzip file"):
-        data.examples("restore_de", "test", LENGTHS)
+        seqio_tasks.examples("restore_de", "test", LENGTHS)
 
 
 def test_l10n_en_de_needs_its_vocabulary(corpus, tmp_path):
     with pytest.raises(UserError, match=r"No vocabulary is set.*vocabulary_file\.path"):
-        data.examples("l10n_en_de", "test", LENGTHS)
+        seqio_tasks.examples("l10n_en_de", "test", LENGTHS)
     configure(f"l10n.vocabulary_file.path = {str(tmp_path / 'none.model')!r}")
     with pytest.raises(UserError, match=r"none\.model of l10n_en_de does not exist"):
-        data.task_vocabularies("l10n_en_de")
+        seqio_tasks.task_vocabularies("l10n_en_de")
     text = tmp_path / "text.model"
     text.write_text("not a model")
     configure(f"l10n.vocabulary_file.path = {str(text)!r}")
     with pytest.raises(UserError, match=r"text\.model is not a SentencePiece model"):
-        data.task_vocabularies("l10n_en_de")
+        seqio_tasks.task_vocabularies("l10n_en_de")
 
 
 def test_l10n_en_de_with_a_vocabulary(corpus, tmp_path):
     model = train_sentencepiece(tmp_path)
     configure(f"l10n.vocabulary_file.path = {str(model)!r}")
-    found = data.examples("l10n_en_de", "test", LENGTHS)
+    found = seqio_tasks.examples("l10n_en_de", "test", LENGTHS)
     assert [(e.inputs_text, e.targets_text) for e in found] == [(en, de) for en, de, _ in ROWS]
-    vocabulary = data.task_vocabularies("l10n_en_de")["targets"]
+    vocabulary = seqio_tasks.task_vocabularies("l10n_en_de")["targets"]
     assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
     for example in found:
         assert example.targets[-1] == 1
@@ -147,7 +147,7 @@ def test_a_vocabulary_with_other_special_ids_is_refused(corpus, tmp_path):
     model = train_sentencepiece(tmp_path, pad_id=1, eos_id=0)
     configure(f"l10n.vocabulary_file.path = {str(model)!r}")
     with pytest.raises(UserError, match=r"pad, eos and unk ids \(1, 0, 2\)"):
-        data.examples("l10n_en_de", "test", LENGTHS)
+        seqio_tasks.examples("l10n_en_de", "test", LENGTHS)
 
 
 def test_shards_cover_the_split_once(corpus):
@@ -176,20 +176,21 @@ def test_training_shuffles_anew_each_epoch_and_by_seed(tmp_path, monkeypatch):
     assert first != epochs(seed=2)
 
 
-def test_the_pipeline_gives_what_the_pair_was_trained_on(shared, monkeypatch):
+def test_the_pipeline_gives_what_the_pair_was_trained_on(fixtures, monkeypatch):
     """The first 64 validation rows under 80 bytes, against ids that T5X itself was fed."""
-    monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(shared / "data" / "l10n_en_de"))
+    monkeypatch.setenv("SPECCASCADE_L10N_DIR", str(fixtures / "l10n_en_de"))
     configure("l10n.restore_de_rows.max_target_bytes = 79")
-    found = data.examples("restore_de", "validation", {"inputs": 96, "targets": 96}, limit=64)
-    with np.load(shared / "pair_t5x" / "verifier" / "expected.npz") as expected:
-        for name, column in (("encoder_input_tokens", 1), ("decoder_target_tokens", 2)):
+    found = seqio_tasks.examples("restore_de", "validation", {"inputs": 96, "targets": 96}, limit=64)
+    with np.load(fixtures / "restore_de_drafter" / "expected.npz") as expected:
+        for name, column in (("encoder_input_tokens", "inputs"), ("decoder_target_tokens", "targets")):
             padded = np.zeros_like(expected[name])
             for row, example in enumerate(found):
-                padded[row, : len(example[column])] = example[column]
+                ids = getattr(example, column)
+                padded[row, : len(ids)] = ids
             np.testing.assert_array_equal(padded, expected[name])
 
 
 def test_the_module_registers_its_tasks_once():
     assert {"l10n_en_de", "restore_de"} <= set(seqio.TaskRegistry.names())
     with pytest.raises(ValueError, match="duplicate provider"):
-        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource(None), output_features={})
+        seqio.TaskRegistry.add("restore_de", source=l10n.TsvSource("restore_de", None), output_features={})

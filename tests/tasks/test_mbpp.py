@@ -7,8 +7,8 @@ import gin
 import pytest
 
 from raw_examples import byte_ids, configure
+from speccascade_t5x.data import seqio_tasks
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data
 from speccascade_t5x.tasks import mbpp
 
 ROOM = {"inputs": 10_000}
@@ -36,14 +36,15 @@ def problems(tmp_path):
 
 
 def allow(**how: float) -> None:
-    bindings = {"allow_code_execution": True, "seconds": 5.0, "workers": 2} | how
+    """The programs here are ours, so they run on machines without bubblewrap as well."""
+    bindings = {"allow_code_execution": True, "unprotected": True, "seconds": 10.0, "workers": 2} | how
     configure("\n".join(f"mbpp.execution.{name} = {value!r}" for name, value in bindings.items()))
 
 
 def test_the_splits_and_the_exact_texts(problems):
-    counts = {split: len(data.examples("mbpp", split, ROOM)) for split in mbpp.SPLITS}
+    counts = {split: len(seqio_tasks.examples("mbpp", split, ROOM)) for split in mbpp.SPLITS}
     assert counts == {"train": 2, "validation": 2, "test": 2, "prompt": 5}
-    example = data.examples("mbpp", "test", ROOM)[0]
+    example = seqio_tasks.examples("mbpp", "test", ROOM)[0]
     assert example.inputs_text == (
         "You are an expert Python programmer, and here is your task: Write a function to add 11. "
         "Your code should pass these tests:\n\nassert f(1) == 12\nassert f(0) == 11"
@@ -54,7 +55,7 @@ def test_the_splits_and_the_exact_texts(problems):
 
 
 def test_a_few_shot_prompt_shows_problems_2_to_4(problems):
-    example = data.examples("mbpp_few_shot", "test", ROOM)[0]
+    example = seqio_tasks.examples("mbpp_few_shot", "test", ROOM)[0]
     blocks = [mbpp.prompt(problem) for problem in mbpp.read_problems(problems) if problem.task_id in (2, 3, 4)]
     assert example.inputs_text.count("[BEGIN]") == 4
     assert all(block in example.inputs_text for block in blocks)
@@ -66,30 +67,43 @@ def test_a_few_shot_prompt_shows_problems_2_to_4(problems):
 
 
 def test_pass_at_1_runs_only_what_is_allowed(problems, caplog):
-    found = data.examples("mbpp", "test", ROOM)
+    found = seqio_tasks.examples("mbpp", "test", ROOM)
     right = "def f(x):\n    return x + 11"
     with caplog.at_level(logging.WARNING):
-        scores = data.score("mbpp", found, [right, right])
+        scores = seqio_tasks.score("mbpp", found, [right, right])
     assert scores == {"parses": 100.0}
     assert "allow_code_execution" in caplog.text
     allow()
-    assert data.score("mbpp", found, [right, right]) == {"parses": 100.0, "pass_at_1": 50.0}
+    assert seqio_tasks.score("mbpp", found, [right, right]) == {"parses": 100.0, "pass_at_1": 50.0}
     wrote = [
         "[BEGIN]\ndef f(x):\n    return x + 11\n[DONE]\nnonsense(",
         "```python\ndef f(x):\n    return x + 510\n```",
     ]
-    assert data.score("mbpp", found, wrote)["pass_at_1"] == 100.0
-    assert data.score("mbpp", found, ["import sys; sys.exit(0)", "def f(:"]) == {"parses": 50.0, "pass_at_1": 0.0}
+    assert seqio_tasks.score("mbpp", found, wrote)["pass_at_1"] == 100.0
+    assert seqio_tasks.score("mbpp", found, ["import sys; sys.exit(0)", "def f(:"]) == {
+        "parses": 50.0,
+        "pass_at_1": 0.0,
+    }
+
+
+def test_one_consent_is_not_enough_where_programs_cannot_be_held(problems, monkeypatch, tmp_path):
+    """Said before anything is decoded."""
+    allow(unprotected=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no bubblewrap to run programs in: install it with"):
+        seqio_tasks.examples("mbpp", "test", ROOM)
+    with pytest.raises(UserError, match="no bubblewrap"):
+        mbpp.pass_at_1([{"setup": "", "tests": []}], [""])
 
 
 def test_few_shot_predictions_end_at_their_mark(problems):
     allow()
-    found = data.examples("mbpp_few_shot", "test", ROOM)
+    found = seqio_tasks.examples("mbpp_few_shot", "test", ROOM)
     wrote = [
         "\ndef f(x):\n\n    return x + 11\n[DONE]\n\nYou are",
         "\ndef f(x):\n    return x + 510\nYou are an expert Python",
     ]
-    assert data.score("mbpp_few_shot", found, wrote)["pass_at_1"] == 100.0
+    assert seqio_tasks.score("mbpp_few_shot", found, wrote)["pass_at_1"] == 100.0
 
 
 def test_code_before_the_tests_runs():
@@ -123,7 +137,7 @@ def test_parses_runs_nothing(code, is_python):
 def test_a_bad_line_is_named(problems, text, message):
     problems.write_text(f"{json.dumps(line(11))}\n{text}\n", "utf-8")
     with pytest.raises(UserError, match=rf"mbpp\.jsonl.*{message}"):
-        data.examples("mbpp", "test", ROOM)
+        seqio_tasks.examples("mbpp", "test", ROOM)
 
 
 def test_the_sanitised_field_names_are_known(problems):
@@ -136,11 +150,11 @@ def test_the_sanitised_field_names_are_known(problems):
 
 def test_a_missing_file_or_split_is_said(problems):
     with pytest.raises(UserError, match="has no split 'dev'"):
-        data.examples("mbpp", "dev", ROOM)
+        seqio_tasks.examples("mbpp", "dev", ROOM)
     problems.unlink()
     with pytest.raises(UserError, match=r"cannot be read.*mbpp\.data_file\.path"):
-        data.examples("mbpp", "test", ROOM)
+        seqio_tasks.examples("mbpp", "test", ROOM)
     gin.clear_config()
     configure()
     with pytest.raises(UserError, match="No data|no data is set for mbpp"):
-        data.examples("mbpp", "test", ROOM)
+        seqio_tasks.examples("mbpp", "test", ROOM)

@@ -7,9 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from raw_examples import configure
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data
-from speccascade_t5x.runtime.data import seqio
 from speccascade_t5x.tasks import summarization  # noqa: F401
 from speccascade_t5x.tasks.tfds_source import TfdsSource
 
@@ -40,20 +40,20 @@ def clean_gin(tmp_path):
 def test_the_articles_of_xsum_are_named_with_the_way_to_get_them(tmp_path):
     archive = tmp_path / "downloads" / "manual" / "xsum-extracts-from-downloads.tar.gz"
     with pytest.raises(UserError, match="cannot be downloaded by a program: run the download") as caught:
-        data.examples("xsum", "validation", {})
+        seqio_tasks.examples("xsum", "validation", {})
     message = str(caught.value)
     assert str(archive) in message
     assert "tfds_source.location.manual_dir" in message and "EdinburghNLP/XSum" in message
     assert "\n" not in message and "gs://" not in message
     configure(f"tfds_source.location.manual_dir = {str(tmp_path / 'mine')!r}")
     with pytest.raises(UserError, match=r"mine/xsum-extracts"):
-        data.examples("xsum", "validation", {})
+        seqio_tasks.examples("xsum", "validation", {})
 
 
 def test_downloads_can_be_forbidden(tmp_path):
     configure("tfds_source.location.download = False")
     with pytest.raises(UserError, match=rf"cnn_dailymail:3\.4\.0 is not in {tmp_path}.*download` is False"):
-        data.examples("cnn_dailymail", "test", {})
+        seqio_tasks.examples("cnn_dailymail", "test", {})
 
 
 def test_an_unknown_dataset_is_one_sentence():

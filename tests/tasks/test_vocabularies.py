@@ -5,11 +5,11 @@ import pytest
 
 from corpora import train_sentencepiece
 from raw_examples import configure
+from speccascade_t5x.data import seqio_tasks
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime import data
-from speccascade_t5x.runtime.data import seqio
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary
 from speccascade_t5x.tasks import translation, vocabularies  # noqa: F401
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def choose(model: str) -> None:
 @pytest.mark.parametrize("name", ["byt5", "bytes"])
 def test_bytes(name):
     choose(name)
-    spoken = data.task_vocabularies("wmt14_en_de")["targets"]
+    spoken = seqio_tasks.task_vocabularies("wmt14_en_de")["targets"]
     assert isinstance(spoken, seqio.ByteVocabulary)
     assert spoken.vocab_size == 384
     assert vocabularies.model_file(name) == "bytes"
@@ -50,26 +50,26 @@ def test_the_published_sizes():
 
 def test_a_name_is_fetched_once_and_gets_the_sentinels_it_lacks(published, tmp_path):
     choose("t5")
-    first = data.task_vocabularies("wmt14_en_de")["inputs"]
+    first = seqio_tasks.task_vocabularies("wmt14_en_de")["inputs"]
     kept = tmp_path / "store" / "t5.model"
     assert kept.read_bytes() == published.read_bytes()
     assert [file.name for file in kept.parent.iterdir()] == ["t5.model"]  # no partial file beside it
     published.unlink()
-    assert data.task_vocabularies("wmt14_en_fr")["inputs"] == first
+    assert seqio_tasks.task_vocabularies("wmt14_en_fr")["inputs"] == first
     assert first.vocab_size == vocabularies.PUBLISHED["t5"].pieces
     assert (vocabularies.model_file("t5"), vocabularies.extra_ids("t5")) == (str(kept), 2)
     pair = SentencePieceVocabulary(vocabularies.model_file("t5"), vocabularies.extra_ids("t5"))
-    assert data.as_vocabulary(first).pieces == pair.pieces
+    assert seqio_tasks.as_vocabulary(first).pieces == pair.pieces
     assert pair.pieces[-1] == "\u2581<extra_id_0>"
 
 
 def test_a_path_serves_as_well(published):
     choose(str(published))
-    spoken = data.task_vocabularies("wmt14_en_de")["inputs"]
+    spoken = seqio_tasks.task_vocabularies("wmt14_en_de")["inputs"]
     assert spoken.vocab_size == vocabularies.PUBLISHED["t5"].pieces
     configure("vocabularies.choice.sentinels = 0")
     choose(str(published))
-    assert data.task_vocabularies("wmt14_en_de")["inputs"].vocab_size == spoken.vocab_size - 2
+    assert seqio_tasks.task_vocabularies("wmt14_en_de")["inputs"].vocab_size == spoken.vocab_size - 2
 
 
 def test_gin_names_the_folder(published, tmp_path):
@@ -82,7 +82,7 @@ def test_no_network_is_said_with_two_ways_out(monkeypatch, tmp_path):
     monkeypatch.setitem(vocabularies.PUBLISHED, "t5", entry)
     choose("t5")
     with pytest.raises(UserError, match=r"'t5' could not be fetched.*store/t5\.model.*choice\.model`"):
-        data.task_vocabularies("wmt14_en_de")
+        seqio_tasks.task_vocabularies("wmt14_en_de")
     assert not (tmp_path / "store" / "t5.model").exists()
 
 
@@ -109,4 +109,4 @@ def test_what_is_no_model_is_refused(tmp_path):
         vocabularies.model_file(str(text))
     choose(str(train_sentencepiece(tmp_path, pad_id=1, eos_id=0)))
     with pytest.raises(UserError, match=r"pad, eos and unk ids \(1, 0, 2\)"):
-        data.task_vocabularies("wmt14_en_de")
+        seqio_tasks.task_vocabularies("wmt14_en_de")

@@ -48,7 +48,7 @@ def assert_sensible(report: dict, chip_bytes: int, unknown: int = 0) -> None:
 def test_a_small_pair_for_v4_8(tmp_path, capsys):
     flags = ["--pairs=restore_de_drafter:restore_de_verifier", "--topologies=v4:2x2x1", "--model=1"]
     sizes = ["--batch_size=4", "--input_len=32", "--max_len=16", "--draft_len=2"]
-    flags += [*sizes, "--gin.cells.Options.train_batch_size=4", "--gin.cells.Options.targets_len=16"]
+    flags += [*sizes, "--gin.slice_cells.Options.train_batch_size=4", "--gin.slice_cells.Options.targets_len=16"]
     found = compiled(tmp_path / "out", *flags, "--programs=encoder,loop,refill,train_drafter")
     assert {name for _, name in found} == {"encoder", "loop", "refill", "train_drafter"}
     for (_, name), report in found.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from speccascade_t5x.runtime import collectives
+from speccascade_t5x.distributed import collectives
 from speccascade_t5x.tpu import hlo
 
 CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{0}","iteration_bounds":["1"]}}}}'

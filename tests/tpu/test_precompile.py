@@ -10,7 +10,7 @@ import pytest
 
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
-from speccascade_t5x.tpu import cells, compiling, precompile, report
+from speccascade_t5x.tpu import compiling, precompile, programs_table, slice_cells
 
 TINY = T5Config(vocab_size=32, emb_dim=8, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=4)
 ARCHITECTURES = {"a": (TINY, TINY), "b": (TINY, TINY)}
@@ -37,7 +37,7 @@ def deadly(tmp_path: Path) -> dict[str, str]:
 def run(environment, tmp_path, **options):
     chosen = {"programs": ("loop",), "batch_size": 4, "train_batch_size": 4, "model": 1} | options
     return precompile.precompile(
-        ARCHITECTURES, environment, ("a", "b"), ("v4:2x2x1",), cells.Options(**chosen), tmp_path / "out"
+        ARCHITECTURES, environment, ("a", "b"), ("v4:2x2x1",), slice_cells.Options(**chosen), tmp_path / "out"
     )
 
 
@@ -75,7 +75,7 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path):
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "sitecustomize.py").write_text("import time\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "slow")}
-    chosen = cells.Options(programs=("loop",), batch_size=4, model=1)
+    chosen = slice_cells.Options(programs=("loop",), batch_size=4, model=1)
     found = precompile.precompile(ARCHITECTURES, environment, ("a",), ("v4:2x2x1",), chosen, timeout_s=1.0)
     (program,) = found.results[0]["programs"].values()
     assert (program["status"], program["message"]) == ("timed out", "not done after 1 s")
@@ -86,28 +86,28 @@ def test_nothing_is_compiled_where_a_cell_cannot_be(deadly, tmp_path):
     with pytest.raises(UserError, match="batch_size=5 cannot be shared by the 4 parts"):
         run(deadly, tmp_path, batch_size=5)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="there is no TPU topology 'v9'"):
-        precompile.precompile(ARCHITECTURES, deadly, ("a",), ("v4:2x2x1", "v9"), cells.Options())
+    with pytest.raises(UserError, match="there is no TPU slice 'v9'"):
+        precompile.precompile(ARCHITECTURES, deadly, ("a",), ("v4:2x2x1", "v9"), slice_cells.Options())
 
 
 def result(program: dict, pair: str = "a") -> dict:
-    cell = cells.make(pair, TINY, TINY, "v4:2x2x1", cells.Options(model=1)).to_json()
+    cell = slice_cells.make(pair, TINY, TINY, "v4:2x2x1", slice_cells.Options(model=1)).to_json()
     return {"cell": cell, "programs": {program["program"]: program}, "versions": {"jax": "1", "libtpu": "2"}}
 
 
 def test_a_row_says_what_fits_and_what_it_costs():
-    (row,) = report.rows([result(FITS)])
+    (row,) = programs_table.rows([result(FITS)])
     assert row == (
         *("a", "v4:2x2x1", "model=1", "16", "loop", "yes, of 32.00", "1.75", "1.00", "0.00", "1.00", "0.50", "0.25"),
         *("7 all-reduce, 1 all-gather", "3.00", "2 to 3", "2 to 3 ms", "12 s (20)"),
     )
     large = {**FITS, "status": "too large", "over": 2**31, "capacity": 2**34}
-    assert report.rows([result(large)])[0][5] == "no: 2.00 over 16.00"
+    assert programs_table.rows([result(large)])[0][5] == "no: 2.00 over 16.00"
     bare = {"program": "loop", "status": "crashed", "message": "it burnt", "compile_s": 3.0}
-    shown = report.markdown([result(FITS), result(bare, "b")])
+    shown = programs_table.markdown([result(FITS), result(bare, "b")])
     assert shown.count("\n| ") == 2 and shown.startswith("| pair |")
     assert "- b for v4:2x2x1, loop: it burnt" in shown and "Compiled with jax 1, libtpu 2." in shown
-    lines = report.plain([result(FITS), result(bare, "b")]).splitlines()
+    lines = programs_table.plain([result(FITS), result(bare, "b")]).splitlines()
     assert len(lines) == 4 and lines[0].split()[:3] == ["pair", "slice", "mesh"]
 
 

@@ -1,10 +1,10 @@
-"""Rules: what law may be emitted, given the drafter's law q and the verifier's law p.
+"""Rules: each gives the target distribution pi from the drafter's distribution q and the verifier's distribution p.
 
 A rule implements ONE method, `target(pair) -> pi`. How drafts are accepted and what replaces a rejected one
-follow from pi alone (`core.verify`). Tests read the raw pair (temperature 1); what is mixed into pi is the
-temperature-scaled pair. Every test is "keep the drafter iff >=".
+follow from pi alone (`core.verify`). Tests read the raw pair (temperature 1), while pi mixes the temperature-scaled
+pair. Every test keeps the drafter iff >=.
 
-To add a rule: one class in `prefix`, `token` or `mixture`, `register`, one oracle, one gin file.
+To add a rule, write one class in `prefix`, `token` or `mixture`, `register` it, and add one oracle and one gin file.
 
 Sources: [SC] Narasimhan et al., "Faster Cascades via Speculative Decoding" (ICLR 2025); [LEV] Leviathan et al.
 2023; [LV] the lossy-verification audit (2607.26627).

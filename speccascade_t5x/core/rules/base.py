@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x import trees
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import probs
 from speccascade_t5x.interfaces import Array, UserError
 
@@ -20,9 +20,9 @@ class Pair:
     """Everything a rule may read at one or many positions.
 
     Attributes:
-      q: [..., V] drafter's law after temperature, untruncated (None for rules that read no drafter).
+      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter).
       p: [..., V] verifier's, likewise.
-      q_raw: [..., V] drafter's law at temperature 1 (None likewise).
+      q_raw: [..., V] drafter's distribution at temperature 1 (None likewise).
       p_raw: [..., V] verifier's.
       greedy: True where temperature is 0; bool, traced or not, scalar or [B].
       position: [...] output position, for rules that read it.
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A rule as accept probabilities and residual, for drafts from q. Derived from pi; for reading, not for the loop.
+    """A rule as accept probabilities and residual, for drafts from q. It is derived from pi; the loop does not use it.
 
     Attributes:
       accept: [..., V] min(1, pi / q), 0 where q is 0.
@@ -63,10 +63,10 @@ class Rule:
 
     Class attributes, static per program:
       reads_drafter: whether pi depends on q. If so the drafter must also be scored at the bonus position.
-      reads_hidden: whether it reads the models' last hidden states; a learned rule says so by its head.
-      truncates_inputs: whether top-k and friends shape p and q before the rule instead of pi after it.
+      reads_hidden: whether it reads the models' last hidden states; for a learned rule this depends on its head.
+      truncates_inputs: whether truncation (top-k, top-p, min-p) applies to p and q before the rule, not to pi after it.
       alpha_range: (lowest, highest) valid alpha; None where the rule takes no alpha.
-      ends: what the lossless end and the drafter-only end of alpha are, for people.
+      ends: the lossless and the drafter-only end of alpha, as text for users.
       source: where the rule comes from.
     """
 
@@ -78,14 +78,14 @@ class Rule:
     source: ClassVar[str] = ""
 
     def target(self, pair: Pair) -> Array:
-        """The target law pi, [..., V]."""
+        """The target distribution pi, [..., V]."""
         raise NotImplementedError
 
     def target_at(self, pair: Pair, tokens: Array) -> Array:
         """pi of one token per position, [...]: `target` gathered at tokens [...].
 
-        Derived from `target`. A class may override it to build no law over the vocabulary; its values must stay the
-        same, so a subclass that overrides `target` overrides this as well.
+        Derived from `target`. A class may override it to avoid building a distribution over the vocabulary; the values
+        must stay the same, so a subclass that overrides `target` overrides this as well.
         """
         return probs.gather(self.target(pair), tokens)
 
@@ -94,7 +94,7 @@ class Rule:
         return jnp.ones(pair.p.shape[:-1], jnp.float32)
 
     def verdict(self, pair: Pair) -> Verdict:
-        """The same law as accept probabilities and residual against drafts from `pair.q`."""
+        """The same distribution as accept probabilities and residual against drafts from `pair.q`."""
         target = self.target(pair)
         ratio = target / jnp.where(pair.q > 0, pair.q, 1.0)
         accept = jnp.where(pair.q > 0, jnp.minimum(1.0, ratio), 0.0)
@@ -103,7 +103,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class AlphaRule(Rule):
-    """A rule with the trade-off knob alpha: scalar or [B], a traced leaf, so that a sweep compiles once."""
+    """A rule with the trade-off alpha, a traced leaf (scalar or [B]), so that a sweep compiles once."""
 
     alpha: Array | float
 
@@ -122,7 +122,7 @@ class PrefixRule(AlphaRule):
     tests_drafter_alone: ClassVar[bool] = False
 
     def defers(self, pair: Pair) -> Array:
-        """[...] bool r: True where the verifier must speak."""
+        """[...] bool r: True where the position is the verifier's."""
         raise NotImplementedError
 
     def target(self, pair: Pair) -> Array:
@@ -194,11 +194,7 @@ def get(name: str) -> type[Rule]:
     Raises:
       UserError: no such rule; the message names the nearest.
     """
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no rule named {name!r}: {hint}the rules are {', '.join(names())}")
-    return _REGISTRY[name]
+    return _REGISTRY[checks.one_of("rule named", name, names())]
 
 
 def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:

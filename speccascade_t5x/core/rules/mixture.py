@@ -1,4 +1,4 @@
-"""Rules with no deferral test: the lossless law, mixtures and truncations of p, lossy speculative decoding."""
+"""Rules with no deferral test: lossless, mixtures and truncations of p, lossy speculative decoding."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class CoS(AlphaRule):
 
 
 class MinP(AlphaRule):
-    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw): no drafter in the law ([LV]).
+    """pi = norm(p where p_raw(v) >= (1 - alpha) max p_raw), which does not depend on the drafter ([LV]).
 
-    The fair baseline of TokenV3 at the same alpha: the same kept set, without the drafter's mass.
+    It is the fair baseline of TokenV3 at the same alpha: it keeps the same tokens, without the drafter's mass.
     """
 
     reads_drafter = False
@@ -66,9 +66,9 @@ class MinP(AlphaRule):
 
 @dataclasses.dataclass(frozen=True)
 class LossySD(AlphaRule):
-    """Lossy speculative decoding with lenience l = 1 - alpha: drafts stand with probability min(1, p / (l q)).
+    """Lossy speculative decoding with lenience l = 1 - alpha: drafts are kept with probability min(1, p / (l q)).
 
-    What replaces a rejected draft decides the law:
+    The distribution depends on what replaces a rejected draft:
       shifted: pi = min(q, p/l) + (1 - sum min(q, p/l)) norm(max(0, p - q))    [the [SC] notebook]
       optimal: pi = max(min(q, p/l), p/b), b >= 1 chosen so that it sums to 1  [Tran-Thien, mentored decoding]
     At temperature 0, where both p and q are one-hot: the drafter's argmax iff p_raw of it is at least
@@ -116,7 +116,7 @@ class LossySD(AlphaRule):
         return 1.0 - self._alpha(rank)
 
     def _kept(self, q: Array, p: Array) -> Array:
-        """min(q, p / l): the drafter's mass that stands."""
+        """min(q, p / l): the drafter's mass that is kept."""
         smallest = jnp.finfo(jnp.float32).tiny  # alpha = 1: p / l is then large wherever p is positive
         return jnp.minimum(q, p / jnp.maximum(self._lenience(p.ndim), smallest))
 

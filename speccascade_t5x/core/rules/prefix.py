@@ -24,7 +24,7 @@ class Chow(PrefixRule):
     def defers(self, pair: Pair) -> Array:
         confidence = peak(pair.q_raw)
         alpha = self._alpha(confidence.ndim)
-        # At alpha = 0 the law must be p even where q is certain: a float32 maximum can reach exactly 1.
+        # At alpha = 0 the distribution must be p even where q is certain: a float32 maximum can reach exactly 1.
         return (confidence < 1.0 - alpha) | (alpha <= 0.0)
 
 

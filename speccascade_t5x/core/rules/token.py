@@ -52,7 +52,7 @@ class TokenV3(TokenRule):
 
 
 class Typical(TokenRule):
-    """Rule out v iff p_raw(v) < min(alpha, sqrt(alpha) exp(-H(p_raw))): Medusa's typical acceptance as a law."""
+    """Rule out v iff p_raw(v) < min(alpha, sqrt(alpha) exp(-H(p_raw))): Medusa's typical acceptance."""
 
     alpha_range = (0.0, 1.0)
     ends = "1 rules out all but a certain token, 0 is the drafter alone"
@@ -66,7 +66,7 @@ class Typical(TokenRule):
 
 @dataclasses.dataclass(frozen=True)
 class BiLD(TokenRule):
-    """BiLD's original policy as a law: p where max q_raw < fallback, else rule out v iff -log p_raw(v) > alpha.
+    """BiLD's original policy: p where max q_raw < fallback, else rule out v iff -log p_raw(v) > alpha.
 
     alpha is the rollback threshold in nats. Greedy in the paper; here generalised to sampling, which at
     temperature 0 gives the published behaviour back.

@@ -1,0 +1,206 @@
+"""Files that appear whole, and JSON that is the same on every run.
+
+A file is written beside its place, flushed to disk and renamed, so that a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speccascade_t5x.interfaces import UserError
+
+
+def file_stem(task: str) -> str:
+    """The task name as it stands in file names: ':' and '/' become '_'."""
+    return task.replace(":", "_").replace("/", "_")
+
+
+@contextlib.contextmanager
+def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[None]:
+    """Holds a folder for one job of this process, so that a second one started there is refused.
+
+    The lock is the operating system's, on a file that is removed at the end: a killed process leaves none, and the
+    file it leaves blocks nobody. Where no lock can be had, as on some network file systems, nothing is held.
+
+    Args:
+      folder: where the job writes; made if missing.
+      job: what must not run there twice. Jobs of different names do not exclude each other.
+      holds: whether this host is the one that holds it; False does nothing.
+
+    Raises:
+      UserError: another process, or another call in this one, is at work there.
+    """
+    if not holds:
+        yield
+        return
+    path = Path(folder) / f".{file_stem(job)}.lock"
+    handle = _locked(path, job)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is held, or another process could hold what is removed
+            os.close(handle)
+
+
+def _locked(path: Path, job: str) -> int | None:
+    """The open file of a lock; None where none can be had."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # what is written there next says why
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another process is at work on {job} in {path.parent}: wait until it has ended, or use another output "
+                "folder"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)  # the holder has just ended, and removed the file
+
+
+def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Reads a file of records.
+
+    Raises:
+      UserError: the file is missing or a line of it is not JSON; the message names the line.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not a JSON record ({error.msg}).") from error
+    except OSError as error:
+        raise UserError(f"the records {path} cannot be read: {error.strerror}") from error
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON that is the same on every run: keys in the order given, floats as `repr`.
+
+    Numpy and jax scalars and arrays become plain numbers and lists.
+
+    Raises:
+      UserError: a NaN or infinity, or something JSON has no word for.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_plain)
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:  # half a surrogate pair: no UTF-8 exists, but an escape does
+        return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=indent, default=_plain)
+    except TypeError as error:
+        raise UserError(f"a record cannot be written as JSON: {error}") from error
+    except ValueError as error:
+        raise UserError(
+            f"a record holds a NaN or an infinity ({_first_bad_key(value)}): check the checkpoint and the dtype of the "
+            "model, whose logits were probably not finite"
+        ) from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that grows; none without a file. A line left unfinished is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
+    """Writes a file in one step: beside it, flushed to disk, then renamed.
+
+    Raises:
+      UserError: the disk is full, or the place cannot be written. Nothing is left behind.
+    """
+    path = Path(path)
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        partial = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        os.replace(partial, path)
+        partial = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written, and nothing of it was kept: {error.strerror or error}") from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """`write_bytes` of UTF-8 text."""
+    return write_bytes(path, [text.encode("utf-8")])
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """`write_bytes` of indented JSON."""
+    return write_text(path, to_json(value, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Numpy and jax values as Python's own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _first_bad_key(value: Any) -> str:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            try:
+                json.dumps(part, allow_nan=False, default=_plain)
+            except ValueError:
+                return f"in {key!r}"
+    return "somewhere in it"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut; file systems that cannot are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

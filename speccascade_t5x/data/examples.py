@@ -1,0 +1,97 @@
+"""Examples to decode: a text and its ids, checked and cut to length in one place, wherever the text came from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example.
+
+    Attributes:
+      index: its place in the data, counted from 0; decoding derives its random numbers from it.
+      inputs: [S] int32 ids, with the EOS where the task or the bundle appends one.
+      inputs_text: the text before it was tokenised, or the decoded ids where a task kept none.
+      targets: [T] int32 ids likewise; None where there are none.
+      targets_text: the reference; None where there is none.
+    """
+
+    index: int
+    inputs: np.ndarray
+    inputs_text: str = ""
+    targets: np.ndarray | None = None
+    targets_text: str | None = None
+
+
+def cut(ids: np.ndarray, room: int | None, eos_id: int | None) -> np.ndarray:
+    """The first `room` ids.
+
+    Args:
+      ids: [S] ids.
+      room: how many may stay; None keeps all.
+      eos_id: what a cut sequence ends with in place of its last id; None where sequences have no EOS.
+    """
+    ids = np.asarray(ids, np.int32)
+    if room is None or len(ids) <= room:
+        return ids
+    ids = ids[:room].copy()
+    if eos_id is not None and room:
+        ids[-1] = eos_id
+    return ids
+
+
+def fit(ids: np.ndarray, room: int | None, where: str, *, truncate: bool, eos_id: int | None) -> np.ndarray:
+    """Input ids that fit the feature length: as they are, cut, or refused.
+
+    Args:
+      ids: [S] ids.
+      room: the feature length; None is open.
+      where: what a message calls the example.
+      truncate: cut what is too long instead of refusing it.
+      eos_id: see `cut`.
+
+    Raises:
+      UserError: the ids are too long and `truncate` is off.
+    """
+    if room is not None and len(ids) > room and not truncate:
+        raise UserError(
+            f"{where} has {len(ids)} tokens{', EOS included' * (eos_id is not None)}, more than the feature length "
+            f"{room} of the inputs: shorten it, set max_input_len, or set truncate"
+        )
+    return cut(ids, room, eos_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptForm:
+    """How a text becomes a prompt.
+
+    Attributes:
+      vocabulary: what encodes it.
+      max_len: longest prompt in tokens, EOS included.
+      eos: end every prompt with EOS.
+      truncate: cut longer prompts instead of refusing them.
+    """
+
+    vocabulary: Vocabulary
+    max_len: int
+    eos: bool = True
+    truncate: bool = False
+
+    def encode(self, index: int, text: str, where: str, targets_text: str | None = None) -> Example:
+        """The example of a text; `where` is what a message calls it.
+
+        Raises:
+          UserError: no text, or a text that is too long while `truncate` is off.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"{where} is not a text but {type(text).__name__}: give a string")
+        eos_id = self.vocabulary.eos_id if self.eos else None
+        ids = np.array([*self.vocabulary.encode(text), *([] if eos_id is None else [eos_id])], np.int32)
+        inputs = fit(ids, self.max_len, where, truncate=self.truncate, eos_id=eos_id)
+        return Example(index, inputs, text, targets_text=targets_text)

@@ -1,0 +1,166 @@
+"""Where training examples come from: one corpus, or several seen at their rates."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from speccascade_t5x.common import checks, storage
+from speccascade_t5x.data import shards
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text import vocabulary
+
+MIXTURE = "mixture.json"
+FORMAT = "speccascade_t5x mixture"
+VERSION = 1
+
+
+class Source(Protocol):
+    """Where examples come from: a `shards.Corpus` or a `Mixed`, say."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends inputs and targets."""
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's inputs."""
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's targets."""
+
+    def inputs(self, index: int) -> np.ndarray:
+        """Ids of one example's inputs."""
+
+    def targets(self, index: int) -> np.ndarray:
+        """Ids of one example's targets."""
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of an epoch's examples, in the order they are seen."""
+
+
+class Mixed(Source):
+    """Several corpora, each seen at its rate.
+
+    Every corpus is gone through whole, in an order of its own, before an example of it comes again.
+
+    Args:
+      parts: (corpus, rate) each; rates are relative to each other.
+      examples_per_epoch: how many examples make an epoch; None takes as many as there are.
+
+    Raises:
+      UserError: no corpus, a rate that is not above 0, or two vocabularies.
+    """
+
+    def __init__(self, parts: Sequence[tuple[shards.Corpus, float]], examples_per_epoch: int | None = None):
+        if not parts:
+            raise UserError("a mixture needs at least one corpus")
+        for _, rate in parts:
+            checks.real("rate", rate, 0.0)
+            if not 0 < rate < float("inf"):
+                raise UserError(f"rate={rate!r} is outside its range: the rates of a mixture are above 0")
+        self._corpora = [corpus for corpus, _ in parts]
+        own = {corpus.vocabulary.fingerprint() for corpus in self._corpora}
+        if len(own) > 1:
+            shown = " and ".join(sorted(fingerprint[:16] for fingerprint in own))
+            raise UserError(f"the corpora of a mixture have different vocabularies (fingerprints {shown})")
+        self._starts = np.cumsum([0, *map(len, self._corpora)])
+        total = examples_per_epoch or len(self)
+        checks.whole("examples_per_epoch", total, 1)
+        shares = np.array([rate for _, rate in parts], np.float64)
+        # Rounded so that the epochs are of one length and no corpus is left out of all of them.
+        self._ends = np.rint(np.cumsum(shares) / shares.sum() * total).astype(np.int64)
+        self._counts = np.diff(self._ends, prepend=0)
+        if not self._counts.all():
+            raise UserError(f"an epoch of {total} examples has none of the corpus with the least rate: raise its rate")
+        self.vocabulary = self._corpora[0].vocabulary
+        self.eos_id = self.vocabulary.eos_id
+        content = [*(corpus.fingerprint for corpus in self._corpora), *self._counts.tolist()]
+        self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def input_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's inputs."""
+        return np.concatenate([corpus.input_lengths for corpus in self._corpora])
+
+    @functools.cached_property
+    def target_lengths(self) -> np.ndarray:
+        """[examples] ids of each example's targets."""
+        return np.concatenate([corpus.target_lengths for corpus in self._corpora])
+
+    def inputs(self, index: int) -> np.ndarray:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._corpora[part].inputs(index - int(self._starts[part]))
+
+    def targets(self, index: int) -> np.ndarray:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._corpora[part].targets(index - int(self._starts[part]))
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        drawn = []
+        for part, (corpus, count) in enumerate(zip(self._corpora, self._counts.tolist(), strict=True)):
+            first, last = epoch * count, (epoch + 1) * count
+            passes = range(first // len(corpus), -(-last // len(corpus)))
+            stream = np.concatenate([shards.permutation(len(corpus), seed, part, again) for again in passes])
+            start = first - passes[0] * len(corpus)
+            drawn.append(stream[start : start + count] + self._starts[part])
+        together = np.concatenate(drawn)
+        return together[shards.permutation(len(together), seed, len(self._corpora), epoch)]
+
+
+def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Corpus:
+    """The first examples as one corpus: of a mixture, the first of an epoch, so that each part has its share.
+
+    Args:
+      source: where they come from.
+      limit: how many; None takes all.
+    """
+    few = limit is not None and limit < len(source)
+    if isinstance(source, shards.Corpus):
+        return source.select(np.arange(limit)) if few else source
+    chosen = source.epoch(0, 0)[:limit] if few else range(len(source))
+    return shards.from_examples(((source.inputs(i), source.targets(i)) for i in chosen), source.vocabulary)
+
+
+def write(folder: str | Path, rates: Mapping[str, float]) -> Path:
+    """Makes a mixture of the corpora in the folders below `folder`, each at its rate. Returns the file's path."""
+    content = {"format": FORMAT, "version": VERSION, "parts": [{"folder": k, "rate": v} for k, v in rates.items()]}
+    return storage.write_json(Path(folder) / MIXTURE, content)
+
+
+def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> shards.Corpus | Mixed:
+    """Reads what `speccascade cache` wrote: a corpus, or a mixture of several.
+
+    Args:
+      folder: of a corpus (`manifest.json`) or of a mixture (`mixture.json`).
+      spoken: the vocabulary the model speaks; None takes the corpus's.
+
+    Raises:
+      UserError: what `shards.read` raises, or a mixture file that is damaged.
+    """
+    path = Path(folder) / MIXTURE
+    if not path.is_file():
+        return shards.read(folder, spoken)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        found = [(part["folder"], part["rate"]) for part in content["parts"]]
+        known = content["format"] == FORMAT and content["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a mixture file: write it again with `speccascade cache`") from error
+    if known is False or known > VERSION:
+        raise UserError(f"{path} is of another format or a newer version than {VERSION}: use the program that wrote it")
+    return Mixed([(shards.read(Path(folder) / name, spoken), rate) for name, rate in found])

@@ -1,0 +1,362 @@
+"""seqio tasks as plain numpy examples, in a fixed order, for decoding and for fitting.
+
+The only module of the library that loads TensorFlow and seqio. It does so quietly and with no
+accelerator in TensorFlow's sight, so that JAX has the devices to itself. Tasks are registered by
+whoever imports the module that defines them (usually a gin file); this module only looks them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from speccascade_t5x.common import checks
+from speccascade_t5x.data.examples import Example, cut, fit
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Holds back what native libraries write to file descriptor 2; shows it if the block fails.
+
+    TensorFlow logs before its logging can be configured, and no environment variable stops that.
+    """
+    try:
+        original = os.dup(2)
+    except OSError:  # a daemon without a standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)
+            if failed:
+                held.seek(0)
+                with open(2, "wb", closefd=False) as stderr:
+                    shutil.copyfileobj(held, stderr)
+
+
+with _quiet_stderr():
+    import seqio
+    import tensorflow as tf
+
+    # A device that another program has already given to TensorFlow cannot be taken back.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
+
+
+def examples(
+    task_name: str,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    limit: int | None = None,
+    truncate: bool = False,
+    shard: tuple[int, int] | None = None,
+) -> list[Example]:
+    """Reads a split whole, unshuffled, so that every bad example is met before work starts.
+
+    The task is run without sequence lengths, so its preprocessors cut nothing by themselves; a task
+    that shapes its examples by them (span corruption, packing) is not for this function.
+
+    Args:
+      task_name: a registered seqio task.
+      split: one of its splits.
+      feature_lengths: longest "inputs" and, if given, "targets", in ids with the EOS. Targets over
+        their length are always cut.
+      limit: read only the first so many examples; None reads all.
+      truncate: cut inputs that are too long instead of refusing them. A cut feature keeps its EOS
+        as last id where the task appends one.
+      shard: (i, n) reads the i-th of n parts that together are the split, as seqio divides it: by files where there
+        are enough, else every n-th example. Indices are then those of the part.
+
+    Raises:
+      UserError: unknown task or split, a mixture, an empty dataset, a task without inputs, or an
+        input longer than feature_lengths["inputs"] while `truncate` is False.
+    """
+    dataset = _dataset(task_name, split, shard=shard)
+    if "inputs" not in dataset.element_spec:
+        raise UserError(f"task {task_name!r} has no feature 'inputs', so there is nothing to read: name another task")
+    if limit is not None:
+        dataset = dataset.take(limit)
+    features = _task(task_name).output_features
+    found = [
+        _example(index, raw, features, feature_lengths, truncate)
+        for index, raw in enumerate(dataset.as_numpy_iterator())
+    ]
+    if not found:
+        raise UserError(
+            f"task {task_name!r} has no example in split {split!r}"
+            + (f", part {shard[0]} of {shard[1]}" if shard else "")
+            + ": check its data, its row filters and the limit"
+        )
+    return found
+
+
+def stream(
+    task_name: str,
+    split: str,
+    limit: int | None = None,
+    task_lengths: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (inputs, targets) ids of a split of any size, unshuffled and uncut, one example in memory at a time.
+
+    Args:
+      task_name: a registered seqio task.
+      split: one of its splits.
+      limit: only the first so many examples; None yields all.
+      task_lengths: given to the task's own preprocessors; those that shape examples by them (span corruption) need
+        them. seqio then cuts longer examples by itself.
+      seed: of preprocessors that draw.
+
+    Raises:
+      UserError: at once, for an unknown task or split, a mixture, a task without inputs or targets; later, for
+        preprocessors that need `task_lengths`.
+    """
+    dataset = _dataset(task_name, split, task_lengths, seed)
+    for feature in ("inputs", "targets"):
+        if feature not in dataset.element_spec:
+            raise UserError(
+                f"task {task_name!r} has no feature {feature!r}, so there is nothing to train on: name another task"
+            )
+    dataset = dataset if limit is None else dataset.take(limit)
+    return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
+
+
+def _dataset(
+    task_name: str,
+    split: str,
+    lengths: Mapping[str, int] | None = None,
+    seed: int | None = None,
+    shard: tuple[int, int] | None = None,
+) -> tf.data.Dataset:
+    """Opens a split of a task, or a shard of it, unshuffled."""
+    part = None if shard is None else seqio.ShardInfo(index=shard[0], num_shards=shard[1])
+    task = check(task_name, split)
+    try:
+        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
+    except (TypeError, KeyError) as error:
+        if lengths is not None:
+            raise
+        raise UserError(
+            f"the preprocessors of task {task_name!r} failed without feature lengths ({error!r}): where they shape "
+            "examples by them, give the task its lengths"
+        ) from error
+
+
+def check(task_name: str, split: str) -> seqio.Task:
+    """Returns a registered task which has this split.
+
+    Raises:
+      UserError: unknown task or split, or a mixture.
+    """
+    task = _task(task_name)
+    if split not in task.splits:
+        raise UserError(f"task {task_name!r} has no split {split!r}: use one of {', '.join(task.splits)}")
+    return task
+
+
+def parts(name: str) -> list[tuple[str, float]]:
+    """Returns the tasks of a mixture with their rates, by name; a task is its own only part, at rate 1.
+
+    Raises:
+      UserError: there is neither a task nor a mixture of that name, or the rates cannot be told.
+    """
+    if name not in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
+        if name not in seqio.TaskRegistry.names() and seqio.MixtureRegistry.names():
+            checks.one_of("task or mixture", name, [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
+        return [(_task(name).name, 1.0)]
+    mixture = seqio.MixtureRegistry.get(name)
+    try:
+        return [(task.name, float(mixture.get_rate(task))) for task in sorted(mixture.tasks, key=lambda t: t.name)]
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"the rates of mixture {name!r} cannot be told ({error}): give it numbers") from error
+
+
+def _example(
+    index: int,
+    raw: Mapping[str, Any],
+    features: Mapping[str, seqio.Feature],
+    lengths: Mapping[str, int],
+    truncate: bool,
+) -> Example:
+    text = _text(raw, "inputs", features)
+    where = f"example {index} ({_opening(text)!r})"
+    inputs = fit(raw["inputs"], lengths.get("inputs"), where, truncate=truncate, eos_id=_eos(features["inputs"]))
+    if "targets" not in raw:
+        return Example(index, inputs, text)
+    targets = cut(raw["targets"], lengths.get("targets"), _eos(features["targets"]))
+    return Example(index, inputs, text, targets, _text(raw, "targets", features))
+
+
+def _opening(text: str, words: int = 6) -> str:
+    """Returns the first words of a text, for a message."""
+    start = " ".join(text.split()[:words])[:60]
+    return start if start == text else f"{start} ..."
+
+
+def _eos(feature: seqio.Feature) -> int | None:
+    return feature.vocabulary.eos_id if feature.add_eos else None
+
+
+def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature]) -> str:
+    kept = raw.get(f"{name}_pretokenized")
+    if isinstance(kept, bytes):
+        return kept.decode("utf-8")
+    return features[name].vocabulary.decode(raw[name].tolist())
+
+
+def _task(name: str) -> seqio.Task:
+    """Looks a task up.
+
+    Raises:
+      UserError: there is none of that name, or it is a mixture.
+    """
+    tasks = seqio.TaskRegistry.names()
+    if name in tasks:
+        return seqio.TaskRegistry.get(name)
+    if name in seqio.MixtureRegistry.names():
+        parts = ", ".join(sorted(t.name for t in seqio.MixtureRegistry.get(name).tasks))
+        raise UserError(f"{name!r} is a mixture of {parts}: name one of these tasks")
+    raise UserError(
+        f"there is no task {name!r}: {checks.suggestion(name, tasks)} (a task is registered by importing its module in "
+        "a gin file, as in `from speccascade_t5x.tasks import l10n`)"
+    )
+
+
+def task_metrics(task_name: str) -> list[Callable[[list, list], Mapping[str, Any]]]:
+    """Returns the task's metric functions over predictions: (targets, predictions) -> dict.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    return list(_task(task_name).predict_metric_fns)
+
+
+def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:
+    """Returns the vocabulary of each feature of a task, by feature name.
+
+    Raises:
+      UserError: there is no such task, or its vocabulary is not configured.
+    """
+    return {name: feature.vocabulary for name, feature in _task(task_name).output_features.items()}
+
+
+def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
+    """Returns the same vocabulary without seqio, so that it can be compared with a pair's.
+
+    Raises:
+      UserError: a kind that only seqio knows.
+    """
+    if isinstance(spoken, seqio.ByteVocabulary):
+        return ByteVocabulary(spoken.extra_ids)
+    if isinstance(spoken, seqio.SentencePieceVocabulary):
+        return SentencePieceVocabulary(spoken.sentencepiece_model_file, spoken.extra_ids)
+    raise UserError(f"a vocabulary of class {type(spoken).__name__} cannot be decoded to: use bytes or SentencePiece")
+
+
+def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str]) -> dict[str, Any]:
+    """Returns the task's metrics for the predicted texts of some of its examples, as JSON types.
+
+    Targets and predictions pass through the task's postprocessor first, as seqio does it. What a metric returns is
+    normalised, see `metric_value`.
+
+    Args:
+      task_name: a registered seqio task.
+      scored: examples with targets, as `examples` returned them.
+      predictions: one text per example.
+
+    Raises:
+      UserError: there is no such task, an example has no target, the counts differ, or the task's own code fails; the
+        message names the function and what it raised.
+    """
+    task = _task(task_name)
+    if len(scored) != len(predictions):
+        raise UserError(f"there are {len(scored)} examples but {len(predictions)} predictions: give one for each")
+    missing = next((e.index for e in scored if e.targets_text is None), None)
+    if missing is not None:
+        raise UserError(f"example {missing} of task {task_name!r} has no target to score against: leave metrics out")
+    fields = [
+        {
+            "inputs": e.inputs,
+            "targets": e.targets,
+            "inputs_pretokenized": e.inputs_text,
+            "targets_pretokenized": e.targets_text,
+        }
+        for e in scored
+    ]
+    with _named(task_name, "postprocessor"):
+        targets = [
+            task.postprocess_fn(e.targets_text, example=f, is_target=True) for e, f in zip(scored, fields, strict=True)
+        ]
+        outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
+    results: dict[str, Any] = {}
+    for metric in task.predict_metric_fns:
+        name = getattr(metric, "__name__", type(metric).__name__)
+        with _named(task_name, f"metric {name!r}"):
+            found = metric(targets, outputs)
+            results |= metric_value(found if isinstance(found, Mapping) else {name: found})
+    return results
+
+
+@contextlib.contextmanager
+def _named(task_name: str, what: str) -> Iterator[None]:
+    """Turns whatever a task's own code raises into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
+
+
+def metric_value(value: Any) -> Any:
+    """What a metric function returned, as JSON types: numbers, texts, lists and mappings of them.
+
+    seqio's `Scalar` and `Text` stand for what they hold. NaN and infinities become None. Of seqio's pictures, sounds
+    and histograms, and of any other object, the kind is kept.
+    """
+    if isinstance(value, seqio.metrics.Scalar):
+        return metric_value(value.value)
+    if isinstance(value, seqio.metrics.Text):
+        return metric_value(value.textdata)
+    if isinstance(value, Mapping):
+        return {_as_text(name): metric_value(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [metric_value(part) for part in value]
+    if isinstance(value, (str, bytes)):
+        return _as_text(value)
+    if value is None or (isinstance(value, int) and value.bit_length() < 1024):
+        return value
+    if hasattr(value, "__array__"):  # numpy, jax, TensorFlow
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufSUO":
+            array = array.astype(np.float64 if array.dtype.kind == "V" else str)  # bfloat16, and dates and the like
+        return metric_value(array.tolist())
+    if isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
+        return None
+    return f"a value of type {type(value).__name__}"
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

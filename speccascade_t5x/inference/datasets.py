@@ -1,0 +1,119 @@
+"""What is decoded: texts, a file of texts, or a split of a seqio task, all as one kind of data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speccascade_t5x.data.examples import Example, PromptForm
+from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text import text_input, vocabulary
+
+# Fields of a record that come from decoding; inputs and targets come from the data.
+_DECODED = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is decoded.
+
+    Attributes:
+      name: the task's name, or what stands for it in file names.
+      prompts: the examples; `index` is each one's place in the list.
+      score: predictions -> metrics, or (predictions, places) -> metrics of the examples at these places alone; None
+        where nothing can be scored.
+    """
+
+    name: str
+    prompts: list[Example]
+    score: Callable[..., dict[str, float]] | None = None
+
+    @property
+    def inputs_text(self) -> list[str]:
+        """The text of each example."""
+        return [example.inputs_text for example in self.prompts]
+
+    @property
+    def targets_text(self) -> list[str | None]:
+        """The reference of each example, None where there is none."""
+        return [example.targets_text for example in self.prompts]
+
+    def record(self, index: int, decoded: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of example `index`: its texts, and what decoding made of it."""
+        example = self.prompts[index]
+        targets = {} if example.targets_text is None else {"targets": example.targets_text}
+        decoded = {name: decoded[name] for name in _DECODED if name in decoded}
+        return {"inputs": example.inputs_text, **targets, **decoded}
+
+    def identity(self) -> str:
+        """A short text that differs where the examples differ, so that records of other data are never mixed in."""
+        digest = hashlib.sha256()
+        for example in self.prompts:
+            digest.update(repr((example.inputs_text, example.targets_text)).encode())
+        return f"{self.name}, {len(self.prompts)} examples, sha256 {digest.hexdigest()[:16]}"
+
+
+def check_source(task: str | None, split: str, input: str | None) -> None:
+    """Checks what can be known of the data before a pair is loaded.
+
+    Raises:
+      UserError: neither or both of task and input file are named, or there is no such task, split or file.
+    """
+    if (task is None) == (input is None):
+        raise UserError("name either a task or an input file to decode (TASK or INPUT), and not both")
+    if task is not None:
+        from speccascade_t5x.data import seqio_tasks
+
+        seqio_tasks.check(task, split)
+    elif input != "-":
+        text_input.check(input)
+
+
+def read(form: PromptForm, task: str | None, split: str, input: str | None, limit: int | None = None) -> Dataset:
+    """Reads a task's split, or an input file; exactly one of the two is named.
+
+    Args:
+      form: how a text becomes a prompt.
+      task: a registered seqio task; its vocabulary must be the form's.
+      split: of the task.
+      input: see `text_input.read`.
+      limit: read only the first so many examples.
+
+    Raises:
+      UserError: neither or both are named, or the data are bad; the message names the first bad example.
+    """
+    check_source(task, split, input)
+    if task is not None:
+        return _from_task(form, task, split, limit)
+    assert input is not None
+    texts = text_input.read(input, limit)
+    prompts = [form.encode(each.index, each.inputs_text, each.where, each.targets_text) for each in texts]
+    return Dataset("stdin" if input == "-" else Path(input).stem, prompts)
+
+
+def from_texts(form: PromptForm, texts: Iterable[str], first: int = 0) -> Dataset:
+    """Texts as a data set, numbered from `first`.
+
+    Raises:
+      UserError: one is no text, or too long while the form does not truncate.
+    """
+    return Dataset("texts", [form.encode(first + i, text, f"text {i}") for i, text in enumerate(texts)])
+
+
+def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Dataset:
+    """Reads a seqio task and checks that it speaks the form's vocabulary."""
+    from speccascade_t5x.data import seqio_tasks
+
+    for feature, spoken in seqio_tasks.task_vocabularies(task).items():
+        ours = seqio_tasks.as_vocabulary(spoken)
+        vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
+    examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
+    with_targets = all(example.targets_text is not None for example in examples)
+
+    def score(predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
+        return seqio_tasks.score(task, examples if places is None else [examples[i] for i in places], predictions)
+
+    return Dataset(task, examples, score if with_targets else None)

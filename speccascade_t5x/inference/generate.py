@@ -1,0 +1,346 @@
+"""Text in, records out: a loaded pair under one choice of method, rule and sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speccascade_t5x import checkpoints, decoding
+from speccascade_t5x.checkpoints import Bundle, load_bundle
+from speccascade_t5x.common import packaged
+from speccascade_t5x.core import accounting, noise
+from speccascade_t5x.data import batching
+from speccascade_t5x.data.examples import Example, PromptForm
+from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
+from speccascade_t5x.deferral.fitted import Fitted
+from speccascade_t5x.distributed import hosts
+from speccascade_t5x.distributed.partitioning import Partitioning, Topology
+from speccascade_t5x.drafting import NGramTable
+from speccascade_t5x.inference import datasets, methods, plan_files
+from speccascade_t5x.inference.settings import Settings, make_settings
+from speccascade_t5x.interfaces import Bound, UserError
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
+
+_Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
+
+
+@dataclasses.dataclass
+class Timing:
+    """Where the time went, in seconds.
+
+    Attributes:
+      compile_s: compiling; nothing where the shape was compiled before.
+      decode_s: decoding, until the results were on the host.
+      compiled_shapes: programs compiled.
+    """
+
+    compile_s: float = 0.0
+    decode_s: float = 0.0
+    compiled_shapes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Records in input order, with their cost.
+
+    Attributes:
+      records: dicts with inputs, prediction, log_prob, tokens, counts, source, and trace where settings.trace
+        asks for it (lists of samples of all but inputs where num_samples > 1).
+      timing: compile and decode time.
+      totals: counters summed over all outputs.
+    """
+
+    records: list[dict[str, Any]]
+    timing: Timing
+    totals: dict[str, Any]
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """Acceptance and calls per token, see `accounting.rates`."""
+        return accounting.rates(self.totals)
+
+
+class LoadedPair:
+    """A drafter, a verifier and their vocabulary, ready to decode. Compiled programs are kept by shape.
+
+    Args:
+      bundle: what was loaded.
+      smaller: further drafters for cascades, from the largest; each smaller than the bundle's own.
+      partitioning: the mesh that decodes; None for one device. Parameters that lie elsewhere are moved there.
+    """
+
+    def __init__(self, bundle: Bundle, smaller: Sequence[Bound] = (), partitioning: Partitioning | None = None):
+        drafters = [*([] if bundle.drafter is None else [bundle.drafter]), *smaller]
+        self.verifier: Bound = bundle.verifier
+        if partitioning is not None:
+            self.verifier = partitioning.put(self.verifier)
+            drafters = [partitioning.put(bound, drafter=True) for bound in drafters]
+        self.drafter: Bound | None = drafters[0] if drafters else None
+        self.smaller = tuple(drafters[1:])
+        self.partitioning = partitioning
+        self.table: NGramTable | None = bundle.table
+        self.deferral: Fitted | None = bundle.deferral
+        self.vocabulary = bundle.vocabulary
+        self.feature_lengths = dict(bundle.feature_lengths)
+        self.decode_defaults = dict(bundle.decode)
+        self.description = bundle.description
+        self._compiled: dict[tuple, CompiledDecoder | CompiledQueue] = {}
+
+    def generate(self, texts: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+        """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
+
+        Raises:
+          UserError: an unknown or unsupported option, or what `run` raises.
+        """
+        return self.run(texts, make_settings(**settings)).records
+
+    def run(self, texts: Sequence[str], settings: Settings) -> Generation:
+        """Decodes texts and reports time and counters as well.
+
+        Raises:
+          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed.
+        """
+        if isinstance(texts, str):
+            raise UserError("texts must be a list of texts, not one text: put it in brackets")
+        runner = Runner(self, settings)
+        dataset = datasets.from_texts(runner.prompt_form, texts)
+        found: dict[int, dict[str, Any]] = {}
+        for batch in runner.batches(dataset.prompts):
+            found.update(runner.decode(batch))
+        records = [dataset.record(i, found[i]) for i in range(len(dataset.prompts))]
+        return Generation(records, runner.timing, runner.totals)
+
+    def compiled(
+        self, program: decoding.Program, inputs: Any, kind: type[_Kind] = CompiledDecoder
+    ) -> tuple[_Kind, float]:
+        """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
+        key = (kind, shape_key(program, inputs))
+        if key in self._compiled:
+            return self._compiled[key], 0.0
+        self._compiled[key] = kind(program, inputs, self.partitioning)
+        return self._compiled[key], self._compiled[key].seconds
+
+
+def loaded(pair: LoadedPair | Callable[[], LoadedPair]) -> LoadedPair:
+    """The pair itself, or what a function that loads it returns: jobs call it once all else has been checked."""
+    return pair if isinstance(pair, LoadedPair) else pair()
+
+
+class Runner:
+    """One pair under one Settings: decodes batches, adds up counters and time.
+
+    Attributes:
+      settings: with draft_len="auto" resolved to what the plan says.
+      timing: so far.
+      totals: counters so far.
+    """
+
+    def __init__(self, pair: LoadedPair, settings: Settings):
+        settings = plan_files.follow(settings, plan_files.identity(pair)) if settings.draft_len == "auto" else settings
+        self.pair, self.settings = pair, settings
+        self.timing = Timing()
+        self.totals: dict[str, Any] = {}
+        self.program = _program(pair, settings)
+        self.key = noise.from_seed(settings.seed)
+        if pair.partitioning is not None:
+            pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
+
+    @property
+    def prompt_form(self) -> PromptForm:
+        """How texts become prompts; without an EOS where the bundle's decode settings say `prompt_eos`: false."""
+        max_len = self.settings.max_input_len or self.pair.feature_lengths["inputs"]
+        eos = self.pair.decode_defaults.get("prompt_eos", True)
+        return PromptForm(self.pair.vocabulary, max_len, eos, self.settings.truncate)
+
+    def batches(self, prompts: Iterable[Example]) -> list[batching.Batch]:
+        """Groups prompts into batches of few shapes."""
+        return batching.make_batches(
+            prompts,
+            batch_size=self.settings.batch_size,
+            feature_length=self.prompt_form.max_len,
+            buckets=self.settings.buckets,
+            pad_id=self.pair.vocabulary.pad_id,
+        )
+
+    def decode(self, batch: batching.Batch) -> dict[int, dict[str, Any]]:
+        """Decodes one batch. Returns {example index: prediction, log_prob, tokens, counts, source, maybe trace}.
+
+        Raises:
+          UserError: a model produced NaN.
+        """
+        compiled = self.compiled(batch)
+        begin = time.perf_counter()
+        output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(compiled, batch))))
+        self.timing.decode_s += time.perf_counter() - begin
+        places = np.flatnonzero(batch.valid).tolist()
+        return {int(batch.example_ids[place]): self.record(output, place, batch.example_ids[place]) for place in places}
+
+    def compiled(self, batch: batching.Batch, kind: type[_Kind] = CompiledDecoder) -> _Kind:
+        """The decoder for batches of this shape; compiling it is counted in `timing`."""
+        compiled, seconds = self.pair.compiled(self.program, self._inputs(batch), kind)
+        self.timing.compile_s += seconds
+        self.timing.compiled_shapes += seconds > 0
+        return compiled
+
+    def start(self, compiled: CompiledDecoder | CompiledQueue, batch: batching.Batch) -> decoding.State:
+        """The state of a batch before its first round."""
+        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(batch.example_ids))
+
+    def record(self, output: decoding.Output, place: int, index: int) -> dict[str, Any]:
+        """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.
+
+        Args:
+          output: fetched to the host.
+          place: of the input in its batch.
+          index: of the example.
+
+        Raises:
+          UserError: a model produced NaN.
+        """
+        samples = self.settings.num_samples
+        each = [self._record(output, place * samples + s, int(index)) for s in range(samples)]
+        return each[0] if samples == 1 else _transpose(each)
+
+    def _inputs(self, batch: batching.Batch) -> Any:
+        return self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
+
+    def _record(self, output: decoding.Output, row: int, index: int) -> dict[str, Any]:
+        log_prob = float(output.log_probs[row])
+        if math.isnan(log_prob):
+            raise UserError(
+                f"a model produced NaN while decoding example {index}: check its checkpoint, or decode in float32"
+            )
+        length = int(output.lengths[row])
+        tokens = output.tokens[row, :length].tolist()
+        counts = output.counts.row(row)
+        self.totals = accounting.total([self.totals, counts])
+        record = {
+            "prediction": self.pair.vocabulary.decode(tokens),
+            "log_prob": log_prob,
+            "tokens": tokens,
+            "counts": counts,
+            "source": output.source[row, :length].tolist(),
+        }
+        if output.trace is not None:
+            columns = {field.name: getattr(output.trace, field.name) for field in dataclasses.fields(output.trace)}
+            record["trace"] = {
+                name: [None if math.isnan(x) else x for x in column[row, :length].tolist()]
+                for name, column in columns.items()
+            }
+        return record
+
+
+def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
+    """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
+
+    Args:
+      path: a bundle's folder, or the name of a packaged bundle.
+      topology: the mesh that decodes; every parameter is read straight to where it belongs. None takes one device.
+
+    Raises:
+      UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
+    """
+    folder = packaged.bundle_dir(path)
+    if topology is None:
+        return LoadedPair(load_bundle(folder))
+    mesh = hosts.partitioning(topology)
+    placing = {"verifier": mesh.placement, "drafter": functools.partial(mesh.placement, drafter=True)}
+    return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
+
+
+def from_checkpoints(
+    *,
+    verifier: str | Path,
+    drafter: str | Path | None = None,
+    smaller: Sequence[str | Path] = (),
+    vocabulary: str | Path = "bytes",
+    extra_ids: int | None = None,
+    max_input_len: int,
+    max_len: int,
+    draft_len: int = 5,
+    prompt_eos: bool = True,
+    allow_drivers: Sequence[str] = (),
+    topology: Topology | None = None,
+) -> LoadedPair:
+    """A pair from two checkpoint folders of any kind `checkpoints.load` reads.
+
+    Args:
+      verifier: its checkpoint.
+      drafter: its checkpoint; None to run the verifier alone.
+      smaller: checkpoints of further drafters for cascades, from the largest.
+      vocabulary: "bytes", or the path of a SentencePiece model.
+      extra_ids: sentinels after the ordinary pieces; None gives 125 for bytes and 0 for SentencePiece.
+      max_input_len: longest prompt in tokens, EOS included.
+      max_len: longest output in tokens, EOS included.
+      draft_len: tokens drafted per round unless Settings say otherwise.
+      prompt_eos: end every text with EOS; False for decoder-only models that continue their prompts.
+      allow_drivers: see `checkpoints.load`.
+      topology: the mesh that decodes, see `load`.
+
+    Raises:
+      UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary; no such mesh.
+    """
+    if vocabulary == "bytes":
+        pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
+    else:
+        pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
+    if smaller and drafter is None:
+        raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
+    named = {"verifier": verifier, "drafter": drafter} | {f"smaller drafter {i}": at for i, at in enumerate(smaller)}
+    mesh = topology and hosts.partitioning(topology)
+    placing = {name: mesh and functools.partial(mesh.placement, drafter=name != "verifier") for name in named}
+    models = {
+        name: None if path is None else checkpoints.load(path, placing=placing[name], allow_drivers=allow_drivers)
+        for name, path in named.items()
+    }
+    for name, bound in models.items():
+        if bound is not None and bound.model.vocab_size < pieces.vocab_size:
+            raise UserError(
+                f"the {name} has {bound.model.vocab_size} logits but the vocabulary {pieces.vocab_size} pieces: "
+                "give the vocabulary it was trained with"
+            )
+    lengths = {"inputs": max_input_len, "targets": max_len}
+    defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id, "prompt_eos": prompt_eos}
+    return LoadedPair(
+        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, ""),
+        smaller=[models[f"smaller drafter {i}"] for i in range(len(smaller))],
+        partitioning=mesh,
+    )
+
+
+def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfig:
+    """The static options of these settings, but for the draft length."""
+    defaults, vocabulary = pair.decode_defaults, pair.vocabulary
+    return decoding.DecodeConfig(
+        max_len=settings.max_len or pair.feature_lengths["targets"],
+        eos_id=vocabulary.eos_id,
+        pad_id=vocabulary.pad_id,
+        start_id=defaults["start_id"],
+        vocab_size=vocabulary.vocab_size,
+        verification=settings.verification,
+        stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
+        num_samples=settings.num_samples,
+        trace=settings.trace,
+    )
+
+
+def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
+    """The Program of these settings."""
+    drafters = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
+    default = pair.decode_defaults["draft_len"]
+    config = program_config(pair, settings)
+    return methods.program(settings, pair.verifier, drafters, config, default, pair.table, pair.deferral)
+
+
+def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """One record per sample to one record of lists."""
+    return {name: [record[name] for record in records] for name in records[0]}

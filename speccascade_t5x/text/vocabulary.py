@@ -1,0 +1,302 @@
+"""Text to ids and back, with the ids seqio gives, and without TensorFlow.
+
+A machine that only decodes needs neither seqio nor TensorFlow. Both classes give the ids of their
+seqio namesakes (tests compare them): pad 0, EOS 1 and UNK 2 in the T5 vocabularies.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from speccascade_t5x.interfaces import UserError
+
+PAD_ID = 0
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+_EXTRA_ID_PREFIXES = ("<extra_id_", f"{_SPACE}<extra_id_")
+
+
+class Vocabulary(Protocol):
+    """What decoding, records and bundles ask of a vocabulary."""
+
+    kind: str
+    extra_ids: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that stand for something, extra ids included. Models may have more."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding: 0, as in seqio and T5X."""
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The name of every id, in order."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without EOS."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first EOS; padding and ids beyond the vocabulary are left out."""
+
+    def decode_pieces(self, ids: Iterable[int]) -> list[str]:
+        """One display text per id; see `ByteVocabulary.decode_pieces`."""
+
+    def fingerprint(self) -> str:
+        """sha256 over kind, size and pieces: equal if ids have the same meaning."""
+
+    def spec(self) -> dict[str, Any]:
+        """What `from_spec` needs, as JSON types."""
+
+
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes: id = byte + 3. The vocabulary of ByT5.
+
+    Args:
+      extra_ids: ids reserved after the 259 ordinary ones. 0 as in seqio; 125 fills up to the 384
+        rows ByT5 checkpoints have. Extra ids decode to nothing.
+    """
+
+    kind = "byte"
+    _SPECIAL = ("<pad>", "</s>", "<unk>")
+
+    def __init__(self, extra_ids: int = 0):
+        if extra_ids < 0:
+            raise UserError(f"A vocabulary cannot have {extra_ids} extra ids; give 0 or more.")
+        self.extra_ids = extra_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._SPECIAL) + 256 + self.extra_ids
+
+    @property
+    def eos_id(self) -> int:
+        return 1
+
+    @property
+    def pad_id(self) -> int:
+        return PAD_ID
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        extra = tuple(f"<extra_id_{i}>" for i in reversed(range(self.extra_ids)))
+        return self._SPECIAL + tuple(f"<0x{byte:02X}>" for byte in range(256)) + extra
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + len(self._SPECIAL) for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first EOS. Bytes that are no UTF-8 are dropped, as seqio does."""
+        return "".join(self.decode_pieces(ids))
+
+    def decode_pieces(self, ids: Iterable[int]) -> list[str]:
+        """One text per id; joined, they are `decode(ids)`.
+
+        A character of several bytes is shown whole at its last byte, its other bytes give ''. So do
+        padding, EOS, everything after it, and bytes that are no UTF-8.
+        """
+        reader = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        texts = []
+        ended = False
+        for i in map(int, ids):
+            ended = ended or i == self.eos_id
+            byte = i - len(self._SPECIAL)
+            texts.append(reader.decode(bytes([byte])) if 0 <= byte < 256 and not ended else "")
+        return texts
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+    def spec(self) -> dict[str, Any]:
+        return _spec(self)
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece model file, with `extra_ids` sentinels added after its pieces as seqio does.
+
+    Args:
+      path: the model file.
+      extra_ids: how many of `<extra_id_0>`, ... to add; the last id is `<extra_id_0>`.
+
+    Raises:
+      UserError: the file is missing or no SentencePiece model, or the model has no EOS.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | Path, extra_ids: int = 0):
+        if extra_ids < 0:
+            raise UserError(f"A vocabulary cannot have {extra_ids} extra ids; give 0 or more.")
+        self.path = Path(path)
+        self.extra_ids = extra_ids
+        self._processor = _load_sentencepiece(self.path, extra_ids)
+        if self._processor.eos_id() < 0:
+            raise UserError(f"The SentencePiece model {self.path} has no EOS piece, which decoding needs.")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.GetPieceSize()
+
+    @property
+    def eos_id(self) -> int:
+        return self._processor.eos_id()
+
+    @property
+    def pad_id(self) -> int:
+        return PAD_ID  # whatever the model says: seqio and T5X pad with 0
+
+    @functools.cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The name of every id, in order."""
+        return tuple(self._processor.IdToPiece(i) for i in range(self.vocab_size))
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first EOS; ids beyond the vocabulary show as UNK, as in seqio."""
+        kept = []
+        for i in map(int, ids):
+            kept.append(i if i < self.vocab_size else self._processor.unk_id())
+            if i == self.eos_id:
+                break
+        return self._processor.DecodeIds(kept)
+
+    def decode_pieces(self, ids: Iterable[int]) -> list[str]:
+        """One display text per id; '' for control pieces, EOS and after.
+
+        Byte pieces of one character are shown together at its last byte. Joined, the texts are
+        `decode(ids)` but for the space before the first word and for what the model's own
+        denormaliser rewrites.
+        """
+        processor = self._processor
+        reader = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        texts = []
+        ended = False
+        for i in map(int, ids):
+            ended = ended or i == self.eos_id
+            if ended or (i < self.vocab_size and processor.IsControl(i)):
+                texts.append("")
+            elif i >= self.vocab_size or processor.IsUnknown(i):
+                texts.append("\u2047")
+            elif processor.IsByte(i):
+                texts.append(reader.decode(bytes([int(self.pieces[i][3:5], 16)])))
+            else:
+                texts.append(self.pieces[i].replace(_SPACE, " "))
+        return texts
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+    def spec(self) -> dict[str, Any]:
+        return _spec(self)
+
+
+def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> Vocabulary:
+    """The vocabulary a `spec()` describes.
+
+    Args:
+      spec: what `spec()` gave.
+      model_file: where the SentencePiece model lies now; not used for bytes.
+
+    Raises:
+      UserError: unknown kind, missing field or file, or a vocabulary that is not the one described.
+    """
+    kind, extra_ids = spec.get("kind"), spec.get("extra_ids")
+    if not isinstance(extra_ids, int):
+        raise UserError(f"A vocabulary spec needs a whole number 'extra_ids', found {extra_ids!r}.")
+    if kind == ByteVocabulary.kind:
+        vocabulary: Vocabulary = ByteVocabulary(extra_ids)
+    elif kind == SentencePieceVocabulary.kind:
+        if model_file is None:
+            raise UserError("A SentencePiece vocabulary needs its model file; none was given.")
+        vocabulary = SentencePieceVocabulary(model_file, extra_ids)
+    else:
+        raise UserError(f"Unknown vocabulary kind {kind!r}; known kinds are 'byte' and 'sentencepiece'.")
+    if spec.get("fingerprint") != vocabulary.fingerprint():
+        raise UserError(
+            f"The vocabulary of {vocabulary.vocab_size} ids ({model_file or kind}) is not the "
+            "one described, which "
+            f"had {spec.get('size')} ids: their fingerprints differ. Use the vocabulary the "
+            "model was trained with."
+        )
+    return vocabulary
+
+
+def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")) -> None:
+    """Checks that two vocabularies give every id the same meaning.
+
+    One may end in extra ids the other lacks: no text uses them.
+
+    Raises:
+      UserError: naming both sizes and the first piece that differs.
+    """
+    ours, theirs = a.pieces, b.pieces
+    shared = min(len(ours), len(theirs))
+    first = next((i for i in range(shared) if ours[i] != theirs[i]), None)
+    if first is None:
+        longer = ours if len(ours) > shared else theirs
+        first = next(
+            (i for i in range(shared, len(longer)) if not longer[i].startswith(_EXTRA_ID_PREFIXES)),
+            None,
+        )
+    if first is None and a.eos_id == b.eos_id:
+        return
+    if first is None:
+        detail = f"EOS is {a.eos_id} in one and {b.eos_id} in the other"
+    else:
+        here, there = (repr(p[first]) if first < len(p) else "nothing" for p in (ours, theirs))
+        detail = f"id {first} is {here} in one and {there} in the other"
+    raise UserError(
+        f"The {names[0]} has a vocabulary of {len(ours)} pieces ({a.kind}) and the {names[1]} "
+        "one of "
+        f"{len(theirs)} ({b.kind}), and {detail}; a pair must share one vocabulary."
+    )
+
+
+def _fingerprint(vocabulary: Vocabulary) -> str:
+    content = [vocabulary.kind, vocabulary.vocab_size, list(vocabulary.pieces)]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def _spec(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "kind": vocabulary.kind,
+        "extra_ids": vocabulary.extra_ids,
+        "size": vocabulary.vocab_size,
+        "fingerprint": vocabulary.fingerprint(),
+    }
+
+
+def _load_sentencepiece(path: Path, extra_ids: int) -> Any:
+    """A SentencePieceProcessor whose last pieces are the extra ids."""
+    try:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise UserError(
+            f"Reading {path} needs the Python package 'sentencepiece': pip install sentencepiece."
+        ) from error
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"Cannot read the SentencePiece model {path}: {error.strerror}.") from error
+    except Exception as error:  # protobuf's DecodeError has moved between modules
+        raise UserError(f"{path} is not a SentencePiece model.") from error
+    for i in reversed(range(extra_ids)):
+        piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        model.pieces.add(piece=f"{_SPACE}<extra_id_{i}>", score=0.0, type=piece_type)
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a usable SentencePiece model: {error}.") from error
