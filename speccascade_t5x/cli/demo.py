@@ -231,7 +231,7 @@ def _measure(
         for name in order[i % len(order) :] + order[: i % len(order)]:
             progress(f"round {i + 1} of {options.repeats}: {name}")
             settings = dataclasses.replace(methods[name], seed=options.settings.seed + i)
-            rounds[name].append(pair.run(texts, settings))
+            rounds[name].append(pair.run(texts, settings, range(len(texts))))
     alone = [_tokens_per_s(generation) for generation in rounds[report.VERIFIER]]
     results = {n: _result(n, s, rounds[n], alone, examples) for n, s in methods.items()}
     timings = [generation.timing for each in rounds.values() for generation in each]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from speccascade_t5x.core import noise
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 
 KINDS = ("temperature", "by_class", "slice")
@@ -53,7 +54,7 @@ class Distortion:
         if self.kind == "temperature":
             return logits / self.values[0]
         if self.kind == "slice":
-            bias = self.values[1] * jax.random.normal(jax.random.key(0), logits.shape[-1:])
+            bias = self.values[1] * jax.random.normal(noise.from_seed(0), logits.shape[-1:])
             return jnp.where(inside[:, None, None], logits, (logits + bias) / self.values[0])
         kind = jnp.take(jnp.asarray(self.classes), jnp.argmax(logits, axis=-1))
         return logits / jnp.take(jnp.asarray(self.values, jnp.float32), kind)[..., None]
