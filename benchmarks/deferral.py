@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x.common import storage
-from speccascade_t5x.core import probs
+from speccascade_t5x.core import noise, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, PairCalibration, calibration, columns, fitting
@@ -71,7 +71,7 @@ class Distortion:
         if self.kind == "temperature":
             return logits / self.values[0]
         if self.kind == "slice":
-            bias = self.values[1] * jax.random.normal(jax.random.key(0), logits.shape[-1:])
+            bias = self.values[1] * jax.random.normal(noise.from_seed(0), logits.shape[-1:])
             return jnp.where(inside[:, None, None], logits, (logits + bias) / self.values[0])
         kind = jnp.take(jnp.asarray(self.classes), jnp.argmax(logits, axis=-1))
         return logits / jnp.take(jnp.asarray(self.values, jnp.float32), kind)[..., None]

@@ -99,10 +99,10 @@ def _require_equal_heights(found: Mapping[str, Tensor], source: str, axis: int) 
     for name, tensor in found.items():
         if match := _STACKED.fullmatch(name):
             if len(tensor.shape) <= axis:
-                raise UserError(f"{source}: tensor {name!r} of shape {tensor.shape} has no axis {axis} of layers.")
+                raise UserError(f"{source}: tensor {name!r} of shape {tensor.shape} has no axis {axis} of layers")
             length, first = lengths.setdefault(match[1], (tensor.shape[axis], name))
             if tensor.shape[axis] != length:
-                raise UserError(f"{source}: tensor {name!r} holds {tensor.shape[axis]} layers but {first!r} {length}.")
+                raise UserError(f"{source}: tensor {name!r} holds {tensor.shape[axis]} layers but {first!r} {length}")
 
 
 def _is_own_table(name: str) -> bool:
@@ -149,7 +149,7 @@ def _tables_are_shared(found: Mapping[str, Tensor], source: str, axis: int, must
         if not same and must:
             raise UserError(
                 f"{source}: the layers have different relative position tables ({name!r}), but its configuration says "
-                "relative_position_tables = 'shared'; correct or remove the configuration."
+                "relative_position_tables = 'shared'; correct or remove the configuration"
             )
         if not same:
             return False

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from speccascade_t5x.cli import accelerators, host_processes
+from speccascade_t5x.cli import accelerators, host_processes, terminal
 from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
 
@@ -68,6 +68,7 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     accelerators.settle()
+    terminal.guard()
     try:
         code = verb(argv)
         sys.stdout.flush()  # here, where a reader that has left is no error
@@ -83,7 +84,7 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
             raise
         # gin appends where in the configuration a call came from; that is for developers.
         message = str(error).partition("\n  In call to configurable")[0]
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {terminal.line(message)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)

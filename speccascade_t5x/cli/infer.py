@@ -22,6 +22,7 @@ from speccascade_t5x.cli import (
     preemption,
     progress,
     settings_flags,
+    terminal,
     topology,
 )
 from speccascade_t5x.common import storage
@@ -60,7 +61,8 @@ gin files:
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
 A run that gets SIGTERM leaves whole files only and exits with code 75; the same command continues it.
-Without --output_dir, a line break inside a prediction is printed as a space and samples are parted by tabs.
+Without --output_dir, samples are parted by tabs, and line breaks and tabs inside a prediction are printed as \\n, \\r
+and \\t; the files of --output_dir hold them exactly.
 """
 
 
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
         with preemption.stop_on_sigterm() as stop, _progress_bar() as progress:
             result = job(config_text=config_text, progress=progress, stop=stop)
     except infer.Preempted as preempted:
-        sentence = str(preempted).splitlines()[0]  # gin appends where it came from
+        sentence = terminal.line(str(preempted).splitlines()[0])  # gin appends where it came from
         print(f"speccascade infer: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
     if not host_processes.first():
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
         for record in result.records:
             predictions = record["prediction"]
             samples = [predictions] if isinstance(predictions, str) else predictions
-            print("\t".join(" ".join(sample.splitlines()) for sample in samples))
+            print("\t".join(map(terminal.line, samples)))
         return 0
     storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, terminal
 from speccascade_t5x.common import storage
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     from speccascade_t5x.checkpoints import describe
 
     found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers)
-    print(storage.to_json(found, indent=1) if flags.json else describe.in_words(found))
+    print(storage.to_json(found, indent=1) if flags.json else describe.in_words(terminal.lines(found)))
     return 0
 
 

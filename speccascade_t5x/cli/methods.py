@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from speccascade_t5x.cli import terminal
 from speccascade_t5x.core import rules
 from speccascade_t5x.inference import drafters, methods
 
@@ -12,10 +13,9 @@ from speccascade_t5x.inference import drafters, methods
 def main(argv: list[str]) -> int:
     """Prints the three lists. Returns the exit code."""
     argparse.ArgumentParser(prog="speccascade methods", description=__doc__).parse_args(argv)
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console()
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_edge=False)

@@ -74,7 +74,7 @@ def token(
       law: [B, G, V] d.
       target: [B, G + 1, V] pi; position i is the law given the first i drafted tokens.
       accept_noise: [B, G] uniforms in [0, 1).
-      residual_noise: [B] uniforms in [0, 1).
+      residual_noise: [B, probs.DRAW] uniforms in [0, 1).
     """
     size = draft.shape[1]
     # Strict, because a uniform can be exactly 0 and must not accept a token of target probability 0.

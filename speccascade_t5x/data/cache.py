@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.common import checks, packaged, storage
+from speccascade_t5x.checkpoints import loading
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
@@ -108,7 +109,7 @@ def pair_vocabulary(path: str | Path | None = None) -> vocabulary.Vocabulary | N
     Raises:
       UserError: no bundle is there, or it is damaged.
     """
-    return None if path is None else bundles.load_vocabulary(packaged.bundle_dir(path))
+    return None if path is None else bundles.load_vocabulary(loading.bundle_folder(path))
 
 
 @dataclasses.dataclass(frozen=True)

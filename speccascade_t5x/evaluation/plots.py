@@ -69,7 +69,9 @@ def _save(folder: Path, name: str, draw: Callable[[Axes], None]) -> Path:
     from matplotlib.figure import Figure
 
     # A fixed salt and no date: the same figures give the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    ):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         ax = figure.subplots()

@@ -23,7 +23,7 @@ from speccascade_t5x.data import batching
 from speccascade_t5x.decoding.laws import rule_laws
 from speccascade_t5x.inference.generate import LoadedPair, Runner
 from speccascade_t5x.inference.settings import Settings
-from speccascade_t5x.interfaces import Array, Bound
+from speccascade_t5x.interfaces import Array, Bound, UserError
 
 # A law may give a reference token no chance at all (temperature 0, truncation): it is then charged this much.
 FLOOR = 1e-6
@@ -84,7 +84,7 @@ class TeacherForced:
           token).
 
         Raises:
-          UserError: settings that make no program.
+          UserError: settings that make no program; a model's law of a token is NaN.
         """
         programs = [Runner(self.pair, one).program for one in settings]
         total = max(texts.ids) + 1
@@ -99,6 +99,7 @@ class TeacherForced:
             inside = np.arange(self.max_len) < lengths[:, None]
             for i, (one, program) in enumerate(zip(settings, programs, strict=True)):
                 figures = jax.device_get(self._figures(one, program, logits_p, logits_q, jnp.asarray(tokens)))
+                _check_finite(batch, figures["prob"], inside)
                 for name, values in figures.items():
                     into = found[i].setdefault(name, np.full((total, self.max_len), np.nan, np.float32))
                     for row in np.flatnonzero(batch.valid).tolist():
@@ -128,6 +129,14 @@ class TeacherForced:
 
             self._judge[key] = jax.jit(judge)
         return self._judge[key](leaves, logits_p, logits_q, tokens)
+
+
+def _check_finite(batch: batching.Batch, prob: np.ndarray, inside: np.ndarray) -> None:
+    """NaN marks what lies after a text's end: within it, it would make the text shorter and its NLL smaller."""
+    broken = batch.valid & np.any(np.isnan(prob) & inside, axis=1)
+    if broken.any():
+        index = int(batch.example_ids[np.argmax(broken)])
+        raise UserError(f"a model produced NaN on the text of example {index}: check its checkpoint, or use float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +174,7 @@ def _figures(
     deferral = jnp.zeros_like(laws.deferral) if shape.drafter_alone else laws.deferral
     peak = functools.partial(jnp.max, axis=-1)
     return {
-        "prob": probs.gather(target, tokens),
+        "prob": jnp.where(laws.broken, jnp.nan, probs.gather(target, tokens)),
         "q": probs.gather(q_raw, tokens),
         "p": probs.gather(p_raw, tokens),
         "drafted": probs.gather(drafted, tokens),

@@ -16,8 +16,7 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.common import packaged
-from speccascade_t5x.core import accounting
+from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
@@ -94,35 +93,62 @@ class LoadedPair:
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
         self._compiled: dict[tuple, Any] = {}  # by kind and shapes
+        self._numbered = 0  # texts that have been given a number
 
     @property
     def drafters(self) -> list[Bound]:
         """Every drafter model, from the largest."""
         return [] if self.drafter is None else [self.drafter, *self.smaller]
 
-    def generate(self, texts: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+    def generate(self, texts: Sequence[str], ids: Sequence[int] | None = None, **settings: Any) -> list[dict[str, Any]]:
         """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
+
+        A text's random noise follows from the seed and from its number. A pair numbers its texts on from call to call,
+        so texts that are handed over one by one are sampled independently, and a second call with the same texts and
+        seed samples anew. Give `ids` to choose the numbers: the same ids and seed give the same records, whatever was
+        decoded before, and in whichever batch.
+
+        Args:
+          texts: what to decode.
+          ids: a number of each text, 0 to 2**31 - 1; texts with the same number share their noise.
+          **settings: fields of `Settings`.
 
         Raises:
           UserError: an unknown or unsupported option, or what `run` raises.
         """
-        return self.run(texts, make_settings(**settings)).records
+        return self.run(texts, make_settings(**settings), ids).records
 
-    def run(self, texts: Sequence[str], settings: Settings) -> Generation:
-        """Decodes texts and reports time and counters as well.
+    def run(self, texts: Sequence[str], settings: Settings, ids: Sequence[int] | None = None) -> Generation:
+        """Decodes texts and reports time and counters as well; `ids` are as for `generate`.
 
         Raises:
-          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed.
+          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed, ids that
+            are no numbers of these texts.
         """
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text: put it in brackets")
         runner = Runner(self, settings)
         dataset = datasets.from_texts(runner.prompt_form, texts)
+        runner.noise_ids = self._numbers(len(dataset.prompts), ids)
         found: dict[int, dict[str, Any]] = {}
         for batch in runner.batches(dataset.prompts):
             found.update(runner.decode(batch))
         records = [dataset.record(i, found[i]) for i in range(len(dataset.prompts))]
         return Generation(records, runner.timing, runner.totals)
+
+    def _numbers(self, count: int, ids: Sequence[int] | None) -> np.ndarray:
+        """[count] int32, the next numbers or the given ones."""
+        most = np.iinfo(np.int32).max
+        if ids is None:
+            self._numbered += count
+            return ((np.arange(count) + self._numbered - count) % (most + 1)).astype(np.int32)
+        found = list(ids)
+        if len(found) != count:
+            raise UserError(f"there are {len(found)} ids for {count} texts: give one each")
+        for each in found:
+            if isinstance(each, bool) or not isinstance(each, int | np.integer) or not 0 <= each <= most:
+                raise UserError(f"the id {each!r} must be a whole number from 0 to 2**31 - 1")
+        return np.array(found, np.int32)
 
     def compiled(self, program: decoding.Program, inputs: Any, kind: type[_Kind]) -> tuple[_Kind, float]:
         """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
@@ -145,6 +171,7 @@ class Runner:
       settings: with draft_len="auto" resolved to what the plan says.
       timing: so far.
       totals: counters so far.
+      noise_ids: [examples] int32, the number that each example's noise follows from; None takes its index.
     """
 
     def __init__(self, pair: LoadedPair, settings: Settings):
@@ -152,8 +179,9 @@ class Runner:
         self.pair, self.settings = pair, settings
         self.timing = Timing()
         self.totals: dict[str, Any] = {}
+        self.noise_ids: np.ndarray | None = None
         self.program = _program(pair, settings)
-        self.key = jax.random.key(settings.seed)
+        self.key = noise.from_seed(settings.seed)
         if pair.partitioning is not None:
             pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
 
@@ -196,7 +224,8 @@ class Runner:
 
     def start(self, compiled: CompiledDecoder | CompiledQueue, batch: batching.Batch) -> decoding.State:
         """The state of a batch before its first round."""
-        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(batch.example_ids))
+        ids = batch.example_ids if self.noise_ids is None else self.noise_ids[batch.example_ids]
+        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(ids))
 
     def record(self, output: decoding.Output, place: int, index: int) -> dict[str, Any]:
         """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.
@@ -252,13 +281,12 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     Raises:
       UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
     """
-    folder = packaged.bundle_dir(path)
     if topology is None:
-        return LoadedPair(load_bundle(folder))
+        return LoadedPair(load_bundle(path))
     mesh = hosts.partitioning(topology)
     placing: dict[str, checkpoints.Placing] = {"verifier": mesh.placement}
     placing["drafter"] = functools.partial(mesh.placement, drafter=True)
-    return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
+    return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
 
 def from_checkpoints(

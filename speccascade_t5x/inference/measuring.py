@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x import decoding
-from speccascade_t5x.core import accounting
+from speccascade_t5x.core import accounting, noise, probs
 from speccascade_t5x.data import batching
 from speccascade_t5x.decoding.compiled import CompiledDecoder
 from speccascade_t5x.inference.generate import LoadedPair
@@ -63,7 +63,7 @@ def timed(
 
     The programs take turns on every batch, so that a machine that gets slower meanwhile does so for all of them.
     """
-    key = jax.random.key(seed)
+    key = noise.from_seed(seed)
     seconds = np.zeros((repeats + 1, len(programs)))
     outputs: list[list[decoding.Output]] = []
     for repeat in range(repeats + 1):
@@ -180,8 +180,8 @@ def copy_times(
                 # The text depends on the copy before, or the compiler would be free to run them side by side.
                 history, last = carry
                 history = history.at[:, 0].set(jnp.minimum(last, 0))
-                noise = jnp.full((rows, size), 0.5)
-                tokens, _, law = copier.model.draft(params, prompt, history, 1 + i % ends, size, noise)
+                draws = jnp.full((rows, size * probs.DRAW), 0.5)
+                tokens, _, law = copier.model.draft(params, prompt, history, 1 + i % ends, size, draws)
                 return history, tokens[:, 0] + law[:, 0, 0].astype(jnp.int32)
 
             return jax.lax.fori_loop(0, _STEPS, step, (history, jnp.zeros(rows, jnp.int32)))

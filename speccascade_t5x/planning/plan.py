@@ -123,11 +123,11 @@ def plan(
       UserError: nothing to measure on, figures of the wrong shape, or settings the pair cannot be run with.
     """
     _check(settings, limit, measure, acceptance, costs, task, input)
-    methods.check(settings)
     lenience = settings.lenience
     settings = dataclasses.replace(
         settings, draft_len=None, drafter="model", k_matrix=None, lenience=None, trace=False, plan=None
     )
+    methods.check(settings)
     reads = rules.by_name(settings.rule, settings.alpha, **settings.rule_options).reads_drafter
     if acceptance is not None and costs is not None:
         known, spent = _given(acceptance, costs)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from jax.sharding import AbstractMesh
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.distributed.partitioning import AXES, STANDARD_RULES, Partitioning, Rules
 from speccascade_t5x.interfaces import PyTree
 from speccascade_t5x.models import T5, T5Config, param_shapes
@@ -137,7 +137,7 @@ def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
 
 def _per_chip(config: T5Config, place: Place, drafter: bool) -> dict[str, int]:
     """Name -> values of each parameter on one chip."""
-    found, where = tree.flatten(param_shapes(config)), tree.flatten(_places(config, place, drafter))
+    found, where = flat_params.flatten(param_shapes(config)), flat_params.flatten(_places(config, place, drafter))
     return {name: math.prod(where[name].shard_shape(leaf.shape)) for name, leaf in found.items()}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.common import checks, packaged
+from speccascade_t5x.checkpoints import loading
+from speccascade_t5x.common import checks
 from speccascade_t5x.core.ngram import build_table
 from speccascade_t5x.data import mixing
 from speccascade_t5x.interfaces import UserError
@@ -67,7 +68,7 @@ def tables(
         checks.whole("limit", limit, 1)
     checks.whole("successors", successors, 1)
     checks.real("discount", discount)
-    source, target = packaged.bundle_dir(pair), Path(output_dir)
+    source, target = loading.bundle_folder(pair), Path(output_dir)
     manifest = bundles.read_manifest(source)
     spoken = bundles.load_vocabulary(source, manifest)
     width = bundles.open_member(source, "verifier", manifest).model.vocab_size

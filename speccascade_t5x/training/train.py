@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.checkpoints import flat_params
+from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
 from speccascade_t5x.distributed.partitioning import Partitioning, Topology
@@ -239,7 +239,7 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
 
 def _parameters(path: str | Path, model: T5Config, spoken: vocabulary.Vocabulary) -> Any:
     bound = load_model(path, spoken)
-    tree.require_match(param_shapes(model), tree.flatten(bound.params), str(path))
+    flat_params.require_match(param_shapes(model), flat_params.flatten(bound.params), str(path))
     return bound.params
 
 
@@ -296,7 +296,7 @@ def _summary(
     return {
         "steps": result.step,
         "epochs": round(result.step / batches.steps_per_epoch, 3),
-        "parameters": tree.count(result.bound.params),
+        "parameters": flat_params.count(result.bound.params),
         "padding_share": round(batches.padding_share, 4),
         "cut_share": round(batches.cut_share, 6),
         "last_report": figures(reports[-1]) if reports else {},
@@ -315,12 +315,17 @@ def _summary(
 
 def _page(name: str, summary: Mapping[str, Any]) -> str:
     """A page for people."""
-    lines = [f"# {name}: {summary['steps']} steps", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
+    figures = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
+    lines = [
+        f"# {text_table.escaped(name)}: {summary['steps']} steps",
+        "",
+        *text_table.markdown([("figure", "value"), *figures]),
+    ]
     before, after = summary["before"], summary["after"]
     if after:
-        lines += ["", f"| evaluation | after step {before['step']} | after step {after['step']} |", "|---|---|---|"]
-        lines += [f"| {key} | {before.get(key, 0):.4f} | {after[key]:.4f} |" for key in after if key != "step"]
+        header = ("evaluation", f"after step {before['step']}", f"after step {after['step']}")
+        rows = [(key, f"{before.get(key, 0):.4f}", f"{after[key]:.4f}") for key in after if key != "step"]
+        lines += ["", *text_table.markdown([header, *rows])]
     if summary["resumed_from"] is not None:
         lines += ["", "This run was resumed: tokens and times are those of its last part."]
     return "\n".join(lines) + "\n"

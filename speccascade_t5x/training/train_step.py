@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from speccascade_t5x.common import checks
+from speccascade_t5x.core import noise
 from speccascade_t5x.interfaces import Array, PyTree
 from speccascade_t5x.models.t5 import T5Config, init_params
 from speccascade_t5x.training import losses, optimizers, teacher_forcing
@@ -73,7 +74,7 @@ class Update:
 
     def draw(self) -> TrainState:
         """The state before the first step, with parameters of the config's seed."""
-        return self.fresh(init_params(self.model, jax.random.key(self.config.seed)))
+        return self.fresh(init_params(self.model, noise.from_seed(self.config.seed)))
 
     def optimizer(self, params: PyTree) -> optax.GradientTransformation:
         """The optimizer for parameters, or for their shapes."""
@@ -101,7 +102,7 @@ class Update:
           (the next state, the sums with this step's figures).
         """
         config = self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(noise.from_seed(config.seed), state.step)
         weighted = {**batch, "weights": losses.normalized_weights(batch, config.loss.normalizer)}
         grads, found = self._gradients(state.params, weighted, key, teacher_params)
         updates, opt_state = self.optimizer(state.params).update(grads, state.opt_state, state.params)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import describe, t5x_native, t5x_pair, tree
+from speccascade_t5x.checkpoints import describe, flat_params, t5x_native, t5x_pair
 from speccascade_t5x.checkpoints.export import export
 from speccascade_t5x.interfaces import UserError
 
@@ -42,7 +42,7 @@ def test_it_reads_back(written):
 
 
 def test_a_pair_is_not_taken_for_a_model(written):
-    with pytest.raises(UserError, match="not a T5 checkpoint"):
+    with pytest.raises(UserError, match="holds a pair of models: export it as a bundle"):
         checkpoints.load(written[0])
 
 
@@ -51,7 +51,7 @@ def test_it_is_described(written):
     found = describe.describe(folder, verify=True)
     assert (found["what"], found["step"]) == ("native T5X checkpoint of a pair", 5)
     sizes = {role: about["parameters"] for role, about in found["models"].items()}
-    assert sizes == {"verifier": tree.count(verifier.params), "drafter": tree.count(drafter.params)}
+    assert sizes == {"verifier": flat_params.count(verifier.params), "drafter": flat_params.count(drafter.params)}
     assert describe.in_words(found).count("parameters") == 2
     (folder / "checkpoint").write_bytes((folder / "checkpoint").read_bytes()[:-1])
     with pytest.raises(UserError, match="checksum|truncated|damaged"):

@@ -208,6 +208,12 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
 
     Raises:
       UserError: unknown rule, alpha missing, superfluous or outside the rule's range, unknown option.
+
+    >>> type(by_name("token_v3", alpha=0.3)).__name__
+    'TokenV3'
+    >>> by_name("lossless", alpha=0.3)
+    Traceback (most recent call last):
+    speccascade_t5x.interfaces.UserError: the rule 'lossless' takes no alpha, but alpha=0.3 was given: leave it out
     """
     cls: Any = get(name)
     known = {f.name for f in dataclasses.fields(cls)}

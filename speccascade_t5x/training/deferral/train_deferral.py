@@ -24,8 +24,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.checkpoints import deferral_files
-from speccascade_t5x.common import checks, packaged, storage
+from speccascade_t5x.checkpoints import deferral_files, loading
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.deferral import calibration, fitting, labels
 from speccascade_t5x.deferral import columns as columns_lib
@@ -205,7 +205,7 @@ def train_deferral(
     if unknown:
         raise UserError(f"the calibration {unknown[0]!r} is unknown: use {', '.join(CALIBRATIONS)}")
     checks.real("temperature", temperature, 0.0, 2.0)
-    source = packaged.bundle_dir(pair)
+    source = loading.bundle_folder(pair)
     loaded = bundles.load_bundle(source)
     if loaded.drafter is None:
         raise UserError(f"the bundle {pair} holds a verifier alone: deferral needs a drafter to defer from")
