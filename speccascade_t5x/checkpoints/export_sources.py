@@ -66,11 +66,10 @@ def bundle_of(
             "leave one eos_token_id in its generation_config.json, and give the others as stop sequences"
         )
     small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
-    models = {"verifier": opened.load(), "drafter": small}
     decode = {"start_id": opened.model.start_id}
     decode |= {"eos_id": opened.ends[0]} if opened.ends else {}
     decode |= {"pad_id": opened.pad_id} if opened.pad_id is not None else {}
-    return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
+    return Bundle(place, opened.load(), small, pieces, dict(lengths), decode, description)
 
 
 def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None) -> Vocabulary:

@@ -205,7 +205,7 @@ def _watch(child: int, reports: int, name: str) -> int:
     return 128 - code
 
 
-def _pass_on(said: bytes) -> None:
+def _pass_on(said: bytes | bytearray) -> None:
     sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
     sys.stderr.flush()
 

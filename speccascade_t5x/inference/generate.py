@@ -16,6 +16,7 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
+from speccascade_t5x.checkpoints.opened import Placing
 from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
@@ -284,7 +285,7 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     if topology is None:
         return LoadedPair(load_bundle(path))
     mesh = hosts.partitioning(topology)
-    placing: dict[str, checkpoints.Placing] = {"verifier": mesh.placement}
+    placing: dict[str, Placing] = {"verifier": mesh.placement}
     placing["drafter"] = functools.partial(mesh.placement, drafter=True)
     return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
