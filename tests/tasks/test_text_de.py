@@ -54,7 +54,8 @@ def test_a_correction_draws_its_mistakes_by_the_number_of_the_row(corpora):
 def test_a_row_that_is_left_out_does_not_change_the_mistakes_of_others(corpora):
     everything = data.examples("l10n_correct_de", "train", {})
     longest = max(len(row[1]) for row in ROWS)
-    gin.bind_parameter("text_de.rows.max_chars", longest - 1)
+    header = "from __gin__ import dynamic_registration\nfrom speccascade_t5x.tasks import text_de\n"
+    gin.parse_config(f"{header}text_de.rows.max_chars = {longest - 1}")
     kept = data.examples("l10n_correct_de", "train", {})
     assert 0 < len(kept) < len(everything)
     assert {(e.inputs_text, e.targets_text) for e in kept} < {(e.inputs_text, e.targets_text) for e in everything}
