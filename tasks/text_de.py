@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from speccascade_t5x.runtime.data import seqio
+from speccascade_t5x.data.seqio_tasks import seqio
 from speccascade_t5x.tasks import l10n, metrics
 from speccascade_t5x.tasks.mistakes import make_mistakes
 

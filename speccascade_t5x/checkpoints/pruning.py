@@ -18,10 +18,10 @@ import numpy as np
 import speccascade_t5x.checkpoints as checkpoints
 from speccascade_t5x.checkpoints import folders, huggingface, tree
 from speccascade_t5x.checkpoints.opened import Opened
+from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models.t5 import T5
-from speccascade_t5x.runtime import options
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary
 
 _EMBEDDING, _LOGITS = "token_embedder/embedding", "decoder/logits_dense/kernel"
 _MODEL_FILE = "spiece.model"
@@ -90,10 +90,10 @@ def prune(
       UserError: a model or vocabulary that cannot be pruned, too few or too many rows, no texts, a target in the way,
         or texts that would meet the unknown piece only now.
     """
-    options.whole("rows", rows, 1)
-    options.whole("extra_ids", extra_ids, 0)
+    checks.whole("rows", rows, 1)
+    checks.whole("extra_ids", extra_ids, 0)
     if add_from is not None:
-        options.whole("add_from", add_from, 1)
+        checks.whole("add_from", add_from, 1)
     if Path(target).exists() and not overwrite:
         raise UserError(f"{target} already exists: choose another folder, or allow it to be overwritten (--overwrite)")
     opened, old = _open(source, vocabulary, extra_ids)

@@ -13,7 +13,7 @@ from corpora import ROWS
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import huggingface, pruning, tree
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary
 
 from .tiny import TINY, make_model
 

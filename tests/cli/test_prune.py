@@ -13,7 +13,7 @@ from corpora import train_sentencepiece, write_split
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import huggingface, tree
 from speccascade_t5x.cli import __main__ as cli
-from speccascade_t5x.runtime.vocabulary import SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import SentencePieceVocabulary
 
 
 @pytest.fixture
