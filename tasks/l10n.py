@@ -26,12 +26,12 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 
 # TensorFlow and seqio come through data.seqio_tasks, which loads them quietly and off accelerators.
-from speccascade_t5x.data.seqio_tasks import seqio
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks import in_memory, metrics
 from speccascade_t5x.tasks.folding import fold
@@ -251,6 +251,11 @@ class SentencePieceTask(seqio.Task):
     @property
     def output_features(self) -> Mapping[str, seqio.Feature]:
         return _SentencePieceFeatures()
+
+    def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+        """See `seqio.Task`; what is wrong with the vocabulary is said here and not while TensorFlow traces."""
+        translation_vocabulary()
+        return super().get_dataset(*args, **kwargs)
 
 
 # EOS is appended after any cut, as T5 does: a cut text still ends for the model.
