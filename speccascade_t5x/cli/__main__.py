@@ -31,6 +31,7 @@ GROUPS = {
     "Checkpoints": {
         "inspect": "describe a checkpoint of any kind",
         "export": "write a checkpoint as a bundle, plain Orbax, native T5X or Hugging Face folder",
+        "prune": "cut the vocabulary of a T5 down to the pieces that a task uses most",
     },
     "TPU": {
         "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",

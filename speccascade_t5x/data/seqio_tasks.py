@@ -156,6 +156,26 @@ def stream(
     return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
 
 
+def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator[str]:
+    """Yields every text of a task or mixture before tokenising: of each example its input, then its target.
+
+    Args:
+      name: a registered seqio task or mixture; of a mixture each task is read once, whatever its rate.
+      split: one split of it.
+      limit: only the first so many examples of each task; None reads all.
+
+    Raises:
+      UserError: at the first text, for an unknown name or split.
+    """
+    for part, _ in parts(name):
+        features = _task(part).output_features
+        dataset = _dataset(part, split)
+        for raw in (dataset if limit is None else dataset.take(limit)).as_numpy_iterator():
+            for feature in ("inputs", "targets"):
+                if feature in raw:
+                    yield _text(raw, feature, features)
+
+
 def _dataset(
     task_name: str,
     split: str,

@@ -170,6 +170,13 @@ class SentencePieceVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 
+    def unknown(self, text: str) -> str:
+        """The characters of `text`, as the model normalises it, that no piece stands for, in order."""
+        processor = self._processor
+        if processor.unk_id() not in processor.EncodeAsIds(text):
+            return ""
+        return "".join(x for x in processor.EncodeAsPieces(text) if processor.PieceToId(x) == processor.unk_id())
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first EOS; ids beyond the vocabulary show as UNK, as in seqio."""
         kept = []

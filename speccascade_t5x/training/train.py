@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import flat_params
+from speccascade_t5x.checkpoints import flat_params, remote
 from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
@@ -217,8 +217,8 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
     """A model from a checkpoint, or from a bundle (its verifier).
 
     Raises:
-      UserError: see `checkpoints.load`; or a decoder-only model, a bundle that speaks another vocabulary, or logits
-        narrower than ours.
+      UserError: see `checkpoints.load`; or a decoder-only model, another vocabulary in the bundle or beside the
+        checkpoint, or logits narrower than ours.
     """
     if checkpoints.detect(path) == "bundle":
         bundle = checkpoints.load_bundle(path)
@@ -226,7 +226,12 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
             vocabulary.check_same(bundle.vocabulary, spoken, (f"bundle {path}", "training data"))
         bound = bundle.verifier
     else:
-        bound = checkpoints.load(path)
+        with remote.local_copy(path) as local:
+            opened = checkpoints.open_model(local)
+            if spoken is not None and opened.vocabulary_file is not None:
+                own = vocabulary.SentencePieceVocabulary(opened.vocabulary_file)
+                vocabulary.check_same(own, spoken, (f"checkpoint {path}", "training data"))
+            bound = opened.load()
     if not isinstance(bound.model, T5):
         raise UserError(f"{path} is a decoder-only model, which can be decoded with but not trained here: name a T5")
     if spoken is not None and bound.model.vocab_size < spoken.vocab_size:
