@@ -173,7 +173,8 @@ class CascadeDrafter:
             used += most * span
 
             def review(state, uniforms, drafter=drafter, goal=goal):
-                return self._review(job, drafter, *state, start, goal, limit, uniforms)
+                carry, written = state
+                return self._review(job, drafter, carry, written, start, goal, limit, uniforms)
 
             def step(state, uniforms, review=review, goal=goal):
                 unfinished = jnp.any(state[1]["count"] < goal)
