@@ -178,7 +178,7 @@ def _choose(proto: Any, counts: np.ndarray, room: int) -> list[int]:
     normal = proto.SentencePiece.NORMAL
     scores = {i: piece.score for i, piece in enumerate(proto.pieces) if piece.type == normal}
     # The least score is the base of what an unknown character costs, and the greatest that of user-defined pieces.
-    needed = {min(scores, key=scores.get), max(scores, key=scores.get)}
+    needed = {least(scores, key=lambda i: scores[i]) for least in (min, max)}
     needed |= {
         i
         for i, piece in enumerate(proto.pieces)
@@ -227,7 +227,7 @@ def _write_model(partial: Path, opened: Opened, ids: Sequence[int]) -> int:
     if _LOGITS in flat:
         cut[_LOGITS] = np.asarray(flat[_LOGITS])[:, np.asarray(ids)]
     values = {**flat, **cut}
-    config = dataclasses.replace(opened.model.config, vocab_size=len(ids))
+    config: Any = dataclasses.replace(opened.model.config, vocab_size=len(ids))
     model = T5(config, start_id=ids.index(opened.model.start_id))
     huggingface.write(partial, model, lambda name: np.asarray(values[name]))
     return sum(int(np.prod(value.shape)) for value in values.values())
