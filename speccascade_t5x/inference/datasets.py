@@ -96,13 +96,13 @@ def read(form: PromptForm, task: str | None, split: str, input: str | None, limi
     return Dataset("stdin" if input == "-" else Path(input).stem, prompts)
 
 
-def from_texts(form: PromptForm, texts: Iterable[str], first: int = 0) -> Dataset:
-    """Texts as a data set, numbered from `first`.
+def from_texts(form: PromptForm, texts: Iterable[str]) -> Dataset:
+    """Texts as a data set, numbered from 0.
 
     Raises:
       UserError: one is no text, or too long while the form does not truncate.
     """
-    return Dataset("texts", [form.encode(first + i, text, f"text {i}") for i, text in enumerate(texts)])
+    return Dataset("texts", [form.encode(i, text, f"text {i}") for i, text in enumerate(texts)])
 
 
 def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Dataset:
