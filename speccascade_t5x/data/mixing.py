@@ -85,9 +85,12 @@ class Mixed(Source):
         if not self._counts.all():
             raise UserError(f"an epoch of {total} examples has none of the corpus with the least rate: raise its rate")
         self.vocabulary = self._corpora[0].vocabulary
-        self.eos_id = self.vocabulary.eos_id
         content = [*(corpus.fingerprint for corpus in self._corpora), *self._counts.tolist()]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
+
+    @property
+    def eos_id(self) -> int:
+        return self.vocabulary.eos_id
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -196,7 +196,7 @@ def test_a_task_that_needs_its_lengths(tasks, tmp_path):
     [
         ({"task": "numbres"}, "no task or mixture 'numbres': did you mean 'numbers'"),
         ({"task": None}, r"name a task or a mixture to cache \(TASK\)"),
-        ({"splits": "dev"}, "no split 'dev'; it has train, validation"),
+        ({"splits": "dev"}, "no split 'dev': use one of train, validation"),
         ({"splits": ()}, "must name one split or several"),
         ({"splits": ("train", "train")}, "must name one split or several"),
         ({"task": "no_targets"}, "no feature 'targets', so there is nothing to train on"),
