@@ -89,6 +89,10 @@ class Mixed(Source):
         content = [*(corpus.fingerprint for corpus in self._corpora), *self._counts.tolist()]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
+    @property
+    def eos_id(self) -> int:
+        return self.vocabulary.eos_id
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
