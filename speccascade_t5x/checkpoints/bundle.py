@@ -251,8 +251,8 @@ def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
     with _copied(source, target) as (partial, manifest):
         vocabulary = load_vocabulary(source, manifest).fingerprint()
         older = deferral_files.read(source, manifest, vocabulary)
-        members = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
-        fitted.check(*members, vocabulary, "this fit")
+        drafter, verifier = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+        fitted.check(drafter, verifier, vocabulary, "this fit")
         deferral_files.write(partial, manifest, fitted.merged(older))
     return target
 

@@ -207,9 +207,8 @@ class _Job:
 
     def write_bundle(self, made: Bundle, folder: Path, target: str) -> Report:
         drift: list[float] = []
-        members = {"verifier": made.verifier} | ({"drafter": made.drafter} if made.drafter is not None else {})
-        members = {name: Bound(m.model, self._cast(m.params)) for name, m in members.items()}
-        originals = {"verifier": made.verifier, "drafter": made.drafter}
+        originals = {"verifier": made.verifier} | ({} if made.drafter is None else {"drafter": made.drafter})
+        members = {name: Bound(m.model, self._cast(m.params)) for name, m in originals.items()}
         about = None if made.table is None else bundle.read_manifest(made.path)["ngrams"]
 
         def check(partial: Path) -> None:
@@ -222,7 +221,8 @@ class _Job:
 
         bundle.save_bundle(
             folder,
-            **members,
+            verifier=members["verifier"],
+            drafter=members.get("drafter"),
             vocabulary=made.vocabulary,
             feature_lengths=made.feature_lengths,
             decode=made.decode,

@@ -74,14 +74,15 @@ def bundle_of(
             "leave one eos_token_id in its generation_config.json, and give the others as stop sequences"
         )
     if found.kind == "t5x_pair":
-        members = members_of(found, drafter)
+        members: dict[str, Bound | None] = {**members_of(found, drafter)}
     else:
         small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
-        members = {"verifier": opened.load(), "drafter": small}
+        members = {"drafter": small}
     decode = {"start_id": opened.model.start_id}
     decode |= {"eos_id": opened.ends[0]} if opened.ends else {}
     decode |= {"pad_id": opened.pad_id} if opened.pad_id is not None else {}
-    return Bundle(found.folder, members["verifier"], members["drafter"], pieces, dict(lengths), decode, description)
+    verifier = members.get("verifier") or opened.load()
+    return Bundle(found.folder, verifier, members["drafter"], pieces, dict(lengths), decode, description)
 
 
 def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None) -> Vocabulary:

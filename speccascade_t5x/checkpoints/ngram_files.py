@@ -56,7 +56,7 @@ def read(folder: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> N
     try:
         found = npz.open_arrays(path)
         _check_shapes(found)
-        arrays = {name: tensors.to_host(name, tensor, str(path), tensor.dtype) for name, tensor in found.items()}
+        arrays: dict[str, Any] = {name: tensors.to_host(name, t, str(path), t.dtype) for name, t in found.items()}
         _check_values(arrays)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {_ADVICE}") from error

@@ -75,9 +75,9 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         sys.stdout.flush()  # here, where a reader that has left is no error
         return code
     except Exception as error:
-        code = host_processes.failed(error, name)
-        if code is not None:
-            return code
+        handled = host_processes.failed(error, name)
+        if handled is not None:
+            return handled
         if isinstance(error, BrokenPipeError):  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141

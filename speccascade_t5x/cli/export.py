@@ -10,6 +10,7 @@ Short flags are bindings of runs/export.gin.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from speccascade_t5x.cli import gin_flags
 
@@ -20,7 +21,7 @@ _MACROS = {
     "format": (str, "bundle, orbax, t5x, huggingface, or t5x_pair (both models in one T5X checkpoint)"),
 }
 # Short flags that are arguments of checkpoints.export.export.
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "dtype": (str, "of the parameters written: float32 (default), bfloat16 or float16"),
     "step": (int, "training steps to note (default: the source's)"),
     "max_file_mb": (float, "no file becomes larger, in MB of 10^6 bytes"),

@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parser(
-    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Callable, str]]
+    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Any, str]]
 ) -> argparse.ArgumentParser:
     """The parser of a verb, without the gin flags, which come last in its help: see `add_flags`.
 
@@ -159,7 +159,7 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
       UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
     """
-    parser.error = _refuse  # argparse would print its usage and exit
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from speccascade_t5x.interfaces import UserError
 
@@ -53,7 +54,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
     Raises:
       UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
         span = f", {least} or more" if math.isinf(most) else f" from {least} to {most}"
         raise UserError(f"{name}={value!r} is outside its range: it must be a whole number{span}")
 
@@ -64,7 +65,11 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
     Raises:
       UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not low <= value <= high
+    ):
         span = "" if math.isinf(high) else f" from {low:g} to {high:g}"
         raise UserError(f"{name}={value!r} is outside its range: it must be a number{span}")
 

@@ -52,7 +52,7 @@ def parse(text: str | bytes, source: str) -> Any:
         text = _decoded(text, source)
     elif text.startswith("\ufeff"):
         raise UserError(f"{source} begins with a byte order mark; save it as UTF-8 without one")
-    hooks = {
+    hooks: dict[str, Any] = {
         "parse_int": _whole,
         "parse_float": _float,
         "parse_constant": _constant,
@@ -72,8 +72,8 @@ def parse(text: str | bytes, source: str) -> Any:
         raise UserError(f"{source} is not usable JSON: its lists and objects are nested too deeply") from error
     surrogate = _ESCAPED_SURROGATE.search(text)
     if surrogate and not _is_text(value):
-        line = text.count("\n", 0, surrogate.start()) + 1
-        raise UserError(f"{source} is not usable JSON: half a surrogate pair is no character (line {line})")
+        row = text.count("\n", 0, surrogate.start()) + 1
+        raise UserError(f"{source} is not usable JSON: half a surrogate pair is no character (line {row})")
     return value
 
 

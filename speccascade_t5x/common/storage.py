@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import tempfile
@@ -162,6 +163,13 @@ def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
             with contextlib.suppress(OSError):
                 partial.unlink()
     return path
+
+
+def npz(arrays: Mapping[str, Any], compress: bool = True) -> bytes:
+    """The content of an .npz file of named arrays."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def write_text(path: str | Path, text: str) -> Path:

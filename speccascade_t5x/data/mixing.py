@@ -13,7 +13,7 @@ import numpy as np
 from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.data import shards
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import vocabulary
+from speccascade_t5x.text.vocabulary import Vocabulary
 
 MIXTURE = "mixture.json"
 FORMAT = "speccascade_t5x mixture"
@@ -25,7 +25,13 @@ _CONTENT = schema.record({"parts": schema.list_of(_PART)})
 class Source(Protocol):
     """Where examples come from: a `shards.Corpus` or a `Mixed`, say."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Equal if the examples and their order are."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the ids mean."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +57,7 @@ class Source(Protocol):
         """Indices of an epoch's examples, in the order they are seen."""
 
 
-class Mixed(Source):
+class Mixed:
     """Several corpora, each seen at its rate.
 
     Every corpus is gone through whole, in an order of its own, before an example of it comes again.
@@ -88,10 +94,6 @@ class Mixed(Source):
         self.vocabulary = self._corpora[0].vocabulary
         content = [*(corpus.fingerprint for corpus in self._corpora), *self._counts.tolist()]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
-
-    @property
-    def eos_id(self) -> int:
-        return self.vocabulary.eos_id
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -139,7 +141,7 @@ def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Cor
     """
     few = limit is not None and limit < len(source)
     if isinstance(source, shards.Corpus):
-        return source.select(np.arange(limit)) if few else source
+        return source.select(np.arange(len(source))[:limit]) if few else source
     chosen = source.epoch(0, 0)[:limit] if few else range(len(source))
     return shards.from_examples(((source.inputs(i), source.targets(i)) for i in chosen), source.vocabulary)
 
@@ -150,7 +152,7 @@ def write(folder: str | Path, rates: Mapping[str, float]) -> Path:
     return storage.write_json(Path(folder) / MIXTURE, content)
 
 
-def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> shards.Corpus | Mixed:
+def read(folder: str | Path, spoken: Vocabulary | None = None) -> shards.Corpus | Mixed:
     """Reads what `speccascade cache` wrote: a corpus, or a mixture of several.
 
     Args:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.common import checks
+from speccascade_t5x.data import shards
 from speccascade_t5x.data.examples import Example, cut, fit
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -108,6 +109,21 @@ def examples(
             + ": check its data, its row filters and the limit"
         )
     return found
+
+
+def corpus(
+    task_name: str, split: str, spoken: Vocabulary, limit: int | None = None, shard: tuple[int, int] | None = None
+) -> shards.Corpus:
+    """Reads a split whole, as `examples` does, into a corpus to learn from.
+
+    Raises:
+      UserError: what `examples` raises; examples without targets.
+    """
+    found = examples(task_name, split, {}, limit=limit, shard=shard)
+    pairs = [(example.inputs, example.targets) for example in found if example.targets is not None]
+    if len(pairs) < len(found):
+        raise UserError(f"task {task_name!r} has no targets to learn from: name another task")
+    return shards.from_examples(pairs, spoken)
 
 
 def stream(

@@ -311,9 +311,7 @@ def _id_type(spoken: vocabulary.Vocabulary) -> np.dtype:
 
 def _write_shard(folder: Path, number: int, buffer: _Buffer) -> dict[str, Any]:
     """Writes and empties the buffer. Returns the shard's entry of the manifest, its file name still to come."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **buffer.arrays())
-    data = content.getvalue()
+    data = storage.npz(buffer.arrays())
     storage.write_bytes(folder / _UNFINISHED / f"{number:05d}.npz", [data])
     entry = {"file": "", "examples": buffer.count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     buffer.clear()

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.checkpoints.tensors import Placement
@@ -158,7 +158,7 @@ class Partitioning:
       strict: see `Topology`.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules = STANDARD_RULES
     drafter_rules: Rules = STANDARD_RULES
     strict: bool = False

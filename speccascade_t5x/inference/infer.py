@@ -268,7 +268,7 @@ def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
     if "level_calls_per_token" not in metrics:
         return {}
     pair = runner.pair
-    models = [pair.drafter, *pair.smaller][: len(metrics["level_calls_per_token"])]
+    models = pair.drafters[: len(metrics["level_calls_per_token"])]
     per_token = {
         "committed": 1.0,
         "verifier_calls": metrics["verifier_calls_per_token"],

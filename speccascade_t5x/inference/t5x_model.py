@@ -248,8 +248,9 @@ def from_checkpoint(
     Raises:
       UserError: no pair is there, or what `PairModel` raises.
     """
+    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel refuses what is no encoder-decoder
     return PairModel(
-        **t5x_pair.models(path),
+        **found,
         input_vocabulary=input_vocabulary,
         output_vocabulary=input_vocabulary if output_vocabulary is None else output_vocabulary,
         feature_converter_cls=feature_converter_cls,

@@ -334,7 +334,7 @@ def _bound(decode: Decode, place: Place, batch: int, draft_len: int) -> str:
     arithmetic = times.weights if times.weights > reading else 0.0
     spent = {"arithmetic": arithmetic, "network": times.network}
     spent["memory"] = times.total - arithmetic - times.network
-    return max(spent, key=spent.get)
+    return max(spent, key=lambda name: spent[name])
 
 
 def expected_tokens(curve: Sequence[float], draft_lens: Sequence[int]) -> dict[int, float]:
@@ -363,7 +363,7 @@ def break_even(cost: float, draft_len: int) -> float | None:
 
 def stops_paying(predicted: Sequence[Predicted]) -> int | None:
     """The smallest batch from which on no draft length gains any more; None where the largest still does."""
-    pays = {}
+    pays: dict[int, bool] = {}
     for each in predicted:
         if each.draft_len and each.fits:
             pays[each.batch] = pays.get(each.batch, False) or each.gain > 1.0

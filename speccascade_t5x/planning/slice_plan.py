@@ -95,12 +95,13 @@ def slice_plan(
             checks.whole(name, value, least)
     if (acceptance is None) == (plan is None):
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
-    if acceptance is not None:
-        for value in checks.sequence("acceptance", acceptance):
-            checks.real("acceptance", value, 0.0, 1.0)
-        tokens = roofline.expected_tokens(acceptance, draft_lens)
-    else:
+    if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
+    else:
+        curve = checks.sequence("acceptance", acceptance)
+        for value in curve:
+            checks.real("acceptance", value, 0.0, 1.0)
+        tokens = roofline.expected_tokens(curve, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
     predicted = tuple(roofline.predict(decode, place, tokens, batch_sizes))

@@ -72,7 +72,10 @@ def tables(
     manifest = bundles.read_manifest(source)
     spoken = bundles.load_vocabulary(source, manifest)
     width = bundles.open_member(source, "verifier", manifest).model.vocab_size
-    found = _of_task(task, split, spoken, limit) if task else _of_shards(cached, spoken, limit)
+    if task is not None:
+        found, counted = _of_task(task, split, spoken, limit), f"task {task}, {split}"
+    elif cached is not None:
+        found, counted = _of_shards(cached, spoken, limit), f"shards {Path(cached).name}"
     sequences = [sequence for sequence in found if len(sequence)]
     table = build_table(
         sequences, width, order=order, successors=successors, discount=discount, start_id=manifest["decode"]["start_id"]
@@ -81,7 +84,7 @@ def tables(
         "order": order,
         "successors": successors,
         "discount": discount,
-        "source": f"task {task}, {split}" if task else f"shards {Path(cached).name}",
+        "source": counted,
         "sequences": len(sequences),
         "tokens": int(sum(map(len, sequences))),
     }

@@ -25,7 +25,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from speccascade_t5x.common import checks, schema, storage
-from speccascade_t5x.core import probs
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral.features import FeatureSpec
 from speccascade_t5x.distributed.partitioning import data_mesh
@@ -39,7 +38,6 @@ from speccascade_t5x.training.deferral.pair_scores import (
     fingerprint,
     flat,
     pair_of,
-    scored_logits,
     token_classes,
 )
 
@@ -97,7 +95,6 @@ def collect(
     whole = {
         "drafter": fingerprint(scored.drafter),
         "verifier": fingerprint(scored.verifier),
-        "truth": scored.truth and fingerprint(scored.truth),
         "temperature": scored.temperature,
         "vocabulary": scored.vocabulary.fingerprint(),
         "data": corpus.fingerprint,
@@ -117,18 +114,13 @@ def collect(
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     models = {
         name: Bound(bound.model, jax.device_put(bound.params, everywhere))
-        for name in ("drafter", "verifier", "truth")
-        if (bound := getattr(scored, name)) is not None
+        for name, bound in (("drafter", scored.drafter), ("verifier", scored.verifier))
     }
 
     @jax.jit
-    def run(models: dict[str, Bound], inputs: Array, targets: Array) -> dict[str, Array]:
-        placed, truth = dataclasses.replace(scored, **models), None
-        if scored.truth is not None:
-            logits, _ = scored_logits(placed.truth, inputs, targets)
-            truth = probs.raw(logits[..., : scored.width], scored.vocabulary.vocab_size)
-        pair = pair_of(placed, spec, inputs, targets)
-        return columns_of(pair, spec, classes, targets, candidates, scores, truth)
+    def run(models: dict[str, Any], inputs: Array, targets: Array) -> dict[str, Array]:
+        pair = pair_of(dataclasses.replace(scored, **models), spec, inputs, targets)
+        return columns_of(pair, spec, classes, targets, candidates, scores)
 
     done = 0
     for number, part in enumerate(parts):
@@ -213,6 +205,4 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)
-    storage.write_bytes(path, [buffer.getbuffer()])
+    storage.write_bytes(path, [storage.npz(columns, compress=False)])
