@@ -22,6 +22,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
 
 ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
+KIND = "how a folder is read that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 
 

@@ -194,6 +194,17 @@ def of(*kinds: type) -> Check:
     return check
 
 
+def file_name() -> Check:
+    """The name of a file or folder beside the JSON file: a path could lead out of its folder."""
+
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, str) or value in ("", ".", "..") or re.search(r"[/\\\0]", value):
+            raise UserError(f"{where} must be a plain file name, found {shown(value)}")
+        return value
+
+    return check
+
+
 def one_of(*values: Any) -> Check:
     """One of a few values, compared with their type."""
 

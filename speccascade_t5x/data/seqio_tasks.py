@@ -8,13 +8,14 @@ whoever imports the module that defines them (usually a gin file); this module o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import numbers
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -335,12 +336,39 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
         ]
         outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
     results: dict[str, Any] = {}
-    for metric in task.predict_metric_fns:
-        name = getattr(metric, "__name__", type(metric).__name__)
+    for metric in metric_fns(task_name):
+        name = _name_of(metric)
         with _named(task_name, f"metric {name!r}"):
             found = metric(targets, outputs)
             results |= metric_value(found if isinstance(found, Mapping) else {name: found})
     return results
+
+
+def metric_fns(task_name: str) -> list[Callable[..., Any]]:
+    """The task's metric functions that read predicted texts.
+
+    As `task.predict_metric_fns`, which fails where an argument has an array for a default.
+
+    Raises:
+      UserError: there is no such task, or a function takes other arguments than seqio gives.
+    """
+    found = []
+    for metric in _task(task_name)._metric_fn_constructor_args or ():
+        arguments = inspect.signature(metric).parameters.values()
+        needed = [each for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        names = tuple(each.name for each in needed)
+        if names == ("targets", "predictions"):
+            found.append(metric)
+        elif names not in (("targets", "scores"), ("targets", "predictions", "aux_values")):
+            raise UserError(
+                f"the metric {_name_of(metric)!r} of task {task_name!r} takes {names}: name its arguments targets and "
+                "predictions, and give any other a default"
+            )
+    return found
+
+
+def _name_of(metric: Callable[..., Any]) -> str:
+    return getattr(metric, "__name__", type(metric).__name__)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Da
         vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
     examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
     with_targets = all(example.targets_text is not None for example in examples)
+    seqio_tasks.metric_fns(task)  # one that cannot be called is told before anything is decoded
 
     def score(predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
         return seqio_tasks.score(task, examples if places is None else [examples[i] for i in places], predictions)

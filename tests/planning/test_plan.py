@@ -229,9 +229,16 @@ def test_auto_refuses_what_says_nothing_about_this_run(written, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             plan_files.follow(make_settings(**auto | change), pair)
-    for text in ("{", "[]", '{"format": "speccascade_t5x.plan", "version": 1}'):
+    header = '{"format": "speccascade_t5x.plan", "version": 1'
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[]", "where an object is expected"),
+        ('{"format": "x", "version": 1}', "is not a plan of `speccascade plan`"),
+        (header + "}", "has no member 'candidates'"),
+        (header + ', "candidates": [], "conditions": {}}', "holds no candidates"),
+    ]:
         written.write_text(text, "utf-8")
-        with pytest.raises(UserError, match="is no plan"):
+        with pytest.raises(UserError, match=message):
             plan_files.read(written)
 
 

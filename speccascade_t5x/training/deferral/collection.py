@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral.features import FeatureSpec
 from speccascade_t5x.distributed.partitioning import data_mesh
@@ -44,6 +44,7 @@ from speccascade_t5x.training.deferral.pair_scores import (
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
 FORMAT = "speccascade_t5x deferral columns"
 VERSION = 1
+_CONTENT = schema.record({"files": schema.map_of(schema.of(str))})
 
 # Called after each batch with (examples done, examples in all).
 Progress = Callable[[int, int], None]
@@ -149,12 +150,11 @@ def read(folder: str | Path) -> dict[str, np.ndarray]:
       UserError: it is not whole, or a part is missing or damaged.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no whole collection of deferral columns: collect it again") from error
-    if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
-        raise UserError(f"{folder / MANIFEST} describes something else than deferral columns this program can read")
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} holds no complete collection of deferral columns: collect it again")
+    manifest = schema.read_versioned(
+        folder / MANIFEST, VERSION, "a manifest of deferral columns", _CONTENT, format=FORMAT
+    )
     parts = []
     for name, digest in manifest["files"].items():
         try:
@@ -196,10 +196,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             raise UserError(f"{folder} holds other files: choose another folder for the deferral columns")
         storage.write_json(path, wanted)
         return
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove {folder} and collect again") from error
+    found = schema.read(path)
     differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if differ:
         raise UserError(
