@@ -10,7 +10,7 @@ from typing import Any
 
 from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import text_input, vocabulary
+from speccascade_t5x.text import text_input
 
 # Fields of a record that come from decoding; inputs and targets come from the data.
 _DECODED = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
@@ -109,9 +109,7 @@ def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Da
     """Reads a seqio task and checks that it speaks the form's vocabulary."""
     from speccascade_t5x.data import seqio_tasks
 
-    for feature, spoken in seqio_tasks.task_vocabularies(task).items():
-        ours = seqio_tasks.as_vocabulary(spoken)
-        vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
+    seqio_tasks.check_vocabulary(task, form.vocabulary)
     examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
     with_targets = all(example.targets_text is not None for example in examples)
     seqio_tasks.metric_fns(task)  # one that cannot be called is told before anything is decoded

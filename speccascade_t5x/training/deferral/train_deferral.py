@@ -101,10 +101,7 @@ class Data:
         from speccascade_t5x.data import seqio_tasks
 
         task = str(self.task)
-        for feature, named in seqio_tasks.task_vocabularies(task).items():
-            vocabulary.check_same(
-                seqio_tasks.as_vocabulary(named), spoken, (f"feature {feature!r} of {task!r}", "pair")
-            )
+        seqio_tasks.check_vocabulary(task, spoken)
         return seqio_tasks.corpus(task, self.split, spoken, self.limit)
 
 
