@@ -10,7 +10,6 @@ Short flags are bindings: see runs/precompile.gin. The compiler runs in child pr
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.metadata
 import importlib.util
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import gin
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.common import paths, storage
+from speccascade_t5x.common import checks, paths, storage
 from speccascade_t5x.interfaces import UserError
 
 _ALL = "all"
@@ -112,8 +111,7 @@ def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, t
     for name in dict.fromkeys(name for pair in pairs for name in parts(pair)):
         if name not in known:
             pair = next(pair for pair in pairs if name in parts(pair))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = checks.suggestion(name, known)
             raise UserError(f"the pair {pair!r} needs models/{name}.gin, which there is not: {hint}")
         gin_flags.load([f"models/{name}.gin"], [], search_paths)
         found[name] = gin.get_configurable(t5.T5Config)()

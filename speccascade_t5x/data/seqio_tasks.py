@@ -24,7 +24,7 @@ from speccascade_t5x.common import checks
 from speccascade_t5x.data import shards
 from speccascade_t5x.data.examples import Example, cut, fit
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, check_same
 
 
 @contextlib.contextmanager
@@ -285,6 +285,16 @@ def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:
       UserError: there is no such task, or its vocabulary is not configured.
     """
     return {name: feature.vocabulary for name, feature in _task(task_name).output_features.items()}
+
+
+def check_vocabulary(task_name: str, spoken: Vocabulary) -> None:
+    """Checks that every feature of a task speaks a pair's vocabulary.
+
+    Raises:
+      UserError: one does not, or there is no such task.
+    """
+    for feature, named in task_vocabularies(task_name).items():
+        check_same(as_vocabulary(named), spoken, (f"feature {feature!r} of task {task_name!r}", "pair"))
 
 
 def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:

@@ -61,9 +61,6 @@ class FeatureSpec:
         return self.hidden_q + self.hidden_p
 
 
-CANDIDATE_NAMES = ("log_q", "log_p", "q", "p", "rank_q", "rank_p", "is_argmax_q", "is_argmax_p")
-
-
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The few tokens a token head scores: the most likely of either distribution.

@@ -145,12 +145,12 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
     Raises:
       UserError: the message names the range.
     """
-    if chosen.range is None or chosen.rule is None:
+    if chosen.range is None:
         raise UserError(f"the method {chosen.name!r} takes no alpha, but alpha={alpha:g} was given: leave it out")
     if not math.isfinite(alpha):
         raise UserError(f"alpha={alpha} of the method {chosen.name!r} is not finite")
     low, high = chosen.range
-    if not low <= alpha <= high:
+    if chosen.rule is not None and not low <= alpha <= high:
         cls = rules.get(chosen.rule)
         span = f"{rules.describe_range(cls)} ({cls.ends})"
         raise UserError(f"alpha={alpha:g} is outside the range of the method {chosen.name!r}: {span}")

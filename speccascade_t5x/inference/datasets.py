@@ -10,7 +10,7 @@ from typing import Any
 
 from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import text_input, vocabulary
+from speccascade_t5x.text import text_input
 
 # Fields of a record that come from decoding; inputs and targets come from the data.
 _DECODED = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
@@ -96,22 +96,20 @@ def read(form: PromptForm, task: str | None, split: str, input: str | None, limi
     return Dataset("stdin" if input == "-" else Path(input).stem, prompts)
 
 
-def from_texts(form: PromptForm, texts: Iterable[str], first: int = 0) -> Dataset:
-    """Texts as a data set, numbered from `first`.
+def from_texts(form: PromptForm, texts: Iterable[str]) -> Dataset:
+    """Texts as a data set, numbered from 0.
 
     Raises:
       UserError: one is no text, or too long while the form does not truncate.
     """
-    return Dataset("texts", [form.encode(first + i, text, f"text {i}") for i, text in enumerate(texts)])
+    return Dataset("texts", [form.encode(i, text, f"text {i}") for i, text in enumerate(texts)])
 
 
 def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Dataset:
     """Reads a seqio task and checks that it speaks the form's vocabulary."""
     from speccascade_t5x.data import seqio_tasks
 
-    for feature, spoken in seqio_tasks.task_vocabularies(task).items():
-        ours = seqio_tasks.as_vocabulary(spoken)
-        vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
+    seqio_tasks.check_vocabulary(task, form.vocabulary)
     examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
     with_targets = all(example.targets_text is not None for example in examples)
     seqio_tasks.metric_fns(task)  # one that cannot be called is told before anything is decoded

@@ -23,11 +23,11 @@ MODEL_FREE = ("max_gram", "prompt_lookup", "ngram")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A drafter a user can name.
+    """A drafter, or an execution, that a user can name.
 
     Attributes:
       what: one line for people.
-      reads: the fields of Settings that have a meaning for it, beyond draft_len.
+      reads: the fields of Settings that have a meaning for it, beyond those all of its kind read.
       source: where it comes from.
     """
 

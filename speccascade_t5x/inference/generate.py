@@ -241,7 +241,7 @@ class Runner:
         """
         samples = self.settings.num_samples
         each = [self._record(output, place * samples + s, int(index)) for s in range(samples)]
-        return each[0] if samples == 1 else _transpose(each)
+        return each[0] if samples == 1 else {name: [one[name] for one in each] for name in each[0]}
 
     def _inputs(self, batch: batching.Batch) -> Any:
         return self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
@@ -371,8 +371,3 @@ def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
     default = pair.decode_defaults["draft_len"]
     config = program_config(pair, settings)
     return methods.program(settings, pair.verifier, pair.drafters, config, default, pair.table, pair.deferral)
-
-
-def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """One record per sample to one record of lists."""
-    return {name: [record[name] for record in records] for name in records[0]}

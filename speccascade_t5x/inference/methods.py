@@ -12,6 +12,7 @@ from speccascade_t5x import decoding, deferral, drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.inference import drafters
+from speccascade_t5x.inference.drafters import Kind
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Array, Bound, UserError
 
@@ -21,23 +22,8 @@ _HARMLESS = ("draft_len", "plan", "verification")
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An execution a user can name.
-
-    Attributes:
-      what: one line for people.
-      reads: the fields of Settings that have a meaning for it, beyond those every method reads.
-      source: where it comes from.
-    """
-
-    what: str
-    reads: tuple[str, ...]
-    source: str
-
-
 METHODS = {
-    "speculative": Method(
+    "speculative": Kind(
         "drafter and verifier by speculative execution of a rule; draft_len=auto does what `speccascade plan` found",
         (
             *("rule", "alpha", "rule_options", "draft_len", "plan", "verification", "draft_stop", "stop_threshold"),
@@ -45,25 +31,25 @@ METHODS = {
         ),
         "Faster Cascades via Speculative Decoding, GenSpecSample; block verification: Sun et al. 2024",
     ),
-    "verifier": Method("the verifier alone, token by token", (), "baseline"),
-    "drafter": Method("the drafter alone, token by token", (), "baseline"),
-    "bild": Method(
+    "verifier": Kind("the verifier alone, token by token", (), "baseline"),
+    "drafter": Kind("the drafter alone, token by token", (), "baseline"),
+    "bild": Kind(
         "BiLD as published, with sampling: drafts end at the fallback test; alpha is the rollback threshold in nats, "
         "rule_options={'fallback': ...} the confidence",
         ("alpha", "rule_options", "draft_len", "verification"),
         "Kim et al. 2023",
     ),
-    "token_cascade": Method(
+    "token_cascade": Kind(
         "the drafter writes a token, or the verifier where the rule defers; rules chow and chow_log",
         ("rule", "alpha", "draft_len"),
         "Faster Cascades via Speculative Decoding, TokenCascade",
     ),
-    "oracle": Method(
+    "oracle": Kind(
         "a token cascade of any prefix rule, charged for the verifier only where it defers",
         ("rule", "alpha"),
         "Faster Cascades via Speculative Decoding, Oracle[Diff]",
     ),
-    "sequence_cascade": Method(
+    "sequence_cascade": Kind(
         "the drafter writes the whole output; alpha is the log-probability below which the verifier rewrites it",
         ("alpha", "confidence", "quantile"),
         "Faster Cascades via Speculative Decoding, SeqCascade; confidences: Gupta et al. 2024",

@@ -318,8 +318,8 @@ def _finish(
     ranked = tuple(sorted(ranked, key=lambda c: (c.chosen_by is None, -(c.chosen_by or c.gain))))
     alone = next(c for c in ranked if c.draft_len == 0)
     best = ranked[0]
-    measured = [gain for gain in (best.chosen_by, best.measured) if gain is not None]
-    gain = min(measured, default=best.gain)
+    chosen_by, measured = best.chosen_by, best.measured
+    gain = best.gain if chosen_by is None or measured is None else min(chosen_by, measured)
     if gain <= alone.gain and best is not alone:
         ranked = (alone, *(c for c in ranked if c is not alone))
     speculate = ranked[0].draft_len > 0 and gain > 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.core import rules
@@ -109,7 +108,9 @@ def slice_plan(
     if output_dir is None:
         return found
     folder = Path(output_dir)
-    storage.write_json(folder / FILE, {"pair": pair, "topology": on.name, "model": model, **_content(found)})
+    content = {"pair": pair, "topology": on.name, "model": model, "stops_at": found.stops_at}
+    content |= {"predicted": [dataclasses.asdict(each) for each in predicted]}
+    storage.write_json(folder / FILE, content)
     return dataclasses.replace(found, path=storage.write_text(folder / TABLE, markdown(found)))
 
 
@@ -127,10 +128,6 @@ def _from_plan(path: str, draft_lens: Sequence[int]) -> tuple[dict[int, float], 
         known = ", ".join(str(length) for length in sorted(ranked) if length) or "none"
         raise UserError(f"the plan {path} ranks a drafter of draft lengths {known}: give some of these as draft_lens")
     return tokens, content["conditions"]["rule"], content["conditions"]["alpha"]
-
-
-def _content(found: SlicePlan) -> dict[str, Any]:
-    return {"stops_at": found.stops_at, "predicted": [dataclasses.asdict(each) for each in found.predicted]}
 
 
 _HEAD = ("batch", "draft_len", "tokens/round", "round ms", "tokens/s", "gain", "pays above", "GiB/chip", "bound")

@@ -54,9 +54,13 @@ class Vocabulary(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 over kind, size and pieces: equal if ids have the same meaning."""
+        content = [self.kind, self.vocab_size, list(self.pieces)]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def spec(self) -> dict[str, Any]:
         """What `from_spec` needs, as JSON types."""
+        size, fingerprint = self.vocab_size, self.fingerprint()
+        return {"kind": self.kind, "extra_ids": self.extra_ids, "size": size, "fingerprint": fingerprint}
 
 
 class ByteVocabulary(Vocabulary):
@@ -118,12 +122,6 @@ class ByteVocabulary(Vocabulary):
             byte = i - len(self._SPECIAL)
             texts.append(reader.decode(bytes([byte])) if 0 <= byte < 256 and not ended else "")
         return texts
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self)
-
-    def spec(self) -> dict[str, Any]:
-        return _spec(self)
 
 
 class SentencePieceVocabulary(Vocabulary):
@@ -209,12 +207,6 @@ class SentencePieceVocabulary(Vocabulary):
                 texts.append(self.pieces[i].replace(_SPACE, " "))
         return texts
 
-    def fingerprint(self) -> str:
-        return _fingerprint(self)
-
-    def spec(self) -> dict[str, Any]:
-        return _spec(self)
-
 
 def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> Vocabulary:
     """The vocabulary a `spec()` describes.
@@ -276,20 +268,6 @@ def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter"
         "one of "
         f"{len(theirs)} ({b.kind}), and {detail}; a pair must share one vocabulary."
     )
-
-
-def _fingerprint(vocabulary: Vocabulary) -> str:
-    content = [vocabulary.kind, vocabulary.vocab_size, list(vocabulary.pieces)]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
-
-
-def _spec(vocabulary: Vocabulary) -> dict[str, Any]:
-    return {
-        "kind": vocabulary.kind,
-        "extra_ids": vocabulary.extra_ids,
-        "size": vocabulary.vocab_size,
-        "fingerprint": vocabulary.fingerprint(),
-    }
 
 
 def held_sentinels(path: str | Path) -> int:

@@ -17,6 +17,7 @@ from speccascade_t5x.data import seqio_tasks
 from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.inference import records
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6}
 
@@ -112,6 +113,8 @@ def test_a_task_without_targets(tasks):
     assert example.targets_text is None
     with pytest.raises(UserError, match="example 0 of task 'inputs_only' has no target"):
         seqio_tasks.score("inputs_only", [example], ["A"])
+    with pytest.raises(UserError, match="task 'inputs_only' has no targets to learn from"):
+        seqio_tasks.corpus("inputs_only", "test", ByteVocabulary(0))
 
 
 @pytest.mark.parametrize(

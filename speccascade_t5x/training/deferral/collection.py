@@ -133,7 +133,8 @@ def collect(
                 done += int((batch.ids >= 0).sum())
                 if progress:
                     progress(done, len(chosen))
-            _write(path, {name: np.concatenate([each[name] for each in kept]) for name in kept[0]})
+            columns = {name: np.concatenate([each[name] for each in kept]) for name in kept[0]}
+            storage.write_bytes(path, [storage.npz(columns, compress=False)])
         else:
             done += sum(int((batch.ids >= 0).sum()) for batch in part)
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("part-*.npz"))}
@@ -202,7 +203,3 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder} holds deferral columns of another {', '.join(differ)}: choose another folder, or remove this one"
         )
-
-
-def _write(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    storage.write_bytes(path, [storage.npz(columns, compress=False)])

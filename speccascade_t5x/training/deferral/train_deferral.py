@@ -101,10 +101,7 @@ class Data:
         from speccascade_t5x.data import seqio_tasks
 
         task = str(self.task)
-        for feature, named in seqio_tasks.task_vocabularies(task).items():
-            vocabulary.check_same(
-                seqio_tasks.as_vocabulary(named), spoken, (f"feature {feature!r} of {task!r}", "pair")
-            )
+        seqio_tasks.check_vocabulary(task, spoken)
         return seqio_tasks.corpus(task, self.split, spoken, self.limit)
 
 
@@ -308,7 +305,10 @@ class _Job:
         identity = {
             "head": dataclasses.asdict(self.config),
             "fit": plain,
-            "columns": {name: self._identity(name) for name in ("fit", "held_out")},
+            "columns": {
+                split: json.loads((self.folder / "columns" / split / collection.IDENTITY).read_text("utf-8"))
+                for split in ("fit", "held_out")
+            },
         }
         place, keep = self.folder / name, self.fit_config.keep
 
@@ -317,9 +317,6 @@ class _Job:
 
         curves = fit_store.Curves(self.folder / METRICS_FILE, self.observer)
         return fitting.fit_head(self.config, self.fit_config, columns, self.classes, store=stores, observer=curves)
-
-    def _identity(self, split: str) -> dict[str, Any]:
-        return json.loads((self.folder / "columns" / split / collection.IDENTITY).read_text("utf-8"))
 
     def calibrate(self, kinds: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, PairCalibration]:
         """Fits calibrations on what the head is fitted on, or reads those an earlier part of this run has fitted."""
