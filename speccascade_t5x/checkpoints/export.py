@@ -29,7 +29,7 @@ from speccascade_t5x.checkpoints import (
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -70,6 +70,7 @@ class Report:
     drift: float | None
 
 
+@checks.arguments(step=(0,), max_file_mb=(0.01,), max_shard_mb=(0.01,), extra_ids=(0,), max_input_len=(1,), max_len=(1,))
 def export(
     source: str | Path,
     target: str | Path,

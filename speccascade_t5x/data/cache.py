@@ -37,6 +37,7 @@ class Cached:
     kept: bool
 
 
+@checks.arguments(inputs_len=(1,), targets_len=(1,), limit=(1,), seed=checks.SEED, examples_per_shard=(1,))
 def cache(
     output_dir: str | Path,
     task: str | None = None,
@@ -81,14 +82,10 @@ def cache(
       UserError: bad options, an unknown task or split, records that are damaged or of another split, features with
         different vocabularies, a folder that holds a corpus made with other options, or a full disk.
     """
-    names = (splits,) if isinstance(splits, str) else checks.sequence("splits", splits)
+    names = (splits,) if isinstance(splits, str) else splits
     if not names or len(set(names)) < len(names):
         raise UserError(f"splits={splits!r} must name one split or several different ones")
     lengths = {"inputs": inputs_len, "targets": targets_len}
-    for name, value in (lengths | {"limit": limit}).items():
-        if value is not None:
-            checks.whole(f"{name}_len" if name in lengths else name, value, 1)
-    checks.whole("examples_per_shard", examples_per_shard, 1)
     if task_lengths and None in lengths.values():
         raise UserError("task_lengths=True needs both feature lengths: set inputs_len and targets_len")
     job = _Job(Path(output_dir), lengths, limit, examples_per_shard, _settings(config_text), progress)

@@ -49,6 +49,10 @@ class SweepResult:
     tolerance: float = 0.0
 
 
+@checks.arguments(
+    seeds=checks.SEED, draft_lens=(1,), temperatures=(0.0, 2.0), top_ps=(0.0, 1.0), limit=(1,), alpha_points=(1,),
+    refine=(0,), timing_items=(2,), timing_repeats=(1,), timed_points=(1,), traces=(0,), quality_tolerance=(0.0,),
+)  # fmt: skip
 def sweep(
     pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
@@ -116,13 +120,6 @@ def sweep(
         raise UserError("name either a task or an input file to sweep on (TASK or INPUT), and not both")
     if output_dir is None:
         raise UserError("a sweep needs an output folder: set OUTPUT_DIR, or give --output_dir")
-    for name, value, least in (
-        *(("alpha_points", alpha_points, 1), ("refine", refine, 0), ("timing_items", timing_items, 2)),
-        *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
-        *(() if limit is None else (("limit", limit, 1),)),
-    ):
-        checks.whole(name, value, least)
-    checks.real("quality_tolerance", quality_tolerance, 0.0)
     _check_seeds(seeds)
     if report_only:
         _check_report(output_dir, calibrate)
@@ -168,15 +165,13 @@ def sweep(
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     """All of them: the cells of the first would be there before the second is read."""
-    for seed in checks.sequence("seeds", seeds):
-        checks.whole("seeds", seed, 0, 2**32 - 1)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
     """Arms that are not measured are skipped, but the name of no arm is an error."""
-    for name in checks.sequence("varied", varied):
+    for name in varied:
         if name not in {each.name for each in arms}:
             grid.arm(name)
 

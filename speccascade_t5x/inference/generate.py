@@ -16,7 +16,7 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.common import packaged
+from speccascade_t5x.common import checks, packaged
 from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
@@ -239,6 +239,7 @@ class Runner:
         return record
 
 
+@checks.arguments()
 def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
 
@@ -257,6 +258,7 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
 
 
+@checks.arguments(extra_ids=(0,), max_input_len=(1,), max_len=(1,), draft_len=(0,))
 def from_checkpoints(
     *,
     verifier: str | Path,

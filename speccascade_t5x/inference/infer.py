@@ -45,6 +45,7 @@ class InferResult:
     timing: dict[str, Any]
 
 
+@checks.arguments(limit=(1,), batches_per_chunk=(1,), host_patience_s=(0.0,))
 def infer(
     pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
@@ -95,9 +96,6 @@ def infer(
     datasets.check_source(task, split, input)
     if task is not None and output_dir is None:
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
-    checks.whole("batches_per_chunk", batches_per_chunk, 1)
-    if limit is not None:
-        checks.whole("limit", limit, 1)
     methods.check(settings)
     pair = loaded(pair)
     runner = Runner(pair, settings)  # refuses what this pair cannot do before any data is read

@@ -43,6 +43,7 @@ class SlicePlan:
         return max(choices, key=lambda each: (each.fits, each.tokens_per_s))
 
 
+@checks.arguments(acceptance=(0.0, 1.0), draft_lens=(1,), batch_sizes=(1,), input_len=(1,), max_len=(1,), model=(1,))
 def slice_plan(
     architectures: tuple[T5Config, T5Config],
     pair: str,
@@ -90,14 +91,9 @@ def slice_plan(
         model = slice_cells.fewest_sharing(on.chips, chip.hbm_bytes, [drafter, verifier])
     own_rules = axis_rules if drafter_rules is None else with_batch_of(drafter_rules, axis_rules)
     place = roofline.Place(chip, hardware.groups(on, model), model, axis_rules, own_rules)
-    for name, values, least in (("draft_lens", draft_lens, 1), ("batch_sizes", batch_sizes, 1)):
-        for value in checks.sequence(name, values):
-            checks.whole(name, value, least)
     if (acceptance is None) == (plan is None):
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
     if acceptance is not None:
-        for value in checks.sequence("acceptance", acceptance):
-            checks.real("acceptance", value, 0.0, 1.0)
         tokens = roofline.expected_tokens(acceptance, draft_lens)
     else:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
