@@ -70,7 +70,9 @@ class Report:
     drift: float | None
 
 
-@checks.arguments(step=(0,), max_file_mb=(0.01,), max_shard_mb=(0.01,), extra_ids=(0,), max_input_len=(1,), max_len=(1,))
+@checks.arguments(
+    step=(0,), max_file_mb=(0.01,), max_shard_mb=(0.01,), extra_ids=(0,), max_input_len=(1,), max_len=(1,)
+)
 def export(
     source: str | Path,
     target: str | Path,

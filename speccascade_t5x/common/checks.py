@@ -11,12 +11,13 @@ import difflib
 import functools
 import inspect
 import math
-import numbers
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from speccascade_t5x.interfaces import UserError
 
@@ -28,9 +29,10 @@ _UNSUPPORTED = {
 }
 
 _LEAST_INT, MOST_INT = -(2**31), 2**31 - 1  # int32
-_LEAST_REAL, _MOST_REAL = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32, without numbers that XLA flushes to zero
+_LEAST_REAL, MOST_REAL = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32, without numbers that XLA flushes to zero
 SEED = (0, 2**32 - 1)  # what a random key holds
 
+_REAL = int | float | np.integer | np.floating
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -69,8 +71,8 @@ def whole(name: str, value: Any, least: float = _LEAST_INT, most: float = MOST_I
     Raises:
       UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
-        open_above = most == MOST_INT and not (isinstance(value, numbers.Integral) and value > most)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        open_above = most == MOST_INT and not (isinstance(value, int | np.integer) and value > most)
         open_below = least == _LEAST_INT and open_above
         span = "" if open_below else f", {least} or more" if open_above else f" from {least} to {most}"
         raise UserError(f"{_said(name, value)} is outside its range: it must be a whole number{span}")
@@ -82,14 +84,14 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
     Raises:
       UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, _REAL) or not low <= value <= high:
         above = f", {low:g} or more" if math.isfinite(low) else ""
         span = f" from {low:g} to {high:g}" if math.isfinite(high) else above
         raise UserError(f"{_said(name, value)} is outside its range: it must be a number{span}")
-    if value and not math.isinf(value) and not _LEAST_REAL <= abs(value) <= _MOST_REAL:
+    if value and not math.isinf(value) and not _LEAST_REAL <= abs(value) <= MOST_REAL:
         raise UserError(
             f"{_said(name, value)} is no number that float32 can hold: it must be 0, or between {_LEAST_REAL:.3g} and "
-            f"{_MOST_REAL:.3g} in size"
+            f"{MOST_REAL:.3g} in size"
         )
 
 
@@ -224,7 +226,7 @@ def _one_of_types(name: str, value: Any, kinds: Sequence[Any], range: tuple[floa
             refusals.append((kind, error))
     # The sentence of the kind the value comes closest to: of numbers for a number, of lists for a list.
     for kind, error in refusals:
-        number = kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool)
+        number = kind in (int, float) and isinstance(value, _REAL) and not isinstance(value, bool)
         if number or (typing.get_origin(kind) in _SEQUENCES and isinstance(value, (list, tuple))):
             raise error
     if len(able) == 1:

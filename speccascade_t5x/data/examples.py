@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text.vocabulary import Vocabulary
+from speccascade_t5x.text.vocabulary import Vocabulary, ids_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,7 @@ class PromptForm:
         Raises:
           UserError: no text, or a text that is too long while `truncate` is off.
         """
-        if not isinstance(text, str):
-            raise UserError(f"{where} is not a text but {type(text).__name__}: give a string")
         eos_id = self.vocabulary.eos_id if self.eos else None
-        ids = np.array([*self.vocabulary.encode(text), *([] if eos_id is None else [eos_id])], np.int32)
+        ids = np.array([*ids_of(self.vocabulary, text, where), *([] if eos_id is None else [eos_id])], np.int32)
         inputs = fit(ids, self.max_len, where, truncate=self.truncate, eos_id=eos_id)
         return Example(index, inputs, text, targets_text=targets_text)

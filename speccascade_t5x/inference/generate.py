@@ -28,7 +28,7 @@ from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.inference import datasets, methods, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, stop_ids
 
 _Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
@@ -329,7 +329,7 @@ def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfi
         start_id=defaults["start_id"],
         vocab_size=vocabulary.vocab_size,
         verification=settings.verification,
-        stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
+        stop_sequences=stop_ids(vocabulary, settings.stop_sequences),
         num_samples=settings.num_samples,
         trace=settings.trace,
     )

@@ -17,7 +17,7 @@ _RANGES = {
     **dict.fromkeys(("max_ngram", "min_ngram", "max_input_len", "max_len", "num_samples", "batch_size"), (1,)),
     **dict.fromkeys(("draft_len", "k_matrix", "top_k"), (0,)),
     "temperature": (0.0, 2.0),
-    "lenience": (1.0,),
+    "lenience": (1.0, checks.MOST_REAL),
     "buckets": (1,),
     "seed": checks.SEED,
 }
