@@ -22,6 +22,7 @@ from speccascade_t5x.cli import (
     preemption,
     progress,
     settings_flags,
+    streams,
     topology,
 )
 from speccascade_t5x.common import storage
@@ -98,10 +99,9 @@ def main(argv: list[str]) -> int:
     if not host_processes.first():
         return 0
     if result.predictions is None:
-        for record in result.records:
-            predictions = record["prediction"]
-            samples = [predictions] if isinstance(predictions, str) else predictions
-            print("\t".join(" ".join(sample.splitlines()) for sample in samples))
+        predictions = (record["prediction"] for record in result.records)
+        rows = ([one] if isinstance(one, str) else one for one in predictions)
+        streams.show("\t".join(" ".join(sample.splitlines()) for sample in row) for row in rows)
         return 0
     storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
@@ -159,5 +159,6 @@ def _progress_bar() -> Iterator[object]:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade infer"))
+    end(run_verb(main, sys.argv[1:], "speccascade infer"))

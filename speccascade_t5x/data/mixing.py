@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -156,7 +155,7 @@ def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> sha
     if not path.is_file():
         return shards.read(folder, spoken)
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = storage.from_json(path.read_text("utf-8"))
         found = [(part["folder"], part["rate"]) for part in content["parts"]]
         known = content["format"] == FORMAT and content["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:

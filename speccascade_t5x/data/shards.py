@@ -205,7 +205,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = storage.from_json(path.read_text("utf-8"))
     except FileNotFoundError as error:
         inner = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
         if inner:

@@ -5,7 +5,6 @@ Written by `speccascade sweep`, read by `speccascade infer --operating_point=FIL
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = storage.from_json(path.read_text("utf-8"))
         whole = found["format"] == FORMAT and isinstance(found["points"], list)
         version = found["version"]
     except FileNotFoundError:

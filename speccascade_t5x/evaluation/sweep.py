@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -352,7 +351,7 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
         blocks.append(block)
         index += 1
     costs_file = store.folder / "costs.json"
-    costs = json.loads(costs_file.read_text("utf-8")) if costs_file.exists() else None
+    costs = storage.from_json(costs_file.read_text("utf-8")) if costs_file.exists() else None
     groups = analyst.groups(choices.conditions, blocks, costs)
     if not groups:
         raise UserError(
@@ -390,7 +389,7 @@ def _reliability(measurement: Measurement) -> dict[str, Any]:
     """Reliability of both models on the references; kept on disk, as models and references do not change."""
     path = measurement.store.folder / "reliability.json"
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        return storage.from_json(path.read_text("utf-8"))
     forced = teacher_forced.TeacherForced(measurement.pair, measurement.max_len)
     alone = dataclasses.replace(measurement.base, method="verifier")
     (figures,) = forced.score(measurement.references, [alone])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,7 +144,7 @@ def infer(
         writer.write_metrics(metrics)
         timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
         if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
-            timing = json.loads(timed.read_text("utf-8"))
+            timing = storage.from_json(timed.read_text("utf-8"))
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
             writer.write_timing(timing)

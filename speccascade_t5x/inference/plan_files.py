@@ -51,7 +51,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        plan = json.loads(path.read_text("utf-8"))
+        plan = storage.from_json(path.read_text("utf-8"))
         known = plan["format"] == FORMAT and plan["version"]
         whole = isinstance(plan["candidates"], list) and isinstance(plan["conditions"], dict) and plan["candidates"]
     except FileNotFoundError:

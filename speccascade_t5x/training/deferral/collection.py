@@ -205,7 +205,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         storage.write_json(path, wanted)
         return
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = storage.from_json(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: remove {folder} and collect again") from error
     differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
