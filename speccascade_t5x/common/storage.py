@@ -25,7 +25,7 @@ def file_stem(task: str) -> str:
 
 
 def as_utf8(text: str) -> str:
-    """The text with an escape for every part of it that UTF-8 lacks: bytes of a file's name that are none, above all."""
+    """The text with an escape for what UTF-8 lacks, such as a byte of a file name that is none."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

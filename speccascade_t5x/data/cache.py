@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -203,7 +204,10 @@ def _from_task(job: _Job, name: str, split: str, task_lengths: bool, seed: int) 
         vocabulary.check_same(spoken[0], spoken[i], (f"task {parts[0][0]!r}", f"task {parts[i][0]!r}"))
     for (part, _), own, examples in zip(parts, spoken, streams, strict=True):
         folder = job.output_dir / split
-        yield job.write(folder / storage.file_stem(part) if mixture else folder, examples, part, split, own, source)
+        with contextlib.closing(examples):
+            place = folder / storage.file_stem(part) if mixture else folder
+            made = job.write(place, examples, part, split, own, source)
+        yield made
     if mixture:
         mixing.write(job.output_dir / split, {storage.file_stem(part): rate for part, rate in parts})
 
@@ -250,7 +254,8 @@ def _from_records(
             if job.limit is not None and number >= job.limit:
                 return
             if unfinished or _ends(output, spoken.eos_id):
-                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, np.int64)
+                # Ids of any size, until they are checked.
+                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, object)
 
     return job.write(job.output_dir / split, examples(), task or stem, split, spoken, source)
 

@@ -46,6 +46,32 @@ def cut(ids: np.ndarray, room: int | None, eos_id: int | None) -> np.ndarray:
     return ids
 
 
+def check_ids(ids: np.ndarray, vocab_size: int, where: str, name: str) -> None:
+    """Checks ids from outside while they are as wide as they came.
+
+    Args:
+      ids: [S] whole numbers.
+      vocab_size: of the vocabulary they are of.
+      where: what a message calls the example.
+      name: of the feature.
+
+    Raises:
+      UserError: another rank, something else than whole numbers, or an id outside the vocabulary.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iuO"):
+        raise UserError(
+            f"{where} has {name} of shape {ids.shape} and type {ids.dtype} where a row of ids is read: give it one "
+            "text, and tokenise it"
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(
+            f"{where} has id {wrong} among its {name}, outside the vocabulary of {vocab_size} ids: name the vocabulary "
+            "its ids were made with"
+        )
+
+
 def fit(ids: np.ndarray, room: int | None, where: str, *, truncate: bool, eos_id: int | None) -> np.ndarray:
     """Input ids that fit the feature length: as they are, cut, or refused.
 
