@@ -16,13 +16,14 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.common import paths, storage
+from speccascade_t5x.common import checks, paths, storage
 from speccascade_t5x.interfaces import UserError
 
 _ALL = "all"
@@ -107,6 +108,7 @@ def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, t
     """
     from speccascade_t5x.models import t5
 
+    pairs = checks.as_type("pairs", pairs, Sequence[str])
     known, found = model_files(), {}
     for name in dict.fromkeys(name for pair in pairs for name in parts(pair)):
         if name not in known:

@@ -169,6 +169,8 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
     Raises:
       UserError: it is something else, or outside the range.
     """
+    if kind is Any:
+        return value
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _one_of_types(name, value, parts, range)
