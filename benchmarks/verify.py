@@ -82,7 +82,7 @@ class StoredDrafter:
     reads: bool
     width: int
     draft_len: int = DRAFT_LEN
-    noise_size: int = DRAFT_LEN
+    noise_size: int = DRAFT_LEN * probs.DRAW
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         return {}
@@ -112,7 +112,7 @@ def models(vocab: int) -> tuple[Array, Array, Proposal]:
     q = 3.0 * rng.standard_normal(shape, np.float32)
     p = q + 0.7 * rng.standard_normal(shape, np.float32)
     law = probs.raw(jnp.asarray(q[:, :-1]))
-    draft = probs.sample(law, jnp.asarray(rng.random((BATCH, DRAFT_LEN), np.float32)))
+    draft = probs.sample(law, jnp.asarray(rng.random((BATCH, DRAFT_LEN, probs.DRAW), np.float32)))
     full = jnp.full(BATCH, DRAFT_LEN)
     return jnp.asarray(q), jnp.asarray(p), Proposal(draft, full, law, None, None, full)
 
@@ -157,7 +157,7 @@ def judge_seconds(program: Program, count: int) -> Callable[[], float]:
         for f in (probs.raw, lambda x: probs.tempered(x, temperature))
     ]
     plain = bool(temperature == 1.0)
-    noise = jax.random.uniform(jax.random.key(2), (BATCH, DRAFT_LEN + 1))
+    noise = jax.random.uniform(jax.random.key(2), (BATCH, DRAFT_LEN + probs.DRAW))
     verify_draft = verify.BY_NAME[program.config.verification]
 
     @jax.jit
@@ -168,7 +168,9 @@ def judge_seconds(program: Program, count: int) -> Callable[[], float]:
             raw_pair = rules.Pair(q=q_raw, p=p_raw, q_raw=q_raw, p_raw=p_raw)
             pair = rules.Pair(q=q, p=p, q_raw=q_raw, p_raw=p_raw, greedy=temperature == 0.0)
             target = rule.target(pair)
-            outcome = verify_draft(draft.tokens, draft.lengths, draft.law, target, noise[:, :-1], noise[:, -1])
+            outcome = verify_draft(
+                draft.tokens, draft.lengths, draft.law, target, noise[:, :DRAFT_LEN], noise[:, DRAFT_LEN:]
+            )
             tokens = jnp.concatenate([draft.tokens, outcome.token[:, None]], axis=1)
             return outcome, rule.deferral(pair), rule.target_at(raw_pair, tokens)
 

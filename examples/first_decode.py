@@ -34,8 +34,8 @@ for one, other in zip(alone, speculative, strict=True):
 # ## Who wrote each token
 #
 # `source` says for every token whether it is an accepted draft, was drawn from the residual after a rejection, or is
-# the bonus token after a wholly accepted draft. A token of this pair is a byte; a letter of several bytes is shown at its
-# last one.
+# the bonus token after a wholly accepted draft. A token of this pair is a byte; a letter of several bytes is shown at
+# its last one.
 
 # %%
 MARKS = {

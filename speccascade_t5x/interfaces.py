@@ -100,16 +100,18 @@ class Proposal:
       calls: [B] model calls this proposal cost each row, for the counters.
       level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
       hidden: [B, G + 1, D] the drafter model's last hidden states at the positions of q; None where no rule reads them.
+      broken: [B] bool, NaN went into a law behind the draft; None where `law` and `q` show it themselves.
     """
 
     tokens: Array
     lengths: Array
     law: Array
-    q: Array | None
-    q_raw: Array | None
+    q: Array | Any
+    q_raw: Array | Any
     calls: Array
     level_calls: Array | None = None
     hidden: Array | None = None
+    broken: Array | None = None
 
 
 trees.register(Proposal)

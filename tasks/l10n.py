@@ -19,18 +19,19 @@ is opened, so a gin file may bind them after the import:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 
 # TensorFlow and seqio come through data.seqio_tasks, which loads them quietly and off accelerators.
-from speccascade_t5x.data.seqio_tasks import seqio
+from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks import in_memory, metrics
 from speccascade_t5x.tasks.folding import fold
@@ -56,7 +57,7 @@ def data_dir(path: str | None = None) -> str | None:
 
 
 def vocabulary_file(path: str | None = None) -> str | None:
-    """Names the SentencePiece model of `l10n_en_de`: pad id 0, eos id 1, unk id 2."""
+    """Names the SentencePiece model of `l10n_en_de` and of the tasks of `text_de`: pad id 0, eos id 1, unk id 2."""
     return path
 
 
@@ -71,23 +72,47 @@ def restore_de_rows(max_target_bytes: int | None = None) -> Callable[[Row], bool
     return lambda row: len(row.de.encode()) <= max_target_bytes
 
 
-def corpus_dir() -> Path:
-    """Returns the configured corpus folder.
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """How a corpus folder is named.
 
-    Raises:
-      UserError: none is configured, or it does not exist.
+    Attributes:
+      configured: a function that returns the folder where gin binds it.
+      binding: that gin binding, for messages.
+      variable: the environment variable that names it otherwise.
+      tasks: who reads it, for messages.
     """
-    named = configured(data_dir)() or os.environ.get(DIR_VARIABLE)
-    how = (
-        f"bind `l10n.data_dir.path` in gin or set the environment variable {DIR_VARIABLE} to the "
-        f"folder that holds {', '.join(f'{s}.tsv.gz' for s in SPLITS)}"
-    )
-    if not named:
-        raise UserError(f"No corpus folder is set for l10n_en_de and restore_de: {how}.")
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"The corpus folder {folder} does not exist: {how}.")
-    return folder
+
+    configured: Callable[[], str | None]
+    binding: str
+    variable: str
+    tasks: str
+
+    def folder(self) -> Path:
+        """Returns the folder.
+
+        Raises:
+          UserError: neither gin nor the environment names one, or it does not exist.
+        """
+        named = configured(self.configured)() or os.environ.get(self.variable)
+        how = (
+            f"bind `{self.binding}` in gin or set the environment variable {self.variable} to the "
+            f"folder that holds {', '.join(f'{s}.tsv.gz' for s in SPLITS)}"
+        )
+        if not named:
+            raise UserError(f"No corpus folder is set for {self.tasks}: {how}.")
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"The corpus folder {folder} does not exist: {how}.")
+        return folder
+
+
+L10N = Corpus(data_dir, "l10n.data_dir.path", DIR_VARIABLE, "l10n_en_de and restore_de")
+
+
+def corpus_dir() -> Path:
+    """Returns the configured folder of the localisation corpus; see `Corpus.folder`."""
+    return L10N.folder()
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -102,7 +127,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(file: Path, corpus: Corpus = L10N) -> list[Row]:
     """Reads and checks a whole file, so that a bad line stops a run before anything is decoded.
 
     Raises:
@@ -111,8 +136,8 @@ def read_rows(file: Path) -> list[Row]:
     """
     if not file.is_file():
         raise UserError(
-            f"{file} does not exist: `l10n.data_dir.path` in gin or the environment variable "
-            f"{DIR_VARIABLE} must name the folder that holds it."
+            f"{file} does not exist: `{corpus.binding}` in gin or the environment variable "
+            f"{corpus.variable} must name the folder that holds it."
         )
     rows = []
     for number, line in _lines(file):
@@ -137,29 +162,33 @@ class TsvSource(in_memory.InMemorySource):
 
     Args:
       name: of the task.
-      pair: row -> (input text, target text).
+      pair: (number of the row in its file, counted from 0, row) -> (input text, target text).
       keep: a function whose result says which rows to keep; called with its gin bindings each
         time a split is opened.
+      corpus: where the rows are; its folder is asked for each time a split is opened.
     """
 
     def __init__(
         self,
         name: str,
-        pair: Callable[[Row], tuple[str, str]],
+        pair: Callable[[int, Row], tuple[str, str]],
         keep: Callable[[], Callable[[Row], bool]] | None = None,
+        corpus: Corpus = L10N,
     ):
         self._pair = pair
         self._keep = keep
+        self._corpus = corpus
         super().__init__(name, SPLITS)
 
     def rows(self, split: str) -> list[dict[str, str]]:
         """See `InMemorySource`.
 
         Raises:
-          UserError: what `corpus_dir` and `read_rows` raise.
+          UserError: what `Corpus.folder` and `read_rows` raise.
         """
         keep = configured(self._keep)() if self._keep is not None else lambda row: True
-        kept = [self._pair(row) for row in read_rows(corpus_dir() / f"{split}.tsv.gz") if keep(row)]
+        found = enumerate(read_rows(self._corpus.folder() / f"{split}.tsv.gz", self._corpus))
+        kept = [self._pair(number, row) for number, row in found if keep(row)]
         return [{"inputs": source, "targets": target} for source, target in kept]
 
 
@@ -199,16 +228,38 @@ def _features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     return {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
 
 
+class _SentencePieceFeatures(Mapping):
+    """Both features; a mixture asks for their names at registration, and only who asks for one needs the vocabulary."""
+
+    _NAMES = ("inputs", "targets")
+
+    def __getitem__(self, name: str) -> seqio.Feature:
+        if name not in self._NAMES:
+            raise KeyError(name)
+        return _features(translation_vocabulary())[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._NAMES)
+
+    def __len__(self) -> int:
+        return len(self._NAMES)
+
+
 class SentencePieceTask(seqio.Task):
     """A task whose vocabulary file is looked up at first use instead of at registration."""
 
     @property
     def output_features(self) -> Mapping[str, seqio.Feature]:
-        return _features(translation_vocabulary())
+        return _SentencePieceFeatures()
+
+    def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+        """See `seqio.Task`; what is wrong with the vocabulary is said here and not while TensorFlow traces."""
+        translation_vocabulary()
+        return super().get_dataset(*args, **kwargs)
 
 
 # EOS is appended after any cut, as T5 does: a cut text still ends for the model.
-_PREPROCESSORS = (
+PREPROCESSORS = (
     seqio.preprocessors.tokenize,
     seqio.CacheDatasetPlaceholder(),
     seqio.preprocessors.append_eos_after_trim,
@@ -217,18 +268,18 @@ _PREPROCESSORS = (
 seqio.TaskRegistry.add(
     "l10n_en_de",
     task_cls=SentencePieceTask,
-    source=TsvSource("l10n_en_de", lambda row: (row.en, row.de)),
+    source=TsvSource("l10n_en_de", lambda _, row: (row.en, row.de)),
     output_features={},
-    preprocessors=list(_PREPROCESSORS),
+    preprocessors=list(PREPROCESSORS),
     metric_fns=[metrics.bleu, metrics.chrf, metrics.exact_match],
     shuffle_buffer_size=None,
 )
 
 seqio.TaskRegistry.add(
     "restore_de",
-    source=TsvSource("restore_de", lambda row: (fold(row.de), row.de), keep=restore_de_rows),
+    source=TsvSource("restore_de", lambda _, row: (fold(row.de), row.de), keep=restore_de_rows),
     output_features=_features(seqio.ByteVocabulary(extra_ids=BYTE_EXTRA_IDS)),
-    preprocessors=list(_PREPROCESSORS),
+    preprocessors=list(PREPROCESSORS),
     metric_fns=[metrics.exact_match, metrics.word_accuracy, metrics.character_accuracy],
     shuffle_buffer_size=None,
 )

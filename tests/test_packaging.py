@@ -17,6 +17,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("speccascade_t5x", "tasks", "gin_configs")
+# What is run against the installed wheel: quick, and without paths of the checkout.
+OUTSIDE = (
+    *("test_where.py", "core/test_probs.py", "core/test_accounting.py", "core/test_divergences.py", "text"),
+    "checkpoints/test_packaged_pair.py",
+)
 # Says where things were found; `l10n` registers its tasks and must do so only once.
 PROBE = """
 import pathlib, sys
@@ -121,6 +126,23 @@ def test_an_installed_wheel_finds_tasks_and_configs(site, tmp_path):
     package = site / "speccascade_t5x"
     found = probe("l10n", cwd=tmp_path, PYTHONPATH=str(site))
     assert found == [str(package), str(package / "tasks"), str(package / "gin_configs")]
+
+
+def test_tests_of_the_installed_wheel_pass_outside_the_checkout(site, tmp_path):
+    """The mathematics, text and the packaged weights, with nothing of this checkout in sight."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests" / "test_where.py").write_text(
+        "import speccascade_t5x\n\n\ndef test_it_is_the_wheel():\n"
+        f"    assert speccascade_t5x.__file__.startswith({str(site)!r})\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = tests\nmarkers =\n    slow\n    sharding\n")
+    options = ("-q", "--import-mode=importlib", "-m", "not slow", "-p", "no:cacheprovider", f"--rootdir={tmp_path}")
+    said = run(
+        *(sys.executable, "-m", "pytest", *options, *(f"tests/{name}" for name in OUTSIDE)),
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
+    )
+    assert " passed" in said
 
 
 def test_a_bare_checkout_finds_tasks_and_configs(checkout):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from speccascade_t5x.checkpoints import folders
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import PyTree, UserError
 from speccascade_t5x.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from speccascade_t5x.models.parameters import param_shapes
@@ -24,6 +25,11 @@ Config = T5Config | DecoderOnlyConfig
 Model = T5 | DecoderOnly
 NETWORKS: dict[str, tuple[type, type]] = {"t5": (T5Config, T5), "decoder_only": (DecoderOnlyConfig, DecoderOnly)}
 FIELDS = {name: frozenset(field.name for field in dataclasses.fields(of)) for name, (of, _) in NETWORKS.items()}
+# Which field counts the layers of which stack of a network.
+STACKS = {
+    "t5": {"num_encoder_layers": "encoder", "num_decoder_layers": "decoder"},
+    "decoder_only": {"num_layers": "decoder"},
+}
 ALL_FIELDS = frozenset().union(*FIELDS.values())
 # Whose gin bindings tell something of an architecture, and what.
 _GIN_OWNERS = {
@@ -34,14 +40,26 @@ _GIN_OWNERS = {
 SCAN_AXIS = "param_scan_axis"  # of a scalable_t5: not part of the architecture, but of how it is stored
 _ONE_STACK = "decoder/token_embedder/embedding"  # a decoder-only network's; others have it at the root
 LAYER_TABLE = "{stack}/layers_{layer}/relpos_bias/rel_embedding"  # where every layer has one of its own
-_MOST_LAYERS = 1000  # a typing error or an attack, not a model
-_LARGEST_FILE = 4 * 2**20
+# Beyond these it is a typing error or an attack, not a model.
+_MOST_LAYERS = 1000
+_LARGEST_SIZE = 2**24
+_MOST_ACTIVATIONS = 8
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @functools.lru_cache(maxsize=32)
 def shapes(config: Config) -> PyTree:
-    """The parameter tree of an architecture; see `models.param_shapes`. Kept, as every check asks for it."""
-    return param_shapes(config)
+    """The parameter tree of an architecture; see `models.param_shapes`. Kept, as every check asks for it.
+
+    The layers of a stack are alike, so a network of one layer a stack tells the shapes of a thousand.
+    """
+    heights = {field: getattr(config, field) for field in STACKS[network(config)]}
+    one_each: dict[str, Any] = dict.fromkeys(heights, 1)
+    tree = dict(param_shapes(dataclasses.replace(config, **one_each)))
+    for field, stack in STACKS[network(config)].items():
+        layers = {f"layers_{i}": tree[stack]["layers_0"] for i in range(heights[field])}
+        tree[stack] = {**tree[stack], **layers}
+    return tree
 
 
 def network(config: Config) -> str:
@@ -69,21 +87,38 @@ def from_fields(fields: Mapping[str, Any], source: str, network: str | None = No
         network = "decoder_only" if _counts_one_stack(fields) else "t5"
     config = NETWORKS[network][0]
     known = {name: value for name, value in fields.items() if name in FIELDS[network]}
-    for name in (field.name for field in dataclasses.fields(config) if field.type == "int"):
-        value = known.get(name)
-        if value is None:
-            raise UserError(f"{source} does not say {name!r}, which the architecture needs.")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{source} says {name} = {value!r}; it must be a whole number above 0.")
-        if name.endswith("_layers") and value > _MOST_LAYERS:
-            raise UserError(f"{source} says {name} = {value}; more than {_MOST_LAYERS} layers are not supported.")
-    activations = known.setdefault("mlp_activations", ["relu"])
-    if not isinstance(activations, list | tuple) or not all(isinstance(a, str) for a in activations):
-        raise UserError(f"{source} says mlp_activations = {activations!r}; it must be a list of names.")
+    known.setdefault("mlp_activations", ["relu"])
+    for field in dataclasses.fields(config):
+        if field.type == "int" and known.get(field.name) is None:
+            raise UserError(f"{source} does not say {field.name!r}, which the architecture needs")
+        if field.name in known:
+            _check_field(field.name, str(field.type), known[field.name], source)
     try:
-        return config(**{**known, "mlp_activations": tuple(activations)})
+        return config(**{**known, "mlp_activations": tuple(known["mlp_activations"])})
     except (TypeError, ValueError) as error:
         raise UserError(f"{source} does not describe a T5 model: {error}") from error
+
+
+def _check_field(name: str, kind: str, value: Any, source: str) -> None:
+    """Refuses a value no architecture has, before anything is made of it."""
+    most = _MOST_LAYERS if name.endswith("_layers") else _LARGEST_SIZE
+    texts = isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_ACTIVATIONS
+    fits, wanted = {
+        "int": (
+            type(value) is int and 1 <= value <= most,
+            f"a whole number from 1 to {most}",
+        ),
+        "float": (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
+            "0 or more, below 1",
+        ),
+        "bool": (isinstance(value, bool), "true or false"),
+        "str": (isinstance(value, str), "a name"),
+    }.get(kind, (texts and all(isinstance(text, str) for text in value), "a list of names"))
+    if name == "dtype" and value not in _DTYPES:
+        fits, wanted = False, f"one of {', '.join(_DTYPES)}"
+    if not fits:
+        raise UserError(f"{source} says {name} = {schema.shown(value)}; it must be {wanted}")
 
 
 def _counts_one_stack(fields: Mapping[str, Any]) -> bool:
@@ -111,7 +146,7 @@ def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str
     gated = "decoder/layers_0/mlp/wi_0/kernel" in found
     wi = _shape(found, f"decoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel", 2, source)
     if heads < 1 or query[1] % heads:
-        raise UserError(f"{source}: the query kernel of width {query[1]} does not split into {heads} heads.")
+        raise UserError(f"{source}: the query kernel of width {query[1]} does not split into {heads} heads")
     fields = {
         "vocab_size": embedding[0],
         "emb_dim": embedding[1],
@@ -130,10 +165,10 @@ def from_shapes(found: Mapping[str, Any], beside: Mapping[str, Any], source: str
 
 def _shape(found: Mapping[str, Any], name: str, rank: int, source: str) -> tuple[int, ...]:
     if name not in found:
-        raise UserError(f"{source} is not a T5 checkpoint: it has no tensor {name!r}.")
+        raise UserError(f"{source} is not a T5 checkpoint: it has no tensor {name!r}")
     shape = tuple(found[name].shape)
     if len(shape) != rank:
-        raise UserError(f"{source}: tensor {name!r} has shape {shape}, expected {rank} dimensions.")
+        raise UserError(f"{source}: tensor {name!r} has shape {shape}, expected {rank} dimensions")
     return shape
 
 
@@ -144,6 +179,7 @@ def _layers(found: Mapping[str, Any], stack: str) -> int:
 def beside(folder: Path) -> dict[str, Any]:
     """Fields of the architecture in a config.json or config.gin of `folder` or its parent; {} without one."""
     for place in (folder, folder.parent):
+        folders.require_inside(place, ("config.json", "config.gin"))
         if (place / "config.json").is_file():
             fields = read_json_fields(place / "config.json")
             if "num_decoder_layers" in fields or "num_layers" in fields:
@@ -153,32 +189,9 @@ def beside(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def read_text(path: Path) -> str:
-    """A small text file, or a UserError naming it."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{path} is larger than {_LARGEST_FILE} bytes, which no configuration is.")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a UserError naming the file."""
-    try:
-        value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where an object is expected.")
-    return value
-
-
 def read_json_fields(path: Path) -> dict[str, Any]:
     """The fields of a config.json, whether they stand at the top or below "config"."""
-    value = read_json(path)
+    value = schema.read(path)
     inner = value.get("config")
     return inner if isinstance(inner, dict) else value
 
@@ -192,7 +205,7 @@ def read_gin_fields(path: Path) -> dict[str, Any]:
     """
     values: dict[str, str] = {}
     block = ""
-    for line in _logical_lines(read_text(path)):
+    for line in _logical_lines(schema.read_text(path)):
         if match := re.fullmatch(r"([\w./]+):", line.rstrip()):
             block = match[1]
         elif match := re.match(r"(\s*)([\w./]+)\s*=\s*(.+)$", line, re.DOTALL):
@@ -215,10 +228,13 @@ def read_gin_fields(path: Path) -> dict[str, Any]:
 def _logical_lines(text: str) -> list[str]:
     """Lines without comments, joined over backslashes and open brackets."""
     lines: list[str] = []
-    joining = False
+    parts: list[str] = []
+    depth = 0
     for raw in text.splitlines():
         line = re.sub(r"(^|\s)#.*$", "", raw).rstrip()
-        lines[-1:] = [f"{lines[-1]} {line.strip()}"] if joining else [*lines[-1:], line]
-        joining = lines[-1].endswith("\\") or sum(map(lines[-1].count, "([{")) > sum(map(lines[-1].count, ")]}"))
-        lines[-1] = lines[-1].removesuffix("\\")
-    return [line for line in lines if line.strip()]
+        parts.append((line.strip() if parts else line).removesuffix("\\"))
+        depth += sum(map(line.count, "([{")) - sum(map(line.count, ")]}"))
+        if depth <= 0 and not line.endswith("\\"):
+            lines.append(" ".join(parts))
+            parts, depth = [], 0
+    return [line for line in [*lines, " ".join(parts)] if line.strip()]

@@ -25,16 +25,16 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, deferral_files, folders, orbax_tree, tree
+from speccascade_t5x.checkpoints import architecture, deferral_files, flat_params, folders, ngram_files, orbax_tree
 from speccascade_t5x.checkpoints.opened import Opened, Placing
 from speccascade_t5x.checkpoints.tensors import Placement
+from speccascade_t5x.common import schema
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, UserError
@@ -45,9 +45,31 @@ FORMAT = "speccascade_t5x.bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 VOCABULARY_FILE = "vocabulary.model"
-TABLE_FILE = "ngrams.npz"
+TABLE_FILE = ngram_files.FILE
 MEMBERS = ("verifier", "drafter")
 _LENGTHS = ("inputs", "targets")
+_LARGEST_MANIFEST = 64 * 2**20
+_MOST_EXTRA_IDS = 100_000
+_MANIFEST = schema.record(
+    {
+        "members": schema.map_of(schema.record({}, {"network": schema.of(str), "config": schema.of(dict)})),
+        "vocabulary": schema.record(
+            {"kind": schema.of(str), "extra_ids": schema.whole(0, _MOST_EXTRA_IDS), "fingerprint": schema.of(str)}
+        ),
+        "feature_lengths": schema.record({"inputs": schema.whole(1), "targets": schema.whole(1)}),
+        "decode": schema.record(
+            {},
+            {name: schema.whole() for name in ("draft_len", "start_id", "eos_id", "pad_id")}
+            | {"prompt_eos": schema.of(bool)},
+        ),
+        "files": folders.FILES,
+    },
+    {
+        "description": schema.of(str),
+        ngram_files.SECTION: schema.record({"vocabulary": schema.of(str)}),
+        deferral_files.SECTION: schema.of(dict),
+    },
+)
 DEFAULT_DECODE = {"draft_len": 5, "start_id": 0}
 
 
@@ -124,7 +146,7 @@ def save_bundle(
     """
     path = Path(path)
     if path.exists() and not (overwrite and (path / MANIFEST).is_file()):
-        raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten.")
+        raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten")
     members = {"verifier": verifier} | ({"drafter": drafter} if drafter is not None else {})
     if drafter_vocabulary is not None:
         vocabularies.check_same(drafter_vocabulary, vocabulary)
@@ -145,7 +167,7 @@ def save_bundle(
         if isinstance(vocabulary, SentencePieceVocabulary):
             shutil.copyfile(vocabulary.path, partial / VOCABULARY_FILE)
         if table is not None:
-            _write_table(partial, manifest, table, about_table or {}, vocabulary)
+            ngram_files.write(partial, manifest, table, about_table or {}, vocabulary)
         manifest["files"] = folders.checksums(partial)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, "utf-8")
@@ -176,23 +198,24 @@ def load_bundle(
     manifest = read_manifest(path)
     if verify:
         check_files(path, manifest)
+    if "verifier" not in manifest["members"]:
+        raise UserError(f"{path / MANIFEST} names no verifier")
+    found = {name: open_member(path, name, manifest) for name in manifest["members"]}
     vocabulary = load_vocabulary(path, manifest)
-    members = {}
-    for name in _part(manifest, "members", path):
-        member = open_member(path, name, manifest)
-        members[name] = member.load(placement if placing is None else placing[name](member.model))
-    if "verifier" not in members:
-        raise UserError(f"{path / MANIFEST} names no verifier.")
+    members = {
+        name: member.load(placement if placing is None else placing[name](member.model))
+        for name, member in found.items()
+    }
     _check_members(members, vocabulary)
     return Bundle(
         path=path,
         verifier=members["verifier"],
         drafter=members.get("drafter"),
         vocabulary=vocabulary,
-        feature_lengths=_checked_lengths(_part(manifest, "feature_lengths", path), str(path / MANIFEST)),
-        decode=dict(_part(manifest, "decode", path)),
+        feature_lengths=_checked_lengths(manifest["feature_lengths"], str(path / MANIFEST)),
+        decode=dict(manifest["decode"]),
         description=str(manifest.get("description", "")),
-        table=_load_table(path, manifest, vocabulary),
+        table=ngram_files.read(path, manifest, vocabulary),
         deferral=deferral_files.read(path, manifest, vocabulary.fingerprint()),
     )
 
@@ -210,18 +233,8 @@ def store_table(source: Path, target: Path, table: NGramTable, about: Mapping[st
       UserError: `target` exists, or the place cannot be written; nothing half-written is left.
     """
     with _copied(source, target) as (partial, manifest):
-        _write_table(partial, manifest, table, about, load_vocabulary(source, manifest))
+        ngram_files.write(partial, manifest, table, about, load_vocabulary(source, manifest))
     return target
-
-
-def _write_table(
-    partial: Path, manifest: dict[str, Any], table: NGramTable, about: Mapping[str, Any], vocabulary: Vocabulary
-) -> None:
-    """The table's file, and what the manifest says of it."""
-    arrays = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
-    with open(partial / TABLE_FILE, "wb") as file:
-        np.savez_compressed(file, **{name: array for name, array in arrays.items() if array is not None})
-    manifest["ngrams"] = {**about, "vocabulary": vocabulary.fingerprint()}
 
 
 def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
@@ -238,8 +251,8 @@ def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
     with _copied(source, target) as (partial, manifest):
         vocabulary = load_vocabulary(source, manifest).fingerprint()
         older = deferral_files.read(source, manifest, vocabulary)
-        members = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
-        fitted.check(*members, vocabulary, "this fit")
+        drafter, verifier = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+        fitted.check(drafter, verifier, vocabulary, "this fit")
         deferral_files.write(partial, manifest, fitted.merged(older))
     return target
 
@@ -250,9 +263,9 @@ def _copied(source: Path, target: Path) -> Iterator[tuple[Path, dict[str, Any]]]
     manifest = read_manifest(source)
     check_files(source, manifest)
     if target.exists() and target.resolve() != source.resolve():
-        raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there.")
+        raise UserError(f"{target} already exists; choose another name, or give the bundle's own to put it in there")
     with folders.published(target, "bundle") as partial:
-        for name in _part(manifest, "files", source):
+        for name in manifest["files"]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, partial / name)
         yield partial, manifest
@@ -260,56 +273,33 @@ def _copied(source: Path, target: Path) -> Iterator[tuple[Path, dict[str, Any]]]
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _load_table(path: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> NGramTable | None:
-    """The n-gram table of a bundle, checked against its vocabulary; None where it has none."""
-    if "ngrams" not in manifest:
-        return None
-    known = _part(manifest, "ngrams", path).get("vocabulary")
-    if known != vocabulary.fingerprint():
-        raise UserError(
-            f"The n-gram table of the bundle {path} was counted with another vocabulary (fingerprint "
-            f"{str(known)[:16]}, the bundle's is {vocabulary.fingerprint()[:16]}); build it again with "
-            "`speccascade tables`."
-        )
-    try:
-        with np.load(path / TABLE_FILE, allow_pickle=False) as file:
-            table = NGramTable(**{name: file[name] for name in file.files})
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        place = path / TABLE_FILE
-        raise UserError(f"{place} is damaged ({error}); build it again with `speccascade tables`.") from error
-    if table.vocab_size < vocabulary.vocab_size:
-        raise UserError(
-            f"{path / TABLE_FILE} has {table.vocab_size} ids but the vocabulary {vocabulary.vocab_size} pieces; build "
-            "it again with `speccascade tables`."
-        )
-    return table
-
-
 def load_vocabulary(path: Path, manifest: Mapping[str, Any] | None = None) -> Vocabulary:
     """The vocabulary of the bundle in folder `path`."""
     manifest = manifest if manifest is not None else read_manifest(path)
-    return vocabularies.from_spec(_part(manifest, "vocabulary", path), path / VOCABULARY_FILE)
+    return vocabularies.from_spec(manifest["vocabulary"], path / VOCABULARY_FILE)
 
 
 def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None) -> Opened:
     """One model of the bundle in folder `path`, not yet read; its files are not compared with their checksums."""
     manifest = manifest if manifest is not None else read_manifest(path)
-    members = _part(manifest, "members", path)
+    members = manifest["members"]
     if name not in MEMBERS or not isinstance(members.get(name), dict):
-        raise UserError(f"The bundle {path} has no member {name!r}; it has {', '.join(sorted(members)) or 'none'}.")
+        raise UserError(f"the bundle {path} has no member {name!r}; it has {', '.join(sorted(members)) or 'none'}")
     where = f"{path / MANIFEST}, member {name!r}"
     config = members[name].get("config")
     if not isinstance(config, dict):
-        raise UserError(f"{where}: no 'config' with the architecture.")
+        raise UserError(f"{where}: no 'config' with the architecture")
     network = members[name].get("network")
     fields = architecture.FIELDS.get(network) if isinstance(network, str) else None
     unknown = sorted(set(config) - fields) if fields else [network]
     if unknown:
-        raise UserError(f"{where}: {unknown[0]!r} is not known to this release of speccascade_t5x; upgrade it.")
+        raise UserError(f"{where}: {unknown[0]!r} is not known to this release of speccascade_t5x; upgrade it")
     config = architecture.from_fields(config, where, network)
-    start_id = _part(manifest, "decode", path).get("start_id", 0)
+    start_id = manifest["decode"].get("start_id", 0)
+    if start_id >= config.vocab_size:
+        raise UserError(f"{path / MANIFEST}: decode.start_id = {start_id}, but the {name} has {config.vocab_size} ids")
     leaves = orbax_tree.open_tensors(path / name)
-    tree.require_match(architecture.shapes(config), leaves, str(path / name))
+    flat_params.require_match(architecture.shapes(config), leaves, str(path / name))
     pieces = path / VOCABULARY_FILE
     return Opened(
         "member",
@@ -322,17 +312,9 @@ def open_member(path: Path, name: str, manifest: Mapping[str, Any] | None = None
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """bundle.json, once it is known to be one this release can read."""
-    manifest = architecture.read_json(path / MANIFEST)
-    version = manifest.get("version")
-    if manifest.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(f"{path / MANIFEST} is not a bundle of speccascade_t5x (format {manifest.get('format')!r}).")
-    if version > VERSION:
-        raise UserError(
-            f"The bundle {path} has format version {version} but this release of "
-            "speccascade_t5x reads up to "
-            f"{VERSION}; upgrade the package."
-        )
-    return manifest
+    folders.require_inside(path)
+    what = "a bundle"
+    return schema.read_versioned(path / MANIFEST, VERSION, what, _MANIFEST, format=FORMAT, largest=_LARGEST_MANIFEST)
 
 
 def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -341,51 +323,46 @@ def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the first file that is missing, truncated or changed.
     """
-    folders.check_files(path, _part(manifest, "files", path), f"The bundle {path}", path / MANIFEST)
+    folders.check_files(path, manifest["files"], f"the bundle {path}", path / MANIFEST)
 
 
 def _check_members(members: Mapping[str, Bound], vocabulary: Vocabulary) -> None:
     """Every model must be a T5 with a logit for each piece; widths beyond that are padding. All read one input."""
     for name, member in members.items():
         if not isinstance(member.model, architecture.Model):
-            raise UserError(f"The {name} is a {type(member.model).__name__}; bundles hold T5 models only.")
+            raise UserError(f"the {name} is a {type(member.model).__name__}; bundles hold T5 models only")
     if len({member.model.input_name for member in members.values()}) > 1:
         raise UserError(
-            "One member of the bundle is an encoder-decoder and the other decoder-only; a pair is of one kind."
+            "one member of the bundle is an encoder-decoder and the other decoder-only; a pair is of one kind"
         )
     widths = {name: member.model.vocab_size for name, member in members.items()}
     narrow = [name for name, width in widths.items() if width < vocabulary.vocab_size]
     if narrow:
         sizes = " and ".join(f"the {name} {width}" for name, width in widths.items())
         raise UserError(
-            f"The vocabulary has {vocabulary.vocab_size} pieces but {sizes} logits, so the "
+            f"the vocabulary has {vocabulary.vocab_size} pieces but {sizes} logits, so the "
             f"{narrow[0]} was made for "
-            "another vocabulary."
+            "another vocabulary"
         )
     for name, member in members.items():
-        tree.require_match(architecture.shapes(member.model.config), tree.flatten(member.params), f"The {name}")
+        flat_params.require_match(
+            architecture.shapes(member.model.config), flat_params.flatten(member.params), f"the {name}"
+        )
 
 
 def _describe(member: Bound) -> dict[str, Any]:
-    for name, leaf in tree.flatten(member.params).items():
-        tree.require_finite(name, np.asarray(leaf), "The model to be saved")
+    for name, leaf in flat_params.flatten(member.params).items():
+        flat_params.require_finite(name, np.asarray(leaf), "the model to be saved")
     config = dataclasses.asdict(member.model.config)
     return {
         "network": architecture.network(member.model.config),
         "config": config,
-        "parameters": tree.count(member.params),
+        "parameters": flat_params.count(member.params),
     }
 
 
 def _checked_lengths(lengths: Mapping[str, Any], source: str) -> dict[str, int]:
     for name in _LENGTHS:
         if type(lengths.get(name)) is not int or lengths[name] < 1:
-            raise UserError(f"{source}: feature length {name!r} must be a whole number above 0.")
+            raise UserError(f"{source}: feature length {name!r} must be a whole number above 0")
     return {name: int(lengths[name]) for name in _LENGTHS}
-
-
-def _part(manifest: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    part = manifest.get(key)
-    if not isinstance(part, dict):
-        raise UserError(f"{path / MANIFEST} has no section {key!r}.")
-    return part

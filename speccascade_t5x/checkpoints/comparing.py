@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, tree
+from speccascade_t5x.checkpoints import architecture, flat_params
 from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 
@@ -20,18 +20,18 @@ def compare(original: Bound, written: Bound, found: Bound, target: str) -> float
       UserError: it is not.
     """
     if found.model != written.model:
-        raise UserError(f"{target} reads back as another architecture: {found.model}; it was not kept.")
-    flat = tree.flatten(found.params)
-    for name, leaf in tree.flatten(written.params).items():
+        raise UserError(f"{target} reads back as another architecture: {found.model}; it was not kept")
+    flat = flat_params.flatten(found.params)
+    for name, leaf in flat_params.flatten(written.params).items():
         if not np.array_equal(np.asarray(leaf), np.asarray(flat[name])):
-            raise UserError(f"{target}: tensor {name!r} reads back with other values; it was not kept.")
+            raise UserError(f"{target}: tensor {name!r} reads back with other values; it was not kept")
     draw = np.random.default_rng(0)
     inputs = [draw.integers(1, original.model.vocab_size, (2, n)) for n in (12, 8)]
     before, ours, again = (
         np.asarray(_logits(bound.model, bound.params, *inputs)) for bound in (original, written, found)
     )
     if not np.array_equal(ours, again):
-        raise UserError(f"{target} reads back with logits off by {np.abs(ours - again).max():.3g}; it was not kept.")
+        raise UserError(f"{target} reads back with logits off by {np.abs(ours - again).max():.3g}; it was not kept")
     return float(np.abs(before - again).max())
 
 
@@ -48,8 +48,8 @@ def compare_tables(written: NGramTable | None, found: NGramTable | None, target:
     Raises:
       UserError: it was.
     """
-    same = jax.tree.structure(written) == jax.tree.structure(found) and all(
-        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(found), strict=True)
-    )
+    (ours, shape), (theirs, read) = jax.tree.flatten(written), jax.tree.flatten(found)
+    alike = shape == read  # type: ignore[operator]  # JAX declares no comparison of tree structures
+    same = alike and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     if not same:
-        raise UserError(f"{target}: the n-gram table reads back with other values; it was not kept.")
+        raise UserError(f"{target}: the n-gram table reads back with other values; it was not kept")

@@ -7,20 +7,39 @@ its files, so nothing is read to compare it, and a head in another pair's bundle
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speccascade_t5x.checkpoints import npz, tensors
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.deferral import fitted as fitted_lib
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.interfaces import UserError
 
 FILE, SECTION = "deferral.npz", "deferral"
+_WIDTH = schema.whole(0, 2**20)
+_FEATURES = schema.record({}, {"top": schema.whole(2, 1024), "classes": _WIDTH, "hidden_q": _WIDTH, "hidden_p": _WIDTH})
+_DESCRIBED = schema.record(
+    {
+        "heads": schema.map_of(
+            schema.record({"features": _FEATURES}, {"width": schema.whole(1, 2**16), "layers": schema.whole(1, 64)})
+        ),
+        "calibrations": schema.map_of(schema.list_of(schema.of(str), 2)),
+        **dict.fromkeys(("drafter", "verifier", "vocabulary"), schema.of(str)),
+        "about": schema.of(dict),
+    }
+)
+# Of each kind of calibration: its arrays and their ranks.
+_RANKS = {
+    "identity": {},
+    "temperature": {"temperature": 0},
+    "vector": {"scale": 1, "bias": 1},
+    "isotonic": {"knots": 1, "levels": 1},
+}
 
 
 def member_fingerprint(manifest: Mapping[str, Any], name: str) -> str:
@@ -38,9 +57,7 @@ def member_fingerprint(manifest: Mapping[str, Any], name: str) -> str:
 def write(folder: Path, manifest: dict[str, Any], fitted: Fitted) -> None:
     """Writes the file into a bundle's folder and notes it in the manifest."""
     arrays, described = fitted_lib.to_files(fitted)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    (folder / FILE).write_bytes(buffer.getvalue())
+    (folder / FILE).write_bytes(storage.npz(arrays))
     manifest[SECTION] = described
 
 
@@ -59,13 +76,29 @@ def read(folder: Path, manifest: Mapping[str, Any], vocabulary: str) -> Fitted |
         return None
     place = folder / FILE
     try:
-        with np.load(place, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        fitted = fitted_lib.from_files(arrays, manifest[SECTION])
+        described = _DESCRIBED(manifest[SECTION], SECTION)
+        arrays = _arrays(place, described)
+        fitted = fitted_lib.from_files(arrays, described)
     except UserError as error:
         raise UserError(f"{place} is damaged ({error}); fit it again with `speccascade train_deferral`") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{place} is damaged ({error!r}); fit it again with `speccascade train_deferral`") from error
-    members = (member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
-    fitted.check(*members, vocabulary, f"the bundle {folder}")
+    drafter, verifier = (member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+    fitted.check(drafter, verifier, vocabulary, f"the bundle {folder}")
     return fitted
+
+
+def _arrays(place: Path, described: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays, once the ranks of the calibrations among them are known to be right."""
+    found = npz.open_arrays(place)
+    for kind, names in described["calibrations"].items():
+        for side, name in zip("qp", names, strict=True):
+            prefix = f"calibration/{kind}/{side}/"
+            shapes = {key.removeprefix(prefix): x.shape for key, x in found.items() if key.startswith(prefix)}
+            ranks = {key: len(shape) for key, shape in shapes.items()}
+            if ranks != _RANKS.get(name) or len(set(shapes.values())) > 1:
+                raise UserError(f"the {kind} calibration has arrays of shapes {shapes}")
+    for name, tensor in found.items():
+        if tensor.dtype.kind not in "fiu":
+            raise UserError(f"{name} holds {tensor.dtype.name}")
+    return {name: tensors.to_host(name, tensor, str(place), tensor.dtype) for name, tensor in found.items()}

@@ -8,54 +8,47 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import speccascade_t5x.checkpoints as checkpoints
-from speccascade_t5x.checkpoints import bundle, remote, t5x_pair, tensors
+from speccascade_t5x.checkpoints import bundle, loading, remote, t5x_pair, tensors
+from speccascade_t5x.checkpoints.kinds import KINDS, identify
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Part
 from speccascade_t5x.models.decoder_only import DecoderOnlyConfig
 
-_KINDS = {
-    "bundle": "bundle",
-    "member": "member of a bundle",
-    "npz": "npz folder",
-    "t5x_native": "native T5X checkpoint",
-    "t5x_orbax": "T5X checkpoint written by Orbax",
-    "orbax": "Orbax checkpoint",
-    "huggingface": "Hugging Face folder",
-    "t5x_pair": "native T5X checkpoint of a pair",
-}
 
-
-def describe(path: str | Path, *, verify: bool = False, allow_drivers: Collection[str] = ()) -> dict[str, Any]:
+def describe(
+    path: str | Path, *, verify: bool = False, allow_drivers: Collection[str] = (), kind: str | None = None
+) -> dict[str, Any]:
     """Kind, step, architecture, parameters, dtypes and vocabulary of a checkpoint of any kind, as JSON types.
 
     Args:
       path: see `checkpoints.load`.
       verify: compare every file with its checksum where there are any.
       allow_drivers: see `checkpoints.load`.
+      kind: see `checkpoints.load`.
 
     Raises:
       UserError: see `checkpoints.load`; nothing is told of a checkpoint that could not be loaded.
     """
     with remote.local_copy(path) as local:
-        if checkpoints.detect(local) == "bundle":
-            found = _describe_bundle(local, verify)
-        elif t5x_pair.is_pair(local):
-            members = t5x_pair.open_members(local, verify=verify)
+        place = identify(local, kind)
+        if place.kind == "bundle":
+            found = _describe_bundle(place.folder, verify)
+        elif place.kind == "t5x_pair":
+            members = t5x_pair.open_members(place.folder, verify=verify)
             found = {"kind": "t5x_pair", "step": members["verifier"].step, "vocabulary": None}
             found["models"] = {role: _describe_model(members[role]) for role in bundle.MEMBERS}
         else:
-            opened = checkpoints.open_model(local, verify=verify, allow_drivers=allow_drivers)
+            opened = loading.open_found(place, verify=verify, allow_drivers=allow_drivers)
             found = {"kind": opened.kind, "step": opened.step, "models": {"model": _describe_model(opened)}}
             found["vocabulary"] = _vocabulary(opened)
-    return {"path": str(path), "what": _KINDS[found["kind"]], **found}
+    return {"path": str(path), "what": KINDS[found["kind"]], **found}
 
 
 def _describe_bundle(path: Path, verify: bool) -> dict[str, Any]:
     manifest = bundle.read_manifest(path)
     if verify:
         bundle.check_files(path, manifest)
-    names = [name for name in bundle.MEMBERS if name in manifest.get("members", {})]
+    names = [name for name in bundle.MEMBERS if name in manifest["members"]]
     return {
         "kind": "bundle",
         "step": None,

@@ -12,34 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import speccascade_t5x.checkpoints as checkpoints
 from speccascade_t5x.checkpoints import (
     architecture,
     bundle,
+    export_sources,
+    flat_params,
     folders,
     huggingface,
+    loading,
     orbax_tree,
     remote,
     scanned,
     t5x_native,
     t5x_pair,
     tensors,
-    tree,
 )
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
+from speccascade_t5x.checkpoints.kinds import Found, identify
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
 DTYPES = ("float32", "bfloat16", "float16")
 _MB = 10**6
 _STATE_FORMATS = ("orbax", "t5x")  # those that have room for an optimizer state
 _STEP_FORMATS = (*_STATE_FORMATS, "t5x_pair")
-_T5_EXTRA_IDS = 100
-_BYTE_EXTRA_IDS = 125
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +91,7 @@ def export(
     max_input_len: int = 256,
     max_len: int = 128,
     description: str = "",
+    kind: str | None = None,
 ) -> Report:
     """Writes a checkpoint in another format. It appears whole, with checksums, or not at all.
 
@@ -113,6 +113,7 @@ def export(
       max_input_len: longest input of a bundle, in tokens.
       max_len: longest output of a bundle, in tokens.
       description: of a bundle, for people.
+      kind: of the source, see `checkpoints.load`.
 
     Raises:
       UserError: a bad argument, a source that cannot be read, a target in the way or that cannot be written, or a
@@ -120,21 +121,22 @@ def export(
     """
     _check_options(format, dtype, optimizer_state, step, max_file_mb, max_shard_mb)
     if format != "bundle" and vocabulary is not None:
-        raise UserError(f"a vocabulary goes into a bundle; the format {format!r} has no room for it.")
+        raise UserError(f"a vocabulary goes into a bundle; the format {format!r} has no room for it")
     if format not in ("bundle", "t5x_pair") and drafter is not None:
-        raise UserError(f"a drafter goes into a bundle or a t5x_pair; the format {format!r} holds one model.")
+        raise UserError(f"a drafter goes into a bundle or a t5x_pair; the format {format!r} holds one model")
     limit = None if max_file_mb is None else int(max_file_mb * _MB)
     with remote.local_copy(source) as place, _local_target(target, overwrite) as folder:
         job = _Job(format, np.dtype(jnp.dtype(dtype)), limit, int(max_shard_mb * _MB), verify)
-        _require_room(place, format)
+        found = identify(place, kind)
+        _require_room(found, format)
         if format == "t5x_pair":
-            members = t5x_pair.members_of(place, drafter, allow_drivers)
+            members = export_sources.members_of(found, drafter, allow_drivers)
             return job.write_pair(members, folder, str(target), step or 0)
         if format == "bundle":
             lengths = {"inputs": max_input_len, "targets": max_len}
-            made = _bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
+            made = export_sources.bundle_of(found, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
             return job.write_bundle(made, folder, str(target))
-        opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
+        opened = loading.open_found(found, allow_drivers=allow_drivers)
         return job.write_model(opened, folder, str(target), step, optimizer_state)
 
 
@@ -142,16 +144,16 @@ def _check_options(
     format: str, dtype: str, optimizer_state: bool, step: int | None, max_file_mb: float | None, max_shard_mb: float
 ) -> None:
     if format not in FORMATS:
-        raise UserError(f"there is no format {format!r}: use one of {', '.join(FORMATS)}.")
+        raise UserError(f"there is no format {format!r}: use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
-        raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(DTYPES)}.")
+        raise UserError(f"parameters cannot be written as {dtype!r}: use one of {', '.join(DTYPES)}")
     if optimizer_state and format not in _STATE_FORMATS:
-        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STATE_FORMATS)}.")
+        raise UserError(f"the format {format!r} has no room for an optimizer state: use {' or '.join(_STATE_FORMATS)}")
     if step is not None and (type(step) is not int or step < 0 or format not in _STEP_FORMATS):
-        raise UserError(f"step = {step!r} is not usable: a whole number from 0 on, for {' or '.join(_STEP_FORMATS)}.")
+        raise UserError(f"step = {step!r} is not usable: a whole number from 0 on, for {' or '.join(_STEP_FORMATS)}")
     for name, value in (("max_file_mb", max_file_mb), ("max_shard_mb", max_shard_mb)):
         if value is not None and not (isinstance(value, int | float) and value >= 0.01):
-            raise UserError(f"{name} = {value!r} is too small: give at least 0.01.")
+            raise UserError(f"{name} = {value!r} is too small: give at least 0.01")
 
 
 class _local_target:
@@ -176,12 +178,12 @@ class _local_target:
                     remote.publish(Path(folder) / "export", str(self._target), self._overwrite)
 
 
-def _require_room(place: Path, format: str) -> None:
+def _require_room(found: Found, format: str) -> None:
     """A table is never left behind in silence: it travels from bundle to bundle; other formats hold models alone."""
-    if format != "bundle" and checkpoints.detect(place) == "bundle" and "ngrams" in bundle.read_manifest(place):
+    if format != "bundle" and found.kind == "bundle" and "ngrams" in bundle.read_manifest(found.folder):
         raise UserError(
-            f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
-            f"models ({place / 'verifier'}) to leave the table behind."
+            f"{found.folder} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name "
+            f"its models ({found.folder / 'verifier'}) to leave the table behind"
         )
 
 
@@ -190,9 +192,10 @@ def _require_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten.")
-    if checkpoints.detect(path) in ("t5x_steps", "member"):
-        raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten.")
+        raise UserError(f"{path} already exists; choose another name, or allow it to be overwritten")
+    found = identify(path)
+    if found.of_steps or found.kind == "member":
+        raise UserError(f"{path} holds more than one checkpoint, or belongs to one; it is not overwritten")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +210,8 @@ class _Job:
 
     def write_bundle(self, made: Bundle, folder: Path, target: str) -> Report:
         drift: list[float] = []
-        members = {"verifier": made.verifier} | ({"drafter": made.drafter} if made.drafter is not None else {})
-        members = {name: Bound(m.model, self._cast(m.params)) for name, m in members.items()}
-        originals = {"verifier": made.verifier, "drafter": made.drafter}
+        originals = {"verifier": made.verifier} | ({} if made.drafter is None else {"drafter": made.drafter})
+        members = {name: Bound(m.model, self._cast(m.params)) for name, m in originals.items()}
         about = None if made.table is None else bundle.read_manifest(made.path)["ngrams"]
 
         def check(partial: Path) -> None:
@@ -222,7 +224,8 @@ class _Job:
 
         bundle.save_bundle(
             folder,
-            **members,
+            verifier=members["verifier"],
+            drafter=members.get("drafter"),
             vocabulary=made.vocabulary,
             feature_lengths=made.feature_lengths,
             decode=made.decode,
@@ -234,7 +237,7 @@ class _Job:
             table=made.table,
             about_table=about,
         )
-        count = sum(tree.count(member.params) for member in members.values())
+        count = sum(flat_params.count(member.params) for member in members.values())
         return self._report(folder, target, count, None, 0, max(drift, default=None))
 
     def write_pair(self, members: Mapping[str, Bound], folder: Path, target: str, step: int) -> Report:
@@ -247,7 +250,7 @@ class _Job:
             if self.verify:
                 found = t5x_pair.load(partial)
                 drift = [compare(members[role], cast[role], found[role], target) for role in cast]
-        count = sum(tree.count(member.params) for member in cast.values())
+        count = sum(flat_params.count(member.params) for member in cast.values())
         return self._report(folder, target, count, step, 0, max(drift, default=None))
 
     def _chunk_bytes(self) -> int:
@@ -265,12 +268,12 @@ class _Job:
             getattr(self, f"_write_{self.format}")(partial, opened, bound, step, kept)
             folders.write_checksums(partial)
             self._check_sizes(partial)
-            drift = compare(original, bound, checkpoints.load(partial), target) if self.verify else None
+            drift = compare(original, bound, loading.load(partial), target) if self.verify else None
         noted = step if self.format in _STEP_FORMATS else None
-        return self._report(folder, target, tree.count(bound.params), noted, len(kept), drift)
+        return self._report(folder, target, flat_params.count(bound.params), noted, len(kept), drift)
 
     def _write_t5x(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
-        flat = tree.flatten(bound.params)
+        flat = flat_params.flatten(bound.params)
         config = bound.model.config
         tensors_of = scanned.stack(flat, config.num_heads) if _is_scalable(config) else flat.items()
         params = ((name, np.asarray(leaf, self.dtype)) for name, leaf in tensors_of)
@@ -280,7 +283,7 @@ class _Job:
     def _write_orbax(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
         params = jax.tree.map(lambda leaf: np.asarray(leaf, self.dtype), bound.params)
         if kept:
-            state = {"step": np.asarray(step, np.int32), "param_states": tree.nest(dict(_state(opened, kept)))}
+            state = {"step": np.asarray(step, np.int32), "param_states": flat_params.nest(dict(_state(opened, kept)))}
             params = {"target": params, "state": state}
         inner = partial / "written"  # Orbax makes its folder itself
         orbax_tree.save(
@@ -292,7 +295,7 @@ class _Job:
         _write_config(partial, bound, step)
 
     def _write_huggingface(self, partial: Path, opened: Opened, bound: Bound, step: int, kept: list[str]) -> None:
-        flat = tree.flatten(bound.params)
+        flat = flat_params.flatten(bound.params)
         ids = {}
         if opened.kind == "member":
             decode = bundle.read_manifest(opened.path.parent).get("decode", {})
@@ -311,12 +314,12 @@ class _Job:
         """What will be read back: float32 values the written dtype can hold."""
         if self.dtype == np.float32:
             return params
-        return tree.nest({name: self._rounded(name, leaf) for name, leaf in tree.flatten(params).items()})
+        return flat_params.nest({name: self._rounded(name, leaf) for name, leaf in flat_params.flatten(params).items()})
 
     def _rounded(self, name: str, leaf: jax.Array) -> jax.Array:
         rounded = leaf.astype(self.dtype)
         if not bool(jnp.isfinite(rounded).all()):
-            raise UserError(f"tensor {name!r} has values beyond the range of {self.dtype.name}: write it as bfloat16.")
+            raise UserError(f"tensor {name!r} has values beyond the range of {self.dtype.name}: write it as bfloat16")
         return rounded.astype(jnp.float32)
 
     def _check_sizes(self, partial: Path) -> None:
@@ -324,7 +327,7 @@ class _Job:
         if self.limit is not None and size > self.limit:
             raise UserError(
                 f"the file {name} would have {size / _MB:.2f} MB, more than the {self.limit / _MB:g} MB of "
-                "max_file_mb, and cannot be split further in this format; allow larger files or choose another format."
+                "max_file_mb, and cannot be split further in this format; allow larger files or choose another format"
             )
 
     def _report(
@@ -342,15 +345,13 @@ def _is_scalable(config: architecture.Config) -> bool:
 
 def _require_state(opened: Opened, format: str) -> None:
     if opened.scanned:
-        raise UserError(f"the optimizer state of {opened.path} belongs to scanned layers, which are unstacked here.")
+        raise UserError(f"the optimizer state of {opened.path} belongs to scanned layers, which are unstacked here")
     if format == "t5x" and _is_scalable(opened.model.config):
-        raise UserError(
-            f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'."
-        )
+        raise UserError(f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'")
     if opened.state_others:
-        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array.")
+        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array")
     if not opened.state:
-        raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along.")
+        raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along")
 
 
 def _state(opened: Opened, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -365,37 +366,3 @@ def _write_config(folder: Path, bound: Bound, step: int) -> None:
     config = bound.model.config
     facts = {"network": architecture.network(config), "config": dataclasses.asdict(config), "step": step}
     (folder / "config.json").write_text(storage.to_json(facts, indent=1) + "\n", "utf-8")
-
-
-def _bundle_of(
-    place: Path,
-    drafter: str | Path | None,
-    vocabulary: str | Path | None,
-    extra_ids: int | None,
-    lengths: Mapping[str, int],
-    description: str,
-    allow_drivers: Collection[str],
-) -> Bundle:
-    """A bundle as it is, or one made of checkpoints."""
-    if checkpoints.detect(place) == "bundle":
-        if drafter is not None or vocabulary is not None:
-            raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members.")
-        found = bundle.load_bundle(place)
-        return dataclasses.replace(found, description=description or found.description)
-    opened = checkpoints.open_model(place, allow_drivers=allow_drivers)
-    pieces = _vocabulary(opened, vocabulary, extra_ids)
-    small = None if drafter is None else checkpoints.load(drafter, allow_drivers=allow_drivers)
-    models = {"verifier": opened.load(), "drafter": small}
-    decode = {"start_id": opened.model.start_id}
-    return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
-
-
-def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None) -> Vocabulary:
-    if named == "bytes":
-        return ByteVocabulary(_BYTE_EXTRA_IDS if extra_ids is None else extra_ids)
-    if named is None and opened.kind == "member":
-        return bundle.load_vocabulary(opened.path.parent)
-    path = opened.vocabulary_file if named is None else named
-    if path is None:
-        raise UserError(f"{opened.path} comes without a vocabulary: name 'bytes' or a SentencePiece model.")
-    return SentencePieceVocabulary(path, _T5_EXTRA_IDS if extra_ids is None else extra_ids)

@@ -7,17 +7,20 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from speccascade_t5x.checkpoints import architecture, tensors
-from speccascade_t5x.common import storage
+from speccascade_t5x.checkpoints import tensors
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.interfaces import UserError
 
 CHECKSUMS_FILE = "checksums.json"
 _FORMAT = "speccascade_t5x.checksums"
 _VERSION = 1
+_LARGEST_LIST = 64 * 2**20
+# What a list of files says of each: its size and its content.
+FILES = schema.map_of(schema.record({"bytes": schema.whole(0, 2**62), "sha256": schema.of(str)}))
 
 
 @contextlib.contextmanager
@@ -29,9 +32,11 @@ def published(path: Path, what: str) -> Iterator[Path]:
       what: what is written, for messages.
 
     Raises:
-      UserError: it cannot be written; nothing is left, and what was there before still is.
+      UserError: the name is a link, or it cannot be written; nothing is left, and what was there before still is.
     """
     partial = None
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, which is not written through: name the folder it leads to, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -40,10 +45,46 @@ def published(path: Path, what: str) -> Iterator[Path]:
     except UserError:
         raise
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
-        raise UserError(f"Cannot write the {what} {path}: {tensors.reason(error)}; nothing was kept.") from error
+        raise UserError(f"cannot write the {what} {path}: {tensors.reason(error)}; nothing was kept") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_inside(folder: Path, names: Collection[str] | None = None) -> None:
+    """Refuses links that lead out of a checkpoint, and what is neither a file nor a folder.
+
+    The folder itself may be a link. In a snapshot of a Hugging Face hub cache, links to its `blobs` are followed.
+
+    Args:
+      folder: the checkpoint.
+      names: files in it that are looked at; None looks at everything below it.
+
+    Raises:
+      UserError: naming the first link that leads elsewhere, or the first pipe, socket or device.
+    """
+    try:
+        root = folder.resolve()
+        if names is not None:
+            found = [root / name for name in names]
+        else:
+            found = [Path(place) / name for place, *inside in os.walk(root) for names in inside for name in names]
+        for path in found:
+            if path.is_symlink() and not _leads_inside(path.resolve(), root):
+                raise UserError(
+                    f"{path} is a link that leads out of its checkpoint, so it is not read: put the file itself there"
+                )
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path} is neither a file nor a folder")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"cannot look into {folder}: {tensors.reason(error)}") from error
+
+
+def _leads_inside(target: Path, root: Path) -> bool:
+    if target.is_relative_to(root):
+        return True
+    caches = [place.parent for place in (root, *root.parents) if place.name == "snapshots"]
+    return any(cache.name.startswith("models--") and target.parent == cache / "blobs" for cache in caches)
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -69,36 +110,34 @@ def check(folder: Path) -> None:
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return
-    facts = architecture.read_json(path)
-    version = facts.get("version")
-    if facts.get("format") != _FORMAT or type(version) is not int or not isinstance(facts.get("files"), dict):
-        raise UserError(f"{path} is damaged; delete it to read the checkpoint without checksums.")
-    if version > _VERSION:
-        raise UserError(
-            f"{path} has format version {version} but this release of speccascade_t5x reads up to {_VERSION}; "
-            "upgrade the package."
-        )
-    check_files(folder, facts["files"], f"The checkpoint {folder}", path)
+    wanted = schema.record({"files": FILES})
+    facts = schema.read_versioned(path, _VERSION, "a list of checksums", wanted, format=_FORMAT, largest=_LARGEST_LIST)
+    check_files(folder, facts["files"], f"the checkpoint {folder}", path)
 
 
 def check_files(folder: Path, files: Mapping[str, Any], what: str, source: Path) -> None:
     """Compares files with what `source` notes of them; see `check`."""
     for name, facts in files.items():
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{source} lists the unsafe file name {name!r}.")
-        size, digest = (facts.get("bytes"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+            raise UserError(f"{source} lists the unsafe file name {schema.shown(name)}")
+        size, digest = facts["bytes"], facts["sha256"]
         file = folder / name
-        if not file.is_file():
-            raise UserError(f"{what} is incomplete: {name} is missing; copy it again.")
         try:
+            if not file.is_file():
+                raise UserError(f"{what} is incomplete: {name} is missing; copy it again")
             found = file.stat().st_size
             if found != size:
-                raise UserError(f"{what} is damaged: {name} has {found} of {size} bytes; copy it again.")
+                raise UserError(f"{what} is damaged: {name} has {found} of {size} bytes; copy it again")
             if _sha256(file) != digest:
-                raise UserError(f"{what} is damaged: the content of {name} has changed; copy it again.")
+                raise UserError(f"{what} is damaged: the content of {name} has changed; copy it again")
         except OSError as error:
-            raise UserError(f"Cannot read {file}: {error.strerror}.") from error
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def largest_file(folder: Path) -> tuple[int, str]:

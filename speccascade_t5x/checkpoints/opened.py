@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.checkpoints import architecture, scanned, tensors, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, scanned, tensors
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.tensors import Leaf, Placement, Tensor
 from speccascade_t5x.interfaces import Bound, UserError
@@ -30,6 +30,8 @@ class Opened:
       state_others: names in the optimizer state that hold no array.
       scanned: the tensors are those of a `scalable_t5`, and not under our names and shapes.
       vocabulary_file: a vocabulary beside the parameters.
+      ends: ids that end an output, () where no file says.
+      pad_id: what fills an output up, None where no file says.
     """
 
     kind: str
@@ -41,10 +43,12 @@ class Opened:
     state_others: tuple[str, ...] = ()
     scanned: bool = False
     vocabulary_file: Path | None = None
+    ends: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def load(self, placement: Placement | None = None) -> Bound:
         """Reads the parameters as float32 arrays, tensor by tensor; see `tensors.to_devices`."""
-        return Bound(self.model, tree.nest(tensors.to_devices(self.leaves, str(self.path), placement)))
+        return Bound(self.model, flat_params.nest(tensors.to_devices(self.leaves, str(self.path), placement)))
 
 
 def from_t5x(kind: str, folder: Path, found: Mapping[str, Tensor], **more: Any) -> Opened:
@@ -60,9 +64,9 @@ def from_t5x(kind: str, folder: Path, found: Mapping[str, Tensor], **more: Any) 
     leaves: Mapping[str, Leaf] = found
     if is_scanned:
         if type(axis) is not int or axis < 0:
-            raise UserError(f"{source}: {architecture.SCAN_AXIS} = {axis!r} is no axis; it must be 0 or more.")
+            raise UserError(f"{source}: {architecture.SCAN_AXIS} = {axis!r} is no axis; it must be 0 or more")
         leaves = scanned.unstack(found, source, axis, beside.get("relative_position_tables"))
         is_scanned = any(leaves.get(name) is not tensor for name, tensor in found.items())
     config = architecture.from_shapes(leaves, beside, source)
-    tree.require_match(architecture.shapes(config), leaves, source)
+    flat_params.require_match(architecture.shapes(config), leaves, source)
     return Opened(kind, folder, architecture.model(config), leaves, scanned=is_scanned, **more)

@@ -38,7 +38,7 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         with _in_words(f"fetch {path}"):
             root = _remote_path(path)
             if not root.is_dir():
-                raise UserError(f"{path} does not exist, or cannot be reached with the credentials of this machine.")
+                raise UserError(f"{path} does not exist, or cannot be reached with the credentials of this machine")
             # Inside a folder of the same name, as the name may say the step.
             local = Path(folder) / (root.name or "checkpoint")
             _fetch(root, local)
@@ -55,7 +55,7 @@ def publish(folder: Path, address: str, overwrite: bool) -> None:
         root = _remote_path(address)
         if root.exists():
             if not overwrite:
-                raise UserError(f"{address} already exists; choose another name, or allow it to be overwritten.")
+                raise UserError(f"{address} already exists; choose another name, or allow it to be overwritten")
             root.rmtree()
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         for file in sorted(files, key=lambda file: file.name in _MARKS):
@@ -70,7 +70,7 @@ def _fetch(source, target: Path) -> None:
     target.mkdir(parents=True)
     for child in source.iterdir():
         if child.name in ("", ".", "..") or "/" in child.name:
-            raise UserError(f"{source} holds the unsafe name {child.name!r}.")
+            raise UserError(f"{source} holds the unsafe name {child.name!r}")
         if child.is_dir():
             _fetch(child, target / child.name)
             continue
@@ -91,4 +91,4 @@ def _in_words(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # every storage library has errors of its own
-        raise UserError(f"Cannot {what}: {type(error).__name__}: {reason(error)}") from error
+        raise UserError(f"cannot {what}: {type(error).__name__}: {reason(error)}") from error

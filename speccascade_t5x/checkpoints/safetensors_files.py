@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from speccascade_t5x.checkpoints import architecture, tensors
 from speccascade_t5x.checkpoints.tensors import Block, Tensor, count, row_bands
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import UserError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,23 +47,22 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob(f"*{SUFFIX}"))
     if len(indexes) > 1 or (not indexes and len(files) != 1):
         names = ", ".join(path.name for path in indexes or files)
-        raise UserError(f"{folder} holds several models ({names}); leave only the one to be read.")
+        raise UserError(f"{folder} holds several models ({names}); leave only the one to be read")
     if not indexes:
         return open_file(files[0])
-    listed = architecture.read_json(indexes[0]).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise UserError(f"{indexes[0]} is damaged: it has no 'weight_map' of tensors to files.")
+    wanted = schema.record({"weight_map": schema.map_of(schema.of(str))})
+    listed = schema.read(indexes[0], wanted, largest=_LARGEST_HEADER)["weight_map"]
     found: dict[str, Tensor] = {}
     for file in sorted(set(listed.values())):
         if Path(file).name != file or not file.endswith(SUFFIX):
-            raise UserError(f"{indexes[0]} names the unsafe file {file!r}; only shards beside it are read.")
+            raise UserError(f"{indexes[0]} names the unsafe file {file!r}; only shards beside it are read")
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is incomplete: the shard {file} is missing; copy it again.")
+            raise UserError(f"{folder} is incomplete: the shard {file} is missing; copy it again")
         found |= open_file(folder / file)
     if set(found) != set(listed):
         name = min(set(found) ^ set(listed))
         where = "in no shard" if name in listed else f"not in {indexes[0].name}"
-        raise UserError(f"{folder} is damaged: tensor {name!r} is {where}; copy it again.")
+        raise UserError(f"{folder} is damaged: tensor {name!r} is {where}; copy it again")
     return found
 
 
@@ -78,35 +77,23 @@ def open_file(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(_LENGTH.size), "little")
             if size < _LENGTH.size or length > min(size - _LENGTH.size, _LARGEST_HEADER):
-                raise UserError(f"{path} is damaged or no safetensors file: {size} bytes, a header of {length}.")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
+                raise UserError(f"{path} is damaged or no safetensors file: {size} bytes, a header of {length}")
+            header = schema.parse(file.read(length), f"{path} is damaged: its header")
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its header is not valid JSON ({tensors.reason(error)}).") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path} is damaged: its header holds a {type(header).__name__}.")
+        raise UserError(f"{path} is damaged: its header is no object")
     header.pop(_METADATA, None)
     begin = _LENGTH.size + length
     spans = sorted((_checked(path, name, entry), name) for name, entry in header.items())
     end = 0
     for (first, last), name in spans:
         if first != end:
-            raise UserError(f"{path} is damaged: tensor {name!r} begins at byte {first}, expected {end}.")
+            raise UserError(f"{path} is damaged: tensor {name!r} begins at byte {first}, expected {end}")
         end = last
     if begin + end != size:
-        raise UserError(
-            f"{path} is damaged: it has {size} bytes but its header describes {begin + end}; copy it again."
-        )
+        raise UserError(f"{path} is damaged: it has {size} bytes but its header describes {begin + end}; copy it again")
     return {name: _tensor(path, header[name], begin + first) for (first, _), name in spans}
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name is there twice")
-    return dict(pairs)
 
 
 def _checked(path: Path, name: str, entry: Any) -> tuple[int, int]:
@@ -114,12 +101,14 @@ def _checked(path: Path, name: str, entry: Any) -> tuple[int, int]:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise UserError(f"{path}: tensor {name!r} holds {dtype!r}; only {', '.join(_DTYPES)} are understood.")
-    for numbers in (shape, span):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise UserError(f"{path} is damaged: tensor {name!r} has shape {shape!r} and offsets {span!r}.")
-    if len(span) != 2 or span[1] - span[0] != count(tuple(shape)) * _DTYPES[dtype].itemsize:
-        raise UserError(f"{path} is damaged: tensor {name!r}, {dtype} of shape {shape}, is said to be at {span}.")
+        raise UserError(
+            f"{path}: tensor {name!r} holds {schema.shown(dtype)}; only {', '.join(_DTYPES)} are understood"
+        )
+    where = f"{path} is damaged: its header: {schema.shown(name)}"
+    schema.list_of(schema.whole(0, 2**62))(shape, f"{where}.shape")
+    schema.list_of(schema.whole(0, 2**62), 2)(span, f"{where}.data_offsets")
+    if span[1] - span[0] != count(tuple(shape)) * _DTYPES[dtype].itemsize:
+        raise UserError(f"{path} is damaged: tensor {name!r}, {dtype} of shape {shape}, is said to be at {span}")
     return span[0], span[1]
 
 

@@ -13,6 +13,8 @@ from speccascade_t5x.checkpoints import tensors
 from speccascade_t5x.checkpoints.tensors import BLOCK_BYTES, Block, Tensor
 from speccascade_t5x.interfaces import UserError
 
+# What tensorstore raises for files that are missing, damaged, or of a kind it does not know.
+FAILURES = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
 _CHUNKED = ("zarr", "zarr3", "n5")
 
 
@@ -30,6 +32,27 @@ def blocks(store: tensorstore.TensorStore) -> Iterator[Block]:
         yield (where,), store[where].read().result()
 
 
+def open_array(spec: Mapping[str, Any]) -> tensorstore.TensorStore:
+    """Opens the array a spec names, to read it.
+
+    Raises:
+      FAILURES: it cannot be opened.
+    """
+    return tensorstore.open(dict(spec), open=True, read=True).result()
+
+
+def read(spec: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[Block]:
+    """The values of the array a spec names, which must have the shape that is known of it.
+
+    Raises:
+      FAILURES: it cannot be read, or has another shape.
+    """
+    store = open_array(spec)
+    if tuple(store.shape) != shape:
+        raise ValueError(f"its shape is {tuple(store.shape)} in the data but {shape} in the metadata")
+    yield from blocks(store)
+
+
 def open_foreign(name: str, spec: Mapping[str, Any], allowed: Collection[str]) -> Tensor:
     """An array outside its checkpoint's folder, or in another format, at the place its spec names.
 
@@ -44,18 +67,18 @@ def open_foreign(name: str, spec: Mapping[str, Any], allowed: Collection[str]) -
     """
     kvstore = spec.get("kvstore")
     if not isinstance(kvstore, dict):
-        raise UserError(f"Tensor {name!r} is stored in {kvstore!r}, which names no driver.")
+        raise UserError(f"tensor {name!r} is stored in {kvstore!r}, which names no driver")
     followed = {"driver": spec["driver"], "kvstore": kvstore}
     for driver in _drivers(followed):
         if driver != "zarr" and driver not in allowed:
             named = ", ".join(sorted(allowed))
-            raise UserError(f"Tensor {name!r} is stored with driver {driver!r}, not one of those you allow: {named}.")
+            raise UserError(f"tensor {name!r} is stored with driver {driver!r}, not one of those you allow: {named}")
     if spec["driver"] in _CHUNKED:
         followed["fill_missing_data_reads"] = False  # a chunk that is not there was lost: no zeros for it
     try:
-        store = tensorstore.open(followed, open=True, read=True).result()
-    except (ValueError, OSError) as error:
-        raise UserError(f"Tensor {name!r} cannot be opened where it is stored: {tensors.reason(error)}") from error
+        store = open_array(followed)
+    except FAILURES as error:
+        raise UserError(f"tensor {name!r} cannot be opened where it is stored: {tensors.reason(error)}") from error
     return Tensor(tuple(store.shape), store.dtype.numpy_dtype, lambda: blocks(store))
 
 

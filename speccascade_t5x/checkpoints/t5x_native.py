@@ -19,9 +19,10 @@ import flax.serialization
 import msgpack
 import numpy as np
 
-from speccascade_t5x.checkpoints import opened, stores, tensors, tree, zarr
+from speccascade_t5x.checkpoints import flat_params, folders, opened, stores, tensors, zarr
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.checkpoints.tensors import Tensor
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import UserError
 
 INDEX_FILE = "checkpoint"
@@ -32,8 +33,11 @@ CHUNK_BYTES = 64 * 2**20
 _PLACEHOLDER_BUCKET = "t5x-dummy-bucket"
 _INLINE_ARRAY = 1  # Flax's msgpack extension code of an ndarray
 _INLINE_SCALAR = 3  # and of a numpy scalar
+_INLINE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint32", "bool")
 _LARGEST_INDEX = 2**30
-_UNLESS = " If you trust its origin, allow drivers by name."
+_LONGEST = 2**17  # of a list or a branch in the index
+_DEEPEST = 64  # branches below each other
+_UNLESS = "; if you trust its origin, allow drivers by name"
 
 
 def open_model(folder: Path, allow_drivers: Collection[str] = ()) -> Opened:
@@ -86,36 +90,35 @@ class _Lazy(dict):
 
 
 def _tensors(folder: Path, entries: Mapping[str, Any], allow_drivers: Collection[str] = ()) -> dict[str, Tensor]:
-    return {
+    found = {
         name: _locate(folder, name, entry, allow_drivers) if isinstance(entry, dict) else tensors.in_memory(entry)
         for name, entry in entries.items()
     }
+    if not allow_drivers:  # else arrays may lie anywhere, by the user's leave
+        tensors.require_plausible(found, folders.size(folder), str(folder))
+    return found
 
 
 def _read_index(path: Path) -> Mapping[str, Any]:
     """The 'optimizer' part of the index: nested dicts of specs and arrays."""
+    folders.require_inside(path.parent)
+    raw = schema.read_bytes(path, _LARGEST_INDEX)
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise UserError(f"The checkpoint index {path} is larger than {_LARGEST_INDEX} bytes, which none is.")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read the checkpoint index {path}: {error.strerror}.") from error
-    try:
-        index = msgpack.unpackb(raw, raw=False, strict_map_key=True, ext_hook=_inline_array)
+        index = msgpack.unpackb(
+            raw, raw=False, strict_map_key=True, ext_hook=_inline_array, max_array_len=_LONGEST, max_map_len=_LONGEST
+        )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise UserError(
-            f"The checkpoint index {path} is damaged or not one of T5X: {tensors.reason(error)}."
-        ) from error
+        raise UserError(f"the checkpoint index {path} is damaged or not one of T5X: {tensors.reason(error)}") from error
     version = index.get("version") if isinstance(index, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(
-            f"The checkpoint index {path} has format version {version} but this release of speccascade_t5x reads up "
-            f"to {VERSION}; upgrade the package."
+            f"the checkpoint index {path} has format version {version} but this release of speccascade_t5x reads up "
+            f"to {VERSION}; upgrade the package"
         )
-    optimizer = index.get("optimizer") if isinstance(index, dict) else None
+    optimizer: Any = index.get("optimizer") if isinstance(index, dict) else None
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     if not isinstance(target, dict) or not target:
-        raise UserError(f"The checkpoint index {path} names no parameters (no 'optimizer/target').")
+        raise UserError(f"the checkpoint index {path} names no parameters (no 'optimizer/target')")
     return optimizer
 
 
@@ -123,9 +126,11 @@ def _inline_array(code: int, data: bytes) -> np.ndarray | msgpack.ExtType:
     """An array inside the index, as Flax packs it: (shape, dtype name, bytes)."""
     if code not in (_INLINE_ARRAY, _INLINE_SCALAR):
         return msgpack.ExtType(code, data)
-    shape, dtype_name, buffer = msgpack.unpackb(data, raw=False)
+    shape, dtype_name, buffer = msgpack.unpackb(data, raw=False, max_array_len=_LONGEST)
+    if dtype_name not in _INLINE_DTYPES:
+        raise ValueError(f"an inline array of {schema.shown(dtype_name)}")
     dtype = np.dtype(dtype_name)
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(buffer):
+    if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(buffer):
         raise ValueError(f"an inline array of {len(buffer)} bytes is not {dtype_name} of shape {shape}")
     return np.frombuffer(buffer, dtype).reshape(shape)
 
@@ -136,6 +141,8 @@ def _flatten(node: Mapping[str, Any], prefix: str, others: list[str] | None = No
     Names of what is neither go to `others`; without such a list they are an error.
     """
     flat: dict[str, Any] = {}
+    if prefix.count("/") > _DEEPEST:
+        raise UserError(f"the checkpoint index is nested more than {_DEEPEST} levels deep, which none of T5X is")
     for key, value in node.items():
         name = f"{prefix}{key}"
         is_spec = isinstance(value, dict) and isinstance(value.get("driver"), str)
@@ -146,7 +153,7 @@ def _flatten(node: Mapping[str, Any], prefix: str, others: list[str] | None = No
         elif others is not None:
             others.append(name)
         else:
-            raise UserError(f"The checkpoint index holds a {type(value).__name__} for {name!r}, not a tensor.")
+            raise UserError(f"the checkpoint index holds a {type(value).__name__} for {name!r}, not a tensor")
     return flat
 
 
@@ -155,7 +162,7 @@ def _read_state(state: Mapping[str, Any]) -> tuple[int | None, dict[str, Any], t
     others: list[str] = []
     entries = state.get("param_states")
     entries = _flatten(entries, "", others) if isinstance(entries, dict) else {}
-    step = state.get("step")
+    step: Any = state.get("step")
     whole = isinstance(step, np.ndarray) and step.shape == () and np.issubdtype(step.dtype, np.integer)
     return (int(step) if whole or type(step) is int else None), entries, tuple(others)
 
@@ -167,15 +174,15 @@ def _locate(folder: Path, name: str, spec: Mapping[str, Any], allow_drivers: Col
     where = _relative_path(name, spec)
     path = folder / where
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}); refusing to read it.")
+        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}); refusing to read it")
     if not (path / zarr.HEADER_FILE).is_file():
-        raise UserError(f"{folder}: the files of tensor {name!r} are missing ({where}/.zarray).")
+        raise UserError(f"{folder}: the files of tensor {name!r} are missing ({where}/.zarray)")
     tensor = zarr.open_array(path, name)
     metadata = spec.get("metadata")
     indexed = metadata.get("shape") if isinstance(metadata, dict) else None
     if indexed is not None and (not isinstance(indexed, list) or tuple(indexed) != tensor.shape):
         shown = tuple(indexed) if isinstance(indexed, list) else indexed
-        raise UserError(f"{folder}: tensor {name!r} has shape {shown} in the index but {tensor.shape} on disk.")
+        raise UserError(f"{folder}: tensor {name!r} has shape {shown} in the index but {tensor.shape} on disk")
     return tensor
 
 
@@ -183,19 +190,17 @@ def _relative_path(name: str, spec: Mapping[str, Any]) -> str:
     """The array's folder as the spec names it, once that is known to be harmless."""
     kvstore = spec.get("kvstore")
     if spec["driver"] != "zarr" or not isinstance(kvstore, dict):
-        raise UserError(f"Tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read.{_UNLESS}")
+        raise UserError(f"tensor {name!r} is stored with driver {spec['driver']!r}; only zarr is read{_UNLESS}")
     if not _is_local(kvstore):
         driver = kvstore.get("driver")
-        raise UserError(
-            f"Tensor {name!r} is stored with driver {driver!r}; only files in the folder are read.{_UNLESS}"
-        )
+        raise UserError(f"tensor {name!r} is stored with driver {driver!r}; only files in the folder are read{_UNLESS}")
     where = kvstore.get("path") or spec.get("path")
     if not isinstance(where, str) or not where.strip("/"):
-        raise UserError(f"The checkpoint index gives no path for tensor {name!r}.")
+        raise UserError(f"the checkpoint index gives no path for tensor {name!r}")
     path = PurePosixPath(where)
     if path.is_absolute() or ".." in path.parts or "\\" in where or "\0" in where:
         raise UserError(
-            f"Tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read.{_UNLESS}"
+            f"tensor {name!r} has the unsafe path {where!r}; only paths inside the checkpoint are read{_UNLESS}"
         )
     return str(path)
 
@@ -237,11 +242,11 @@ def write(
     """
     target = {name: _store(folder, f"target/{name}", values, chunk_bytes) for name, values in params}
     kept = {name: _store(folder, f"state/param_states/{name}", values, chunk_bytes) for name, values in state}
-    training = {"step": np.asarray(step, np.int32)}
+    training: dict[str, Any] = {"step": np.asarray(step, np.int32)}
     if kept:  # T5X's `load_t5x_checkpoint` stumbles over an empty one
-        training["param_states"] = tree.nest(kept)
+        training["param_states"] = flat_params.nest(kept)
     index = flax.serialization.msgpack_serialize(
-        {"version": VERSION, "optimizer": {"target": tree.nest(target), "state": training}}
+        {"version": VERSION, "optimizer": {"target": flat_params.nest(target), "state": training}}
     )
     (folder / INDEX_FILE).write_bytes(index)
 

@@ -6,7 +6,7 @@ member with a position table per layer is not stacked here, as it is where it st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, bundle, folders, t5x_native, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, folders, t5x_native
 from speccascade_t5x.checkpoints.architecture import Model
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.interfaces import Bound, UserError
 
 CONFIG_FILE = "config.json"
 MEMBERS = ("drafter", "verifier")
 _ADVICE = "write the pair with `speccascade export --format=t5x_pair`"
-
-
-def members_of(
-    source: str | Path, drafter: str | Path | None = None, allow_drivers: Collection[str] = ()
-) -> dict[str, Bound]:
-    """The models of a bundle, or of two checkpoints, by role.
-
-    Args:
-      source: a bundle of two models, or the verifier's checkpoint of any kind.
-      drafter: the drafter's checkpoint, where `source` is the verifier's.
-      allow_drivers: see `checkpoints.load`.
-
-    Raises:
-      UserError: there is only one model, or more than two; or a checkpoint cannot be read.
-    """
-    if checkpoints.detect(source) != "bundle":
-        if drafter is None:
-            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models.")
-        named = {"drafter": drafter, "verifier": source}
-        return {role: checkpoints.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
-    if drafter is not None:
-        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out.")
-    found = bundle.load_bundle(source)
-    if found.drafter is None:
-        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter.")
-    return {"drafter": found.drafter, "verifier": found.verifier}
 
 
 def write(
@@ -70,7 +43,9 @@ def write(
       chunk_bytes: largest file before compression.
     """
     wide = np.dtype(jnp.dtype(dtype))
-    flat = {f"{role}/{name}": leaf for role in MEMBERS for name, leaf in tree.flatten(members[role].params).items()}
+    flat = {
+        f"{role}/{name}": leaf for role in MEMBERS for name, leaf in flat_params.flatten(members[role].params).items()
+    }
     values = ((name, np.asarray(leaf, wide)) for name, leaf in flat.items())
     t5x_native.write(folder, values, step=step, chunk_bytes=chunk_bytes)
     facts: dict[str, Any] = {"members": {}, "step": step}
@@ -89,20 +64,20 @@ def models(folder: str | Path) -> dict[str, Model]:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; {_ADVICE}.")
-    members = architecture.read_json(path).get("members")
+        raise UserError(f"{folder} holds no pair of ours: it has no {CONFIG_FILE}; {_ADVICE}")
+    members = schema.read(path).get("members")
     if not isinstance(members, dict) or set(members) != set(MEMBERS):
-        raise UserError(f"{path} does not describe a drafter and a verifier; {_ADVICE}.")
+        raise UserError(f"{path} does not describe a drafter and a verifier; {_ADVICE}")
     found = {}
     for role in MEMBERS:
         facts, source = members[role], f"{path} ({role})"
         fields = facts.get("config") if isinstance(facts, dict) else None
-        if not isinstance(fields, dict) or facts.get("network") not in architecture.NETWORKS:
-            raise UserError(f"{source} names no architecture this release knows.")
+        if not isinstance(fields, dict) or not _is_network(facts.get("network")):
+            raise UserError(f"{source} names no architecture this release knows")
         start_id = facts.get("start_id")
         config = architecture.from_fields(fields, source, facts["network"])
         if type(start_id) is not int or not 0 <= start_id < config.vocab_size:
-            raise UserError(f"{source} says start_id = {start_id!r}; it must be an id of the vocabulary.")
+            raise UserError(f"{source} says start_id = {schema.shown(start_id)}; it must be an id of the vocabulary")
         found[role] = architecture.model(config, start_id)
     return found
 
@@ -112,7 +87,7 @@ def is_pair(folder: str | Path) -> bool:
     folder = Path(folder)
     if not (folder / t5x_native.INDEX_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
         return False
-    return "members" in architecture.read_json(folder / CONFIG_FILE)
+    return "members" in schema.read(folder / CONFIG_FILE)
 
 
 def open_members(folder: str | Path, *, verify: bool = True) -> dict[str, Opened]:
@@ -126,13 +101,16 @@ def open_members(folder: str | Path, *, verify: bool = True) -> dict[str, Opened
       UserError: see `models`; or a tensor is missing, or of another shape.
     """
     folder = Path(folder)
-    if verify:
-        folders.check(folder)
-    named = models(folder)
-    step = architecture.read_json(folder / CONFIG_FILE).get("step")
-    found = t5x_native.read_tensors(folder)
+    try:
+        if verify:
+            folders.check(folder)
+        named = models(folder)
+        step = schema.read(folder / CONFIG_FILE).get("step")
+        found = t5x_native.read_tensors(folder)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
     wanted = {f"{role}/{name}": s for role in MEMBERS for name, s in _shapes(named[role]).items()}
-    tree.require_match(tree.nest(wanted), found, str(folder))
+    flat_params.require_match(flat_params.nest(wanted), found, str(folder))
     leaves = {role: {name: found[f"{role}/{name}"] for name in _shapes(named[role])} for role in MEMBERS}
     step = step if type(step) is int else None
     return {role: Opened("t5x_pair", folder, named[role], leaves[role], step=step) for role in MEMBERS}
@@ -147,9 +125,13 @@ def load(folder: str | Path) -> dict[str, Bound]:
     return {role: opened.load() for role, opened in open_members(folder).items()}
 
 
+def _is_network(name: Any) -> bool:
+    return isinstance(name, str) and name in architecture.NETWORKS
+
+
 def _network(model: Model) -> str:
     return architecture.network(model.config)
 
 
 def _shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
-    return tree.flatten(architecture.shapes(model.config))
+    return flat_params.flatten(architecture.shapes(model.config))

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.interfaces import Array, UserError
 
 BLOCK_BYTES = 4 * 2**20
+ROOM, RATIO = 64 * 2**20, 64  # see `require_plausible`
 _LONGEST_REASON = 300
 _ALIGNMENT = 64
 
@@ -94,6 +95,28 @@ def row_bands(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]
     yield from ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+def require_plausible(leaves: Mapping[str, Leaf], on_disk: int, source: str) -> None:
+    """Refuses files that claim to hold far more than their bytes could: zeros that were packed, or never written.
+
+    Parameters hardly compress. What is allowed beyond is for tables and small models that are mostly zeros.
+
+    Args:
+      leaves: what is claimed.
+      on_disk: bytes of the files.
+      source: what they are, for messages.
+
+    Raises:
+      UserError: more than ROOM + RATIO * on_disk bytes are claimed.
+    """
+    wholes = {id(whole): whole for whole in (x.whole if isinstance(x, Part) else x for x in leaves.values())}
+    claimed = sum(whole.nbytes for whole in wholes.values())
+    if claimed > ROOM + RATIO * on_disk:
+        raise UserError(
+            f"{source} claims {claimed:,} bytes of arrays but has {on_disk:,} on disk, so most of it is not there; "
+            "copy it again, or do not trust it"
+        )
+
+
 def to_host(name: str, tensor: Tensor, source: str, dtype: Any = np.float32) -> np.ndarray:
     """Reads a tensor.
 
@@ -106,20 +129,20 @@ def to_host(name: str, tensor: Tensor, source: str, dtype: Any = np.float32) -> 
         filled = 0
         for where, block in tensor.blocks():
             if jnp.issubdtype(block.dtype, jnp.floating):
-                tree.require_finite(name, block, source)
+                flat_params.require_finite(name, block, source)
             stored[where] = block
             filled += block.size
     except UserError:
         raise
     except MemoryError as error:
         size = f"{count(tensor.shape) * np.dtype(dtype).itemsize} bytes"
-        raise UserError(f"{source}: not enough memory for tensor {name!r} ({size}).") from error
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"{source}: not enough memory for tensor {name!r} ({size})") from error
+    except (OSError, ValueError, EOFError, zlib.error, ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{source}: tensor {name!r} cannot be read: {reason(error)}; copy the checkpoint again."
+            f"{source}: tensor {name!r} cannot be read: {reason(error)}; copy the checkpoint again"
         ) from error
     if filled != found.size:
-        raise UserError(f"{source}: {filled} of {found.size} values of tensor {name!r} are there; copy it again.")
+        raise UserError(f"{source}: {filled} of {found.size} values of tensor {name!r} are there; copy it again")
     return found
 
 

@@ -1,32 +1,31 @@
 """zarr arrays as T5X writes them: version 2, C order, gzip or nothing, one file per chunk.
 
-They are read here and not by tensorstore, because a chunk of any size is then read in a few megabytes, because a
-missing chunk is an error (zarr reads it as zeros without a word), and because nothing beyond the promised bytes is
-ever unpacked. tensorstore writes them.
+tensorstore reads and writes them. Before it reads, header and files are compared here, since zarr takes a missing chunk
+for zeros and any shape at its word.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore
 
-from speccascade_t5x.checkpoints import architecture
-from speccascade_t5x.checkpoints.tensors import Block, Tensor, count, row_bands
+from speccascade_t5x.checkpoints import stores
+from speccascade_t5x.checkpoints.tensors import Tensor, count
+from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import UserError
 
 HEADER_FILE = ".zarray"
 _COMPRESSORS = ("gzip", "zlib")
 _HIGHEST_RATIO = 1040  # deflate cannot do better than 1032:1
+_HEADER = schema.record(
+    {"shape": schema.list_of(schema.whole(0, 2**62)), "chunks": schema.list_of(schema.whole(1, 2**62))}
+)
 _DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16", "<i4": "int32", "<i8": "int64", "|b1": "bool"}
-_READ_BYTES = 2**18
-_EITHER_WRAPPER = 47  # zlib's window argument for "gzip or zlib, see which"
 
 
 def open_array(path: Path, name: str) -> Tensor:
@@ -35,27 +34,26 @@ def open_array(path: Path, name: str) -> Tensor:
     Raises:
       UserError: a file is missing or damaged, or claims what it cannot hold.
     """
-    header = architecture.read_json(path / HEADER_FILE)
-    shape, chunks = header.get("shape"), header.get("chunks")
-    for numbers, least in ((shape, 0), (chunks, 1)):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= least for n in numbers):
-            raise UserError(f"{path}/.zarray is damaged: shape {shape!r}, chunks {chunks!r}.")
+    header = schema.read(path / HEADER_FILE, _HEADER)
+    shape, chunks = header["shape"], header["chunks"]
     if len(shape) != len(chunks) or any(c > max(n, 1) for c, n in zip(chunks, shape, strict=True)):
-        raise UserError(f"{path}/.zarray is damaged: chunks {chunks} do not fit shape {shape}.")
+        raise UserError(f"{path}/.zarray is damaged: chunks {chunks} do not fit shape {shape}")
     for key, wanted in (("zarr_format", 2), ("order", "C"), ("filters", None)):
         if header.get(key, wanted) != wanted:
-            raise UserError(f"{path}/.zarray says {key} = {header[key]!r}, where T5X writes {wanted!r}.")
-    dtype_name = _DTYPES.get(header.get("dtype") if isinstance(header.get("dtype"), str) else "")
+            raise UserError(f"{path}/.zarray says {key} = {schema.shown(header[key])}, where T5X writes {wanted!r}")
+    dtype_name = _DTYPES.get(str(header.get("dtype")))
     if dtype_name is None:
-        raise UserError(f"Tensor {name!r} holds {header.get('dtype')!r}; only {', '.join(_DTYPES)} are read.")
+        raise UserError(
+            f"tensor {name!r} holds {schema.shown(header.get('dtype'))}; only {', '.join(_DTYPES)} are read"
+        )
     compressor = header.get("compressor")
     if compressor is not None and (not isinstance(compressor, dict) or compressor.get("id") not in _COMPRESSORS):
-        raise UserError(f"Tensor {name!r} is compressed in a way T5X does not use: {compressor!r}.")
+        raise UserError(f"tensor {name!r} is compressed in a way T5X does not use: {schema.shown(compressor)}")
     separator = "/" if header.get("dimension_separator") == "/" else "."
     dtype = np.dtype(dtype_name)
     _check_chunks(path, name, shape, chunks, dtype, compressor is not None, separator)
-    blocks = lambda: _blocks(path, shape, chunks, dtype, compressor is not None, separator)  # noqa: E731
-    return Tensor(tuple(shape), dtype, blocks)
+    spec = {"driver": "zarr", "kvstore": _kvstore(path), "fill_missing_data_reads": False}
+    return Tensor(tuple(shape), dtype, lambda: stores.read(spec, tuple(shape)))
 
 
 def _check_chunks(
@@ -66,74 +64,20 @@ def _check_chunks(
     counts = [-(-n // c) for n, c in zip(shape, chunks, strict=True)]
     if math.prod(counts) > sum(1 for _ in path.rglob("*")):  # before any loop over a count we were told
         raise UserError(
-            f"{path}: {math.prod(counts)} chunks of tensor {name!r} were saved, fewer are here; copy it again."
+            f"{path}: {math.prod(counts)} chunks of tensor {name!r} were saved, fewer are here; copy it again"
         )
     if not math.prod(shape):
         return
     for index in itertools.product(*map(range, counts)):
         chunk = path / _chunk_name(index, separator)
         if not chunk.is_file():
-            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is missing; copy the checkpoint again.")
+            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is missing; copy the checkpoint again")
         if chunk.stat().st_size < (needed / _HIGHEST_RATIO if packed else needed):
-            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is too short to hold {needed} bytes.")
+            raise UserError(f"{path}: chunk {chunk.name!r} of tensor {name!r} is too short to hold {needed} bytes")
 
 
 def _chunk_name(index: tuple[int, ...], separator: str) -> str:
     return separator.join(map(str, index)) or "0"
-
-
-def _blocks(
-    path: Path, shape: list[int], chunks: list[int], dtype: np.dtype, packed: bool, separator: str
-) -> Iterator[Block]:
-    """The values of an array; a chunk at its end is stored whole and cut here."""
-    if not math.prod(shape):
-        return
-    bands = list(row_bands(tuple(chunks), dtype.itemsize))
-    row = count(tuple(chunks[1:]))
-    sizes = [(last - first) * row * dtype.itemsize for first, last in bands]
-    for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
-        begin = [i * c for i, c in zip(index, chunks, strict=True)]
-        kept = [min(c, n - b) for b, c, n in zip(begin, chunks, shape, strict=True)]
-        inner = tuple(slice(b, b + k) for b, k in zip(begin[1:], kept[1:], strict=True))
-        pieces = _pieces(path / _chunk_name(index, separator), packed, sizes)
-        for (first, _), piece in zip(bands, pieces, strict=True):
-            if not shape:
-                yield (), np.frombuffer(piece, dtype).reshape(())
-            elif first < kept[0]:
-                rows = np.frombuffer(piece, dtype).reshape(-1, *chunks[1:])[: kept[0] - first]
-                where = slice(begin[0] + first, begin[0] + first + len(rows))
-                yield (where, *inner), rows[(slice(None), *(slice(k) for k in kept[1:]))]
-
-
-def _pieces(path: Path, packed: bool, sizes: list[int]) -> Iterator[bytes]:
-    """A chunk's bytes in pieces of the given sizes, which must be all there is; deflate's checksum is verified."""
-    with open(path, "rb") as file:
-        read = _inflater(file) if packed else file.read
-        for size in sizes:
-            piece = read(size)
-            if len(piece) != size:
-                raise ValueError(f"chunk {path.name!r} is truncated")
-            yield piece
-        if read(1):
-            raise ValueError(f"chunk {path.name!r} holds more than its shape")
-
-
-def _inflater(file: Any) -> Any:
-    """A `read(size)` over a deflated file. It ends with '' only where the stream ends as it should."""
-    stream = zlib.decompressobj(_EITHER_WRAPPER)
-
-    def read(size: int) -> bytes:
-        parts, missing = [], size
-        while missing and not stream.eof:
-            packed = stream.unconsumed_tail or file.read(_READ_BYTES)
-            part = stream.decompress(packed, missing)
-            if not packed and not part:
-                raise ValueError("its compressed bytes are truncated")
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
-
-    return read
 
 
 def write_array(path: Path, values: np.ndarray, chunk_bytes: int) -> dict[str, Any]:
@@ -157,7 +101,7 @@ def write_array(path: Path, values: np.ndarray, chunk_bytes: int) -> dict[str, A
     names = {name: ours for ours, name in _DTYPES.items()}
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        "kvstore": _kvstore(path),
         "metadata": {**metadata, "dtype": names[values.dtype.name]},
         "store_data_equal_to_fill_value": True,
     }
@@ -167,3 +111,7 @@ def write_array(path: Path, values: np.ndarray, chunk_bytes: int) -> dict[str, A
         where = slice(first, min(first + rows, values.shape[0])) if chunks else ...
         store[where].write(np.ascontiguousarray(values[where])).result()
     return metadata
+
+
+def _kvstore(path: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{path.resolve()}/"}

@@ -29,6 +29,7 @@ GROUPS = {
     "Checkpoints": {
         "inspect": "describe a checkpoint of any kind",
         "export": "write a checkpoint as a bundle, plain Orbax, native T5X or Hugging Face folder",
+        "prune": "cut the vocabulary of a T5 down to the pieces that a task uses most",
     },
     "TPU": {
         "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
@@ -87,9 +88,10 @@ def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
 
 
 def _called(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    from speccascade_t5x.cli import accelerators, host_processes  # loads JAX, which an interrupt may end
+    from speccascade_t5x.cli import accelerators, host_processes, terminal  # loads JAX, which an interrupt may end
 
     accelerators.settle()
+    terminal.guard()
     try:
         code = verb(argv)
         sys.stdout.flush()  # here, where a reader that has left is no error
@@ -110,7 +112,7 @@ def _called(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int
         sentence = _sentence(error)
         if sentence is None:
             raise
-        print(f"{name}: {sentence}", file=sys.stderr)
+        print(f"{name}: {terminal.line(sentence)}", file=sys.stderr)
         return 2
 
 

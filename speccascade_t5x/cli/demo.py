@@ -24,7 +24,7 @@ from rich.console import Console
 
 import speccascade_t5x
 from speccascade_t5x.cli import demo_report as report
-from speccascade_t5x.cli import gin_flags, settings_flags
+from speccascade_t5x.cli import gin_flags, settings_flags, terminal
 from speccascade_t5x.cli.demo_result import DemoOptions, DemoResult, Example, MethodResult
 from speccascade_t5x.common import paths
 from speccascade_t5x.core import accounting, rules
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that knows no umlauts shows '?' instead of ending the run.
         sys.stdout.reconfigure(errors="replace")
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    log = Console(stderr=True, highlight=False)
+    console = terminal.console(width=width)
+    log = terminal.console(stderr=True)
     if not log.is_terminal:
         run_demo(options, console)
         return 0
@@ -231,7 +231,7 @@ def _measure(
         for name in order[i % len(order) :] + order[: i % len(order)]:
             progress(f"round {i + 1} of {options.repeats}: {name}")
             settings = dataclasses.replace(methods[name], seed=options.settings.seed + i)
-            rounds[name].append(pair.run(texts, settings))
+            rounds[name].append(pair.run(texts, settings, range(len(texts))))
     alone = [_tokens_per_s(generation) for generation in rounds[report.VERIFIER]]
     results = {n: _result(n, s, rounds[n], alone, examples) for n, s in methods.items()}
     timings = [generation.timing for each in rounds.values() for generation in each]

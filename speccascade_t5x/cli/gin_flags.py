@@ -22,6 +22,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
 
 ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
+KIND = "how a folder is read that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 
 
@@ -68,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parser(
-    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Callable, str]]
+    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Any, str]]
 ) -> argparse.ArgumentParser:
     """The parser of a verb, without the gin flags, which come last in its help: see `add_flags`.
 
@@ -158,7 +159,7 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
       UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
     """
-    parser.error = _refuse  # argparse would print its usage and exit
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)

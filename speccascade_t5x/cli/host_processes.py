@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -85,7 +86,7 @@ def join(flags: argparse.Namespace, name: str) -> None:
 def _check(coordinator: str | None, count: int | None, index: int | None) -> None:
     if coordinator is count is index is None:
         return
-    if None in (coordinator, count, index):
+    if coordinator is None or count is None or index is None:
         raise UserError("--coordinator, --num_processes and --process_id go together: name all three or none")
     if not re.fullmatch(r"\S+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator!r} is no address: write HOST:PORT")
@@ -96,10 +97,13 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
 def _initialize(coordinator: str | None, count: int | None, index: int | None, silent: int) -> None:
     import jax
 
-    if jax.config.jax_cpu_collectives_implementation is None:
+    set_already = jax.config.jax_cpu_collectives_implementation  # type: ignore[attr-defined]  # JAX adds its options
+    if set_already is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     listens = None if _BIND_VARIABLE in os.environ else coordinator  # else JAX takes every interface
+    if listens and index == 0:
+        _check_free(listens)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -117,6 +121,21 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None, s
             advice = f"start all {count}, with the same address of host 0, which must be its own and free there"
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the hosts did not come together ({first}): {advice}") from error
+
+
+def _check_free(address: str) -> None:
+    """Refuses an address where this host cannot listen; JAX's service would crash."""
+    host, _, port = address.rpartition(":")
+    try:
+        for family, kind, *_, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as mine:
+                mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                mine.bind(place)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"host 0 cannot listen at --coordinator={address} ({error}): name an address of its own and a free port, "
+            f"or set {_BIND_VARIABLE} to ADDRESS:PORT where it is known by another one"
+        ) from error
 
 
 def _fork(name: str) -> None:
@@ -171,8 +190,7 @@ def _watch(child: int, reports: int, name: str) -> int:
             if not own and (held or (report and any(word in report[1] for word in _RUNTIME))):
                 held += line
                 continue
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            _pass_on(line)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code < 0 and b"distributed service" in held:
@@ -180,11 +198,16 @@ def _watch(child: int, reports: int, name: str) -> int:
             _say(name, _lost_sentence())
         return EXIT_CODE
     if code != EXIT_CODE:
-        sys.stderr.buffer.write(held)
+        _pass_on(held)
     if code >= 0:
         return code
     _say(name, f"the process of this host was ended by {signal.Signals(-code).name}; the same command continues")
     return 128 - code
+
+
+def _pass_on(said: bytes | bytearray) -> None:
+    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
+    sys.stderr.flush()
 
 
 def _lost_sentence() -> str:

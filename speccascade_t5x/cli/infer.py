@@ -23,6 +23,7 @@ from speccascade_t5x.cli import (
     progress,
     settings_flags,
     streams,
+    terminal,
     topology,
 )
 from speccascade_t5x.common import storage
@@ -61,7 +62,8 @@ gin files:
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
 A run that gets SIGTERM leaves whole files only and exits with code 75; the same command continues it.
-Without --output_dir, a line break inside a prediction is printed as a space and samples are parted by tabs.
+Without --output_dir, samples are parted by tabs, and line breaks and tabs inside a prediction are printed as \\n, \\r
+and \\t; the files of --output_dir hold them exactly.
 """
 
 
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> int:
         with preemption.stop_on_sigterm() as stop, _progress_bar() as progress:
             result = job(config_text=config_text, progress=progress, stop=stop)
     except infer.Preempted as preempted:
-        sentence = str(preempted).splitlines()[0]  # gin appends where it came from
+        sentence = terminal.line(str(preempted).splitlines()[0])  # gin appends where it came from
         print(f"speccascade infer: {sentence}", file=sys.stderr)
         return preemption.EXIT_CODE
     if not host_processes.first():
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
     if result.predictions is None:
         predictions = (record["prediction"] for record in result.records)
         rows = ([one] if isinstance(one, str) else one for one in predictions)
-        streams.show("\t".join(" ".join(sample.splitlines()) for sample in row) for row in rows)
+        streams.show("\t".join(terminal.line(sample) for sample in row) for row in rows)
         return 0
     storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, terminal
 from speccascade_t5x.common import storage
 
 
@@ -21,18 +21,19 @@ def main(argv: list[str]) -> int:
         "member of it, T5X (native or Orbax, scanned or not), plain Orbax, npz, or Hugging Face.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="PATH", help="its folder, or a gs:// address")
+    parser.add_argument("path", metavar="PATH", help="its folder, a packaged name, or a gs:// address")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its checksum, where there are any"
     )
     parser.add_argument("--allow_drivers", type=gin_flags.names, default=(), help=gin_flags.ALLOW_DRIVERS)
+    parser.add_argument("--kind", help=gin_flags.KIND)
     flags, _ = gin_flags.split(parser, argv)
 
     from speccascade_t5x.checkpoints import describe
 
-    found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers)
-    print(storage.to_json(found, indent=1) if flags.json else describe.in_words(found))
+    found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers, kind=flags.kind)
+    print(storage.to_json(found, indent=1) if flags.json else describe.in_words(terminal.lines(found)))
     return 0
 
 

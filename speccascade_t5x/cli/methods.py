@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from speccascade_t5x.cli import gin_flags
+from speccascade_t5x.cli import gin_flags, terminal
 from speccascade_t5x.core import rules
 from speccascade_t5x.inference import drafters, methods
 
@@ -13,10 +13,9 @@ from speccascade_t5x.inference import drafters, methods
 def main(argv: list[str]) -> int:
     """Prints the three lists. Returns the exit code."""
     gin_flags.split(argparse.ArgumentParser(prog="speccascade methods", description=__doc__), argv)
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console()
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_edge=False)

@@ -95,7 +95,8 @@ def all_pairs() -> tuple[str, ...]:
 def parts(pair: str) -> tuple[str, str]:
     """(drafter, verifier) of a pair's name: "a:b", or "family_size_size" as the files of pairs/ are called."""
     if ":" in pair:
-        return tuple(pair.split(":", 1))
+        drafter, verifier = pair.split(":", 1)
+        return drafter, verifier
     drafter, _, size = pair.rpartition("_")
     return drafter, f"{drafter.rpartition('_')[0]}_{size}"
 

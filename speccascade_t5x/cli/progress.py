@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from speccascade_t5x.cli import terminal
 
 
 @contextlib.contextmanager
@@ -17,12 +18,11 @@ def live(*columns: Any) -> Iterator[Any]:
     Args:
       columns: of rich, or texts that stand for a `TextColumn`.
     """
-    from rich.console import Console
     from rich.progress import Progress, TextColumn
 
     made = [TextColumn(column) if isinstance(column, str) else column for column in columns]
-    console = Console(file=sys.stderr)
-    with Progress(*made, console=console, disable=not console.is_terminal) as shown:
+    console = terminal.console(stderr=True)
+    with Progress(*made, console=console, disable=not console.is_terminal, **terminal.LIVE) as shown:
         yield shown
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from speccascade_t5x.cli import gin_flags, host_processes, settings_flags
+from speccascade_t5x.cli import gin_flags, host_processes, settings_flags, terminal
 from speccascade_t5x.cli.flag_types import alphas, numbers, rate, wholes, words
 from speccascade_t5x.common import storage, text_table
 
@@ -98,7 +98,9 @@ def lines(result: Any) -> list[str]:
     from speccascade_t5x.evaluation.notes import advice, interval
 
     main = result.groups[0]
-    rows = [("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")]
+    rows: list[tuple[str, ...]] = [
+        ("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")
+    ]
     for answer in frontier.answers(main, result.tolerance):
         row = [answer.arm]
         for choice, figure in ((answer.at_quality, "speed_up"), (answer.at_latency, "quality")):
@@ -141,16 +143,15 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[Any], None]]:
     """A table of the latest cells with an ETA on stderr; single lines, one in a while, where that is no terminal."""
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(file=sys.stderr, highlight=False)
+    console = terminal.console(stderr=True)
     latest: list[Any] = []
     if not console.is_terminal:
         yield lambda news: _plain(news, console)
         return
     # Seldom refreshed: the table is drawn beside what is being measured.
-    with Live(console=console, refresh_per_second=1, transient=True) as live:
+    with Live(console=console, refresh_per_second=1, transient=True, **terminal.LIVE) as live:
 
         def advance(news: Any) -> None:
             if news.row is not None:

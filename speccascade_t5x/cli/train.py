@@ -138,7 +138,7 @@ class Live(train_loop.Observer):
         self._steps = 0
 
     def started(self, step: int, steps: int, output_dir: Path | None) -> None:
-        self.output_dir = output_dir
+        self.output_dir = output_dir or Path()
         self._steps, self._begun = steps, (time.monotonic(), step)
         self._bar.update(self._row, total=steps, completed=step)
         if step:

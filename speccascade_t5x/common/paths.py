@@ -83,11 +83,6 @@ def gin_configs_dir() -> Path:
     )
 
 
-def gin_search_paths() -> list[Path]:
-    """Returns where a `--gin_file` is searched: the working directory, then the packaged files."""
-    return [Path.cwd(), gin_configs_dir()]
-
-
 def pretrained_dir() -> Path:
     """Returns the folder of the packaged bundles and of the demo's texts."""
     return _PACKAGE_DIR / "pretrained"

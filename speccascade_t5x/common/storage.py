@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import tempfile
@@ -37,7 +38,7 @@ def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[Non
     file it leaves blocks nobody. Where no lock can be had, as on some network file systems, nothing is held.
 
     Args:
-      folder: where the job writes; made if missing.
+      folder: where the job writes; made if missing, and removed if it is still empty at the end.
       job: what must not run there twice. Jobs of different names do not exclude each other.
       holds: whether this host is the one that holds it; False does nothing.
 
@@ -48,6 +49,7 @@ def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[Non
         yield
         return
     path = Path(folder) / f".{file_stem(job)}.lock"
+    there = path.parent.exists()
     handle = _locked(path, job)
     try:
         yield
@@ -55,6 +57,8 @@ def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[Non
         if handle is not None:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, or another process could hold what is removed
+                if not there:
+                    path.parent.rmdir()  # of a job that failed before it wrote anything
             os.close(handle)
 
 
@@ -183,6 +187,13 @@ def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
             with contextlib.suppress(OSError):
                 partial.unlink()
     return path
+
+
+def npz(arrays: Mapping[str, Any], compress: bool = True) -> bytes:
+    """The content of an .npz file of named arrays."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def write_text(path: str | Path, text: str) -> Path:

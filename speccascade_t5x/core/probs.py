@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from speccascade_t5x import trees
 from speccascade_t5x.interfaces import NEG_INF, Array
 
-# Width of the inner level of the two-level cumulative sums: one TPU lane register, and small enough
-# that the outer level of a 256k vocabulary is a few thousand numbers.
+# Width of a chunk in reductions of two levels, one TPU lane register; the chunks of `sample` are multiples of it.
 _CHUNK = 128
 
 
@@ -61,13 +60,22 @@ def raw(logits: Array, vocab_size: int | None = None) -> Array:
     return jax.nn.softmax(mask_vocabulary(logits, vocab_size), axis=-1)
 
 
+def is_broken(law: Array) -> Array:
+    """Whether NaN went into laws as `raw` and `tempered` make them: [..., V] -> [...] bool.
+
+    A softmax with one NaN is NaN everywhere, so one entry tells. No reduction is asked: XLA may lose a NaN in a maximum
+    (on CPUs it does, above some size).
+    """
+    return jnp.isnan(law[..., 0])
+
+
 def argmax(values: Array) -> Array:
     """Index of the largest of the last axis, ties to the lower: [..., V] -> [...] int32. NaN gives the index 0.
 
     In two levels, and by reductions of one operand each: on a CPU jnp.argmax over a vocabulary costs as much
     as seven softmaxes, because its reduction of two operands is not vectorised.
     """
-    chunks = _chunked(values, -jnp.inf)
+    chunks = _chunked(values, -jnp.inf, _CHUNK)
     chunk = _first_largest(jnp.max(chunks, axis=-1))
     inside = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
     return chunk * _CHUNK + _first_largest(inside)
@@ -163,35 +171,53 @@ def truncate(law: Array, sampling: Sampling) -> Array:
     return jax.lax.cond(needs_any, shortened, lambda x: x, law)
 
 
-def sample(law: Array, uniform: Array) -> Array:
-    """Draws ids from laws by inverse cumulative sums, one uniform each.
+DRAW = 2  # uniforms that `sample` takes for one id
 
-    Two levels (chunks, then inside one chunk), so that no scan runs over a whole vocabulary. An id of
-    probability 0 is never returned, whatever the rounding, unless the whole law is zero (then 0 is).
+
+def sample(law: Array, uniforms: Array) -> Array:
+    """Draws ids from laws by inverse cumulative sums: one uniform finds a chunk of ids, one the id inside it.
+
+    So no scan runs over a whole vocabulary, and the grid of the uniforms is that of a short sum: with N chunks of W
+    ids, what is drawn is within (N + W) / 2^25 of the law in total variation, rounding of the sums apart, where one
+    uniform over all V ids could not draw part of the tail (V / 2^25). An id of probability 0 is never returned,
+    whatever the rounding, unless the whole law is zero (then 0 is).
 
     Args:
       law: [..., V] laws, or non-negative weights: they are taken relative to their sum.
-      uniform: [...] in [0, 1).
+      uniforms: [..., DRAW] in [0, 1), on a grid of 2^-24 (see `core.noise.uniforms`).
 
     Returns:
       [...] int32 ids.
     """
-    padded = _chunked(law, 0.0)
-    mass = jnp.sum(padded, axis=-1)
-    outer = jnp.cumsum(mass, axis=-1)
-    wanted = uniform * outer[..., -1]
-    chunk = _first_above(outer, mass, wanted)
-    passed = jnp.take_along_axis(outer - mass, chunk[..., None], axis=-1)[..., 0]
-    inside = jnp.take_along_axis(padded, chunk[..., None, None], axis=-2)[..., 0, :]
-    return chunk * _CHUNK + _first_above(jnp.cumsum(inside, axis=-1), inside, wanted - passed)
+    width = chunk_width(law.shape[-1])
+    chunks = _chunked(law, 0.0, width)
+    chunk = _invert(jnp.sum(chunks, axis=-1), uniforms[..., 0])
+    inside = jnp.take_along_axis(chunks, chunk[..., None, None], axis=-2)[..., 0, :]
+    return chunk * width + _invert(inside, uniforms[..., 1])
 
 
-def _chunked(values: Array, filler: float) -> Array:
-    """[..., V] -> [..., chunks, _CHUNK], the last chunk filled up."""
+def chunk_width(vocab: int) -> int:
+    """Width of the chunks that `sample` cuts V ids into: the least padding, then the fewest terms of both sums."""
+
+    def cost(width: int) -> tuple[int, int]:
+        chunks = -(-vocab // width)
+        return chunks * width, chunks + width
+
+    return min((_CHUNK * n for n in range(1, 17)), key=cost)
+
+
+def _chunked(values: Array, filler: float, width: int) -> Array:
+    """[..., V] -> [..., chunks, width], the last chunk filled up."""
     vocab = values.shape[-1]
-    chunks = -(-vocab // _CHUNK)
-    room = [(0, 0)] * (values.ndim - 1) + [(0, chunks * _CHUNK - vocab)]
-    return jnp.pad(values, room, constant_values=filler).reshape(values.shape[:-1] + (chunks, _CHUNK))
+    chunks = -(-vocab // width)
+    room = [(0, 0)] * (values.ndim - 1) + [(0, chunks * width - vocab)]
+    return jnp.pad(values, room, constant_values=filler).reshape(values.shape[:-1] + (chunks, width))
+
+
+def _invert(weights: Array, uniform: Array) -> Array:
+    """The place of each uniform [...] among the cumulative sums of weights [..., N]: [...] int32."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    return _first_above(cumulative, weights, uniform * cumulative[..., -1])
 
 
 def _first_largest(values: Array) -> Array:

@@ -34,6 +34,13 @@ def trim(
 
     Returns:
       (grown [B] after trimming, done [B] bool).
+
+    A start token and two output tokens stand in the buffer; the round has added 7, EOS and 9:
+
+    >>> buffer = jnp.array([[0, 5, 6, 7, 1, 9]])
+    >>> grown, done = trim(buffer, jnp.array([2]), jnp.array([3]), offset=1, width=3, max_len=5, eos_id=1)
+    >>> print(grown, done)
+    [2] [ True]
     """
     within = jnp.arange(width)
     column = offset + committed[:, None] + within

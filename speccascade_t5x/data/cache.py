@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.common import checks, packaged, storage
+from speccascade_t5x.checkpoints import loading
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
@@ -106,7 +107,7 @@ def pair_vocabulary(path: str | Path | None = None) -> vocabulary.Vocabulary | N
     Raises:
       UserError: no bundle is there, or it is damaged.
     """
-    return None if path is None else bundles.load_vocabulary(packaged.bundle_dir(path))
+    return None if path is None else bundles.load_vocabulary(loading.bundle_folder(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +180,9 @@ def _check_kept(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, 
         if found.get(name) != wanted.get(name):
             then, now = (values.get(name) for values in (found, wanted))
             if name == "settings":
-                then, now = (
-                    " ".join(line for line in one if line not in other)
-                    for one, other in ((then or [], now), (now, then or []))
-                )
+                before, after = then or [], now or []
+                then = " ".join(line for line in before if line not in after)
+                now = " ".join(line for line in after if line not in before)
             then, now = (str(value)[:200] or "nothing of it" for value in (then, now))
             raise UserError(
                 f"{folder} holds a corpus made with {name} {then}, not {now}: choose another output folder, or remove "
@@ -195,8 +195,8 @@ def _from_task(job: _Job, name: str, split: str, task_lengths: bool, seed: int) 
     from speccascade_t5x.data import seqio_tasks
 
     parts = seqio_tasks.parts(name)
-    lengths = dict(job.lengths) if task_lengths else None
-    source = {"kind": "task", "seed": seed} | ({"task_lengths": True} if task_lengths else {})
+    lengths = {feature: room for feature, room in job.lengths.items() if room} if task_lengths else None
+    source: dict[str, Any] = {"kind": "task", "seed": seed} | ({"task_lengths": True} if task_lengths else {})
     spoken = [_task_vocabulary(part) for part, _ in parts]
     streams = [seqio_tasks.stream(part, split, job.limit, lengths, seed) for part, _ in parts]
     mixture = parts[0][0] != name or len(parts) > 1
@@ -219,7 +219,8 @@ def _task_vocabulary(task: str) -> vocabulary.Vocabulary:
     found = seqio_tasks.task_vocabularies(task)
     spoken = {name: seqio_tasks.as_vocabulary(found[name]) for name in shards.FEATURES if name in found}
     if len(spoken) == len(shards.FEATURES):
-        vocabulary.check_same(*spoken.values(), tuple(f"feature {name!r} of task {task!r}" for name in spoken))
+        names = (f"feature 'inputs' of task {task!r}", f"feature 'targets' of task {task!r}")
+        vocabulary.check_same(spoken["inputs"], spoken["targets"], names)
     if not spoken:
         raise UserError(
             f"task {task!r} has no feature 'inputs' or 'targets', so there is nothing to train on: name another task"
@@ -238,16 +239,18 @@ def _from_records(
     """Writes the outputs an `infer` job has recorded."""
     stem, files = _record_files(folder, task)
     split = _split_of(folder, stem, splits)
-    if spoken is None and task is None:
-        raise UserError("records need a vocabulary: name their task (TASK) or the pair that wrote them (PAIR)")
-    spoken = spoken or _task_vocabulary(task)
+    if spoken is None:
+        if task is None:
+            raise UserError("records need a vocabulary: name their task (TASK) or the pair that wrote them (PAIR)")
+        spoken = _task_vocabulary(task)
     # A first pass over all records meets every bad line before anything is written.
     left_out = sum(not _ends(output, spoken.eos_id) for _, output in _outputs(files))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
-    source = {"kind": "records", "sha256": digest.hexdigest()}
-    source |= {"unfinished_outputs": left_out, "unfinished_kept": unfinished}
+    source = {
+        "kind": "records", "sha256": digest.hexdigest(), "unfinished_outputs": left_out, "unfinished_kept": unfinished
+    }  # fmt: skip
 
     def examples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number, (text, output) in enumerate(_outputs(files)):

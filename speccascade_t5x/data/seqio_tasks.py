@@ -8,6 +8,7 @@ whoever imports the module that defines them (usually a gin file); this module o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import numbers
 import os
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.common import checks
+from speccascade_t5x.data import shards
 from speccascade_t5x.data.examples import Example, check_ids, cut, fit
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -108,6 +110,21 @@ def examples(
     return found
 
 
+def corpus(
+    task_name: str, split: str, spoken: Vocabulary, limit: int | None = None, shard: tuple[int, int] | None = None
+) -> shards.Corpus:
+    """Reads a split whole, as `examples` does, into a corpus to learn from.
+
+    Raises:
+      UserError: what `examples` raises; examples without targets.
+    """
+    found = examples(task_name, split, {}, limit=limit, shard=shard)
+    pairs = [(example.inputs, example.targets) for example in found if example.targets is not None]
+    if len(pairs) < len(found):
+        raise UserError(f"task {task_name!r} has no targets to learn from: name another task")
+    return shards.from_examples(pairs, spoken)
+
+
 def stream(
     task_name: str,
     split: str,
@@ -171,6 +188,28 @@ def _rows(
                 check_ids(raw[name], features[name].vocabulary.vocab_size, where, name)
         yield raw
         index += 1
+
+
+def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator[str]:
+    """Yields every text of a task or mixture before tokenising: of each example its input, then its target.
+
+    Args:
+      name: a registered seqio task or mixture; of a mixture each task is read once, whatever its rate.
+      split: one split of it.
+      limit: only the first so many examples of each task; None reads all.
+
+    Raises:
+      UserError: at the first text, for an unknown name or split.
+    """
+    for part, _ in parts(name):
+        features = _task(part).output_features
+        dataset = _dataset(part, split)
+        dataset = dataset if limit is None else dataset.take(limit)
+        with contextlib.closing(_rows(part, dataset, features)) as rows:
+            for index, raw in enumerate(rows):
+                for feature in ("inputs", "targets"):
+                    if feature in raw:
+                        yield _text(raw, feature, features, f"example {index} of task {part!r}")
 
 
 def _dataset(
@@ -280,15 +319,6 @@ def _task(name: str) -> seqio.Task:
     )
 
 
-def task_metrics(task_name: str) -> list[Callable[[list, list], Mapping[str, Any]]]:
-    """Returns the task's metric functions over predictions: (targets, predictions) -> dict.
-
-    Raises:
-      UserError: there is no such task.
-    """
-    return list(_task(task_name).predict_metric_fns)
-
-
 def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:
     """Returns the vocabulary of each feature of a task, by feature name.
 
@@ -347,12 +377,39 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
         ]
         outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
     results: dict[str, Any] = {}
-    for metric in task.predict_metric_fns:
-        name = getattr(metric, "__name__", type(metric).__name__)
+    for metric in metric_fns(task_name):
+        name = _name_of(metric)
         with _named(task_name, f"metric {name!r}"):
             found = metric(targets, outputs)
             results |= metric_value(found if isinstance(found, Mapping) else {name: found})
     return results
+
+
+def metric_fns(task_name: str) -> list[Callable[..., Any]]:
+    """The task's metric functions that read predicted texts.
+
+    As `task.predict_metric_fns`, which fails where an argument has an array for a default.
+
+    Raises:
+      UserError: there is no such task, or a function takes other arguments than seqio gives.
+    """
+    found = []
+    for metric in _task(task_name)._metric_fn_constructor_args or ():
+        arguments = inspect.signature(metric).parameters.values()
+        needed = [each for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        names = tuple(each.name for each in needed)
+        if names == ("targets", "predictions"):
+            found.append(metric)
+        elif names not in (("targets", "scores"), ("targets", "predictions", "aux_values")):
+            raise UserError(
+                f"the metric {_name_of(metric)!r} of task {task_name!r} takes {names}: name its arguments targets and "
+                "predictions, and give any other a default"
+            )
+    return found
+
+
+def _name_of(metric: Callable[..., Any]) -> str:
+    return getattr(metric, "__name__", type(metric).__name__)
 
 
 @contextlib.contextmanager

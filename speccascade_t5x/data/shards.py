@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.data.examples import check_ids
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
@@ -32,6 +32,11 @@ FEATURES = ("inputs", "targets")
 MANIFEST = "manifest.json"
 FORMAT = "speccascade_t5x tokenised corpus"
 VERSION = 1
+_LARGEST_MANIFEST = 64 * 2**20  # an entry of some hundred bytes a shard
+_SHARD = schema.record({"file": schema.file_name(), "sha256": schema.of(str), "bytes": schema.whole(most=2**50)})
+_CONTENT = schema.record(
+    {"vocabulary": schema.of(dict), "examples": schema.whole(most=2**50), "shards": schema.list_of(_SHARD)}
+)
 _MODEL_FILE = "vocabulary.model"
 _UNFINISHED = "unfinished"
 
@@ -208,24 +213,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
       UserError: there is no manifest, or it is none of ours, or one of a newer version.
     """
     path = Path(folder) / MANIFEST
-    try:
-        manifest = storage.from_json(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         inner = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
         if inner:
-            raise UserError(f"the folder {folder} holds the corpora {', '.join(inner)}: name one of them") from error
-        what = "does not exist" if not Path(folder).is_dir() else f"holds no whole tokenised corpus ({MANIFEST} lacks)"
-        raise UserError(f"the folder {folder} {what}: write it with `speccascade cache`") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged (not JSON): write the corpus again with `speccascade cache`") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} describes something else than a tokenised corpus of `speccascade cache`")
-    version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads up to {VERSION}: use a newer program")
-    return manifest
+            raise UserError(f"the folder {folder} holds the corpora {', '.join(inner)}: name one of them")
+        what = f"holds no complete tokenised corpus (no {MANIFEST})" if Path(folder).is_dir() else "does not exist"
+        raise UserError(f"the folder {folder} {what}: write it with `speccascade cache`")
+    what = "the manifest of a tokenised corpus"
+    return schema.read_versioned(path, VERSION, what, _CONTENT, format=FORMAT, largest=_LARGEST_MANIFEST)
 
 
 def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> Corpus:
@@ -318,9 +313,7 @@ def _id_type(spoken: vocabulary.Vocabulary) -> np.dtype:
 
 def _write_shard(folder: Path, number: int, buffer: _Buffer) -> dict[str, Any]:
     """Writes and empties the buffer. Returns the shard's entry of the manifest, its file name still to come."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **buffer.arrays())
-    data = content.getvalue()
+    data = storage.npz(buffer.arrays())
     storage.write_bytes(folder / _UNFINISHED / f"{number:05d}.npz", [data])
     entry = {"file": "", "examples": buffer.count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     buffer.clear()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.core import rules
+from speccascade_t5x.core import noise, rules
 from speccascade_t5x.core.probs import Sampling
 from speccascade_t5x.decoding import loop, queue
 from speccascade_t5x.decoding.config import DecodeConfig
@@ -45,7 +45,7 @@ def speculative(
       inputs: {"encoder_input_tokens": [rows, S]}, or what the models' `start` reads: decoder-only models read
         {"decoder_input_tokens": [rows, S]}, ragged prompts after the start token (`models.prompts`).
       config: static options.
-      key: random key (jax.random.key or a raw uint32 key); required.
+      key: random key, jax.random.key or a raw uint32 key, of any generator: it is converted to threefry; required.
       example_ids: [rows] names of the examples; a row's output depends on its id, not on its batch.
       sampling: traced options, Sampling() by default.
       draft_stop: ends a row's draft before config.draft_len, see `drafting.stop`; None always drafts it whole.
@@ -55,6 +55,18 @@ def speculative(
 
     Raises:
       UserError: the two vocabularies do not fit each other, or alpha has another number of rows.
+
+    A table over four tokens that counts upwards to EOS, 3, as drafter and as verifier:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from speccascade_t5x import models
+    >>> upwards = models.bigram(20.0 * jnp.eye(4, k=1))
+    >>> output = speculative(
+    ...     drafter=upwards, verifier=upwards, rule=rules.Lossless(), inputs={"rows": jnp.zeros((1, 1), jnp.int32)},
+    ...     config=DecodeConfig(max_len=6, draft_len=2, eos_id=3), key=jax.random.key(0), example_ids=jnp.array([0]),
+    ... )
+    >>> print(output.tokens, output.lengths, output.source)  # two accepted drafts and a bonus token
+    [[1 2 3 0 0 0]] [3] [[1 1 3 0 0 0]]
     """
     program = speculative_program(drafter, verifier, rule, config, sampling, draft_stop)
     return decode(program, inputs, key, example_ids)
@@ -140,7 +152,7 @@ def sequence_cascade(
 
 def decode(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> Output:
     """Runs a Program to the end: one compiled program for the inputs, one for the loop."""
-    state = start(program, inputs, _as_key(key), _as_ids(example_ids, inputs))
+    state = start(program, inputs, noise.threefry(key), _as_ids(example_ids, inputs))
     program = loop.per_row(program, state.done.shape[0])  # here, so that a mistake is named without a trace
     return finish(program.config, run(program, state, program.max_rounds))
 
@@ -152,14 +164,6 @@ run = jax.jit(functools.partial(loop.run, loop="lax"), donate_argnums=1)
 refill = jax.jit(loop.refill, donate_argnums=1)
 run_queue = jax.jit(queue.run_queue, donate_argnums=1, static_argnames="width")
 finish = jax.jit(harvest, static_argnums=0)
-
-
-def _as_key(key: Array) -> Array:
-    """A typed key from a typed or a raw one."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None:
-        raise UserError(f"key={key!r} is no random key: give jax.random.key(seed)")
-    return key if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _as_ids(example_ids: Array, inputs: PyTree) -> Array:

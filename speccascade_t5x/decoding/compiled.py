@@ -9,7 +9,9 @@ from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from speccascade_t5x.core import noise
 from speccascade_t5x.decoding import api, loop, placing, queue
 from speccascade_t5x.decoding.state import Output, Program, State
 from speccascade_t5x.interfaces import Array, PyTree
@@ -121,7 +123,7 @@ class _Compiled:
         """
         begin = time.perf_counter()
         self._layout = layout
-        key, ids = jax.random.key(0), jnp.zeros(jax.tree.leaves(inputs)[0].shape[0], jnp.int32)
+        key, ids = noise.from_seed(0), jnp.zeros(jax.tree.leaves(inputs)[0].shape[0], jnp.int32)
         if layout is not None:
             program, key = layout.program(program), shapes(key, layout.whole)
             inputs, ids = shapes(inputs, layout.rows), shapes(ids, layout.rows)
@@ -145,7 +147,7 @@ class _Compiled:
 
     def start(self, program: Program, inputs: PyTree, key: Array, example_ids: Array) -> State:
         """Reads the inputs: encoders and caches."""
-        return self._start(program, self._rows(inputs), self._whole(key), self._rows(example_ids))
+        return self._start(program, self._rows(inputs), self._whole(noise.threefry(key)), self._rows(example_ids))
 
     def finish(self, state: State) -> Output:
         """Cuts every row at its end."""
@@ -177,7 +179,13 @@ class CompiledQueue(_Compiled):
     _queued = True
 
     def run(
-        self, program: Program, state: State, ids: Array, waiting: State, coming: Array, patience: int
+        self,
+        program: Program,
+        state: State,
+        ids: Array | np.ndarray,
+        waiting: State,
+        coming: np.ndarray,
+        patience: int,
     ) -> tuple[State, Array, queue.Ended]:
         """The loop until every waiting input has found a place, see `queue.run_queue`. Consumes `state`."""
         return self._loop(program, state, self._whole(ids), waiting, self._whole(coming), patience)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x.core import stopping
+from speccascade_t5x.decoding.config import DecodeConfig
 from speccascade_t5x.decoding.state import OFFSET, Program, State, Trace
 from speccascade_t5x.interfaces import Array
 
@@ -35,8 +36,22 @@ class Emission:
 
 def write_rows(buffer: Array, block: Array, columns: Array) -> Array:
     """Writes block [B, W] into buffer [B, N] from column columns[b] on."""
-    put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
-    return jax.vmap(put)(buffer, block.astype(buffer.dtype), columns)
+    put = jax.vmap(jax.lax.dynamic_update_slice)
+    return put(buffer, block.astype(buffer.dtype), (columns,))
+
+
+def trim(config: DecodeConfig, tokens: Array, committed: Array, grown: Array, width: int) -> tuple[Array, Array]:
+    """`stopping.trim` of a State's token buffer, into which `grown` [B] tokens have been written."""
+    return stopping.trim(
+        tokens,
+        committed,
+        grown,
+        offset=OFFSET,
+        width=width,
+        max_len=config.max_len,
+        eos_id=config.eos_id,
+        stop_sequences=config.stop_sequences,
+    )
 
 
 def emit(program: Program, state: State, emission: Emission) -> tuple[State, Array]:
@@ -47,25 +62,16 @@ def emit(program: Program, state: State, emission: Emission) -> tuple[State, Arr
     Returns:
       (state, [B] how many tokens each row really grew by).
     """
-    config, alive = program.config, ~state.done
+    alive = ~state.done
     width = emission.tokens.shape[1]
     tokens = write_rows(state.tokens, emission.tokens, OFFSET + state.committed)
-    grown, ended = stopping.trim(
-        tokens,
-        state.committed,
-        emission.grown,
-        offset=OFFSET,
-        width=width,
-        max_len=config.max_len,
-        eos_id=config.eos_id,
-        stop_sequences=config.stop_sequences,
-    )
+    grown, ended = trim(program.config, tokens, state.committed, emission.grown, width)
     grown = jnp.where(alive, grown, 0)
     kept = jnp.arange(width) < grown[:, None]
     tiny = jnp.finfo(jnp.float32).tiny  # a law at temperature 1 may underflow where the sampled one did not
-    log_prob = jnp.log(jnp.maximum(emission.prob_raw, tiny))
+    log_prob = jnp.log(jnp.where(emission.prob_raw < tiny, tiny, emission.prob_raw))  # and NaN stays NaN
     trace = state.trace
-    if trace is not None:
+    if trace is not None and emission.trace is not None:
         columns = dataclasses.replace(emission.trace, log_prob=log_prob)
         trace = jax.tree.map(lambda old, new: write_rows(old, new, state.committed), trace, columns)
     deferred = jnp.sum(jnp.where(kept, emission.deferral, 0.0), axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -20,11 +21,13 @@ class Laws:
     Attributes:
       target: [B, G + 1, V] pi, tempered and truncated: what is emitted.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
+      broken: [B, G + 1] bool, True where NaN went into a law that was read here, whatever the rule has made of it.
       trace: [B, G + 1] columns of the trace, or None; `log_prob` is filled when the tokens are known.
     """
 
     target: Array
     deferral: Array
+    broken: Array
     trace: Trace | None
 
 
@@ -47,6 +50,8 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
         p = probs.tempered(logits, sampling.temperature, program.config.vocab_size, pair_raw.p_raw)
         greedy = jnp.asarray(sampling.temperature) == 0.0
         pair = dataclasses.replace(pair_raw, q=q, p=p, greedy=greedy)
+    read = [law for law in (pair.p, pair.p_raw, pair.q, pair.q_raw) if law is not None]
+    broken = functools.reduce(jnp.logical_or, map(probs.is_broken, read))
     trace = describe(pair.q, pair.p, pair.q_raw, pair.p_raw) if program.config.trace else None
     if rule.truncates_inputs and not plain:
         q = None if q is None else probs.truncate(q, sampling)
@@ -57,24 +62,23 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
     deferral = rule.deferral(pair)
     if trace is not None:
         trace = dataclasses.replace(trace, deferral=deferral)
-    return Laws(target, deferral, trace)
+    return Laws(target, deferral, broken, trace)
 
 
 def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:
-    """Columns of the trace from whichever laws are known ([..., V] each); NaN stands for the others."""
-    known = q_raw if q_raw is not None else p_raw
+    """Columns of the trace from whichever laws are known ([..., V] each); NaN for the others, and for laws of NaN."""
+    known = next(law for law in (q_raw, p_raw) if law is not None)
     unknown = jnp.full(known.shape[:-1], jnp.nan, jnp.float32)
 
     def of(law: Array | None, measure) -> Array:
-        return unknown if law is None else measure(law)
+        return unknown if law is None else jnp.where(probs.is_broken(law), jnp.nan, measure(law))
 
-    peak = lambda law: jnp.max(law, axis=-1)  # noqa: E731
-    both = q is not None and p is not None
+    peak = functools.partial(jnp.max, axis=-1)
     return Trace(
         log_prob=unknown,
         max_q=of(q_raw, peak),
         max_p=of(p_raw, peak),
-        total_variation=divergences.total_variation(p, q) if both else unknown,
+        total_variation=of(p, lambda p: of(q, lambda q: divergences.total_variation(p, q))),
         entropy_q=of(q_raw, divergences.entropy),
         entropy_p=of(p_raw, divergences.entropy),
         deferral=unknown,

@@ -20,7 +20,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from speccascade_t5x.core import probs
+from speccascade_t5x.core import noise, probs
 from speccascade_t5x.core.accounting import Counts
 from speccascade_t5x.decoding.state import OFFSET, Program, State, Trace
 from speccascade_t5x.interfaces import SOURCE_PAD, Array, PyTree, UserError
@@ -32,7 +32,8 @@ def init(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> St
     Args:
       program: what will run.
       inputs: named arrays with one row per example.
-      key: random key. A row's noise depends on (key, example id, sample index, committed tokens) alone.
+      key: random key of any kind (see `core.noise`). A row's noise depends on (key, example id, sample index,
+        committed tokens) alone.
       example_ids: [rows] ids that name the examples, whatever batch they travel in.
     """
     config = program.config
@@ -41,6 +42,7 @@ def init(program: Program, inputs: PyTree, key: Array, example_ids: Array) -> St
     batch = first_token.shape[0] * samples
     first_token, first, ids = (jnp.repeat(x, samples) for x in (first_token, first, example_ids))
     per_sample = jnp.tile(jnp.arange(samples), batch // samples)
+    key = noise.threefry(key)
     keys = jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(ids, per_sample)
     width = config.max_len + config.draft_len + 1
     tokens = jnp.full((batch, OFFSET + width), config.pad_id, jnp.int32)

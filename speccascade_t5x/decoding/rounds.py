@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs, verify
 from speccascade_t5x.core.accounting import Counts
+from speccascade_t5x.core.noise import uniforms
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.decoding.emit import Emission, emit
 from speccascade_t5x.decoding.laws import rule_laws
@@ -38,7 +39,7 @@ class Speculative:
         its test were free: Oracle[Diff]).
     """
 
-    solo: Literal["verifier", "drafter", "oracle"] = "verifier"
+    solo: str = "verifier"
     writings: ClassVar[int] = 1
 
     def begin(self, program: Program, first: Array) -> PyTree:
@@ -94,6 +95,8 @@ class Speculative:
     ) -> Counts:
         """The counters after a round in which the rows that were alive grew by `grown`."""
         drafts = program.config.draft_len
+        calls: Array | int
+        scored: Array | int
         calls, scored = {"verifier": (1, drafts + 1), "drafter": (0, 0)}.get(self.solo, (0, 0))
         if self.solo == "oracle":
             calls = scored = (deferral[:, 0] > 0).astype(jnp.int32)
@@ -130,7 +133,7 @@ class Judgement:
     Attributes:
       outcome: what stands.
       tokens: [B, G + 1] the accepted tokens, and after them the round's last one in every column.
-      prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated.
+      prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated; NaN where a law that was read is.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
       trace: [B, G + 1] diagnostics, or None.
     """
@@ -180,7 +183,10 @@ def judge(
             proposal.tokens, proposal.lengths, proposal.law, laws.target, accept_noise, residual_noise
         )
         tokens = jnp.where(column < outcome.accepted[:, None], padded, outcome.token[:, None])
-        prob_raw = program.rule.target_at(pair_raw, tokens)
+        broken = laws.broken
+        if program.config.verification != "token":  # the laws of the whole draft decide how much of it stands
+            broken = jnp.any(broken & (column <= proposal.lengths[:, None]), axis=1, keepdims=True)
+        prob_raw = jnp.where(broken, jnp.nan, program.rule.target_at(pair_raw, tokens))
         return Judgement(outcome, tokens, prob_raw, laws.deferral, laws.trace)
 
     found = jax.lax.cond(probs.is_plain(program.sampling), lambda: judged(True), lambda: judged(False))
@@ -188,31 +194,32 @@ def judge(
 
 
 def _broken(proposal: Proposal) -> Array:
-    """[B, 1] bool: the draft came from a law that is none (NaN, or zero all over).
+    """[B, 1] bool: the draft came from a law that is none (NaN, or zero all over), or its drafter says so.
 
     A NaN of the drafter would otherwise pass unseen under a rule whose pi does not read it. It shows at the drafted
     token: no token of probability 0 is ever drawn from a law, and a softmax with one NaN is NaN everywhere.
     """
     counted = jnp.arange(proposal.tokens.shape[1]) < proposal.lengths[:, None]
-    return jnp.any(counted & ~(probs.gather(proposal.law, proposal.tokens) > 0), axis=1, keepdims=True)
+    found = jnp.any(counted & ~(probs.gather(proposal.law, proposal.tokens) > 0), axis=1, keepdims=True)
+    return found if proposal.broken is None else found | proposal.broken[:, None]
 
 
 def noise(program: Program, state: State) -> tuple[Array, Array, Array]:
-    """This round's uniforms: [B, drafter's], [B, G] for accepting, [B] for the residual or bonus token.
+    """This round's uniforms: [B, drafter's], [B, G] for accepting, [B, DRAW] for the residual or bonus token.
 
     Fresh per round: later drafts took part in choosing where the last round stopped, so noise indexed by a
     token's absolute position would make block verification wrong.
     """
     drafting = program.drafter.model.noise_size if program.drafter else 0
     drafts = program.config.draft_len
-    uniforms = row_uniforms(state, drafting + drafts + 1)
-    return uniforms[:, :drafting], uniforms[:, drafting : drafting + drafts], uniforms[:, -1]
+    found = row_uniforms(state, drafting + drafts + probs.DRAW)
+    return found[:, :drafting], found[:, drafting : drafting + drafts], found[:, drafting + drafts :]
 
 
 def row_uniforms(state: State, size: int) -> Array:
     """[B, size] uniforms of this round, from each row's key and the number of tokens it has committed."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.committed)
-    return jax.vmap(lambda key: jax.random.uniform(key, (size,)))(keys)
+    return jax.vmap(lambda key: uniforms(key, size))(keys)
 
 
 def last_tokens(state: State) -> Array:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import probs
-from speccascade_t5x.decoding.emit import Emission, emit, write_rows
+from speccascade_t5x.decoding.emit import Emission, emit, trim, write_rows
 from speccascade_t5x.decoding.laws import describe
 from speccascade_t5x.decoding.rounds import commit_drafter, last_tokens, noise, propose, row_uniforms
 from speccascade_t5x.decoding.state import OFFSET, Program, State
@@ -43,16 +43,12 @@ class TokenCascade:
         proposal, drafter_state = propose(program, state, last_tokens(state), positions, draft_noise)
         lengths = proposal.lengths
         drafted = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
-        column = jnp.arange(program.config.draft_len + 1)
-        written = column < lengths[:, None]
-        ended = jnp.any(written & (drafted == program.config.eos_id), axis=1)
-        ended |= state.committed + lengths >= program.config.max_len
+        width = program.config.draft_len + 1
+        column = jnp.arange(width)
+        written = write_rows(state.tokens, drafted, OFFSET + state.committed)
+        _, ended = trim(program.config, written, state.committed, lengths, width)
         defers = (lengths < program.config.draft_len) & alive & ~ended
-        state = dataclasses.replace(
-            state,
-            drafter_state=drafter_state,
-            tokens=write_rows(state.tokens, drafted, OFFSET + state.committed),
-        )
+        state = dataclasses.replace(state, drafter_state=drafter_state, tokens=written)
         state, logits, calls, scored = _catch_up(program, state, state.committed + lengths, defers)
         sampling, vocab_size = program.sampling, program.config.vocab_size
         p_raw = probs.raw(logits, vocab_size)
@@ -62,10 +58,13 @@ class TokenCascade:
         tokens = jnp.where(turn, token[:, None], drafted)
         by_drafter = jnp.pad(probs.gather(proposal.q_raw, tokens[:, :-1]), ((0, 0), (0, 1)))
         by_verifier = jnp.take_along_axis(p_raw, token[:, None], axis=-1)
+        # The drafter's law is read where the rule defers, too.
+        broken = jnp.pad(probs.is_broken(proposal.q_raw), ((0, 0), (0, 1)))
+        broken |= turn & probs.is_broken(p_raw)[:, None]
         trace = None
         if program.config.trace:
-            here = lambda x: jnp.where(turn[:, :-1, None], x[:, None], jnp.nan)  # noqa: E731
-            trace = describe(proposal.q, here(p), proposal.q_raw, here(p_raw))
+            here, there = (jnp.where(turn[:, :-1, None], x[:, None], jnp.nan) for x in (p, p_raw))
+            trace = describe(proposal.q, here, proposal.q_raw, there)
             # Nothing is ever written in the last column: after a draft of full length the round ends.
             trace = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1)), constant_values=jnp.nan), trace)
             trace = dataclasses.replace(trace, deferral=turn.astype(jnp.float32))
@@ -73,7 +72,7 @@ class TokenCascade:
             tokens=tokens,
             source=jnp.where(turn, SOURCE_VERIFIER, SOURCE_DRAFTER),
             grown=lengths + defers,
-            prob_raw=jnp.where(turn, by_verifier, by_drafter),
+            prob_raw=jnp.where(broken, jnp.nan, jnp.where(turn, by_verifier, by_drafter)),
             deferral=turn.astype(jnp.float32),
             trace=trace,
         )
@@ -86,8 +85,9 @@ class TokenCascade:
 
 def _without_bonus(program: Program) -> Program:
     """The program with a drafter that is not scored after a draft of full length: the verifier writes nothing there."""
-    model = dataclasses.replace(program.drafter.model, score_bonus=False, report_q=True)
-    return dataclasses.replace(program, drafter=dataclasses.replace(program.drafter, model=model))
+    drafter: Any = program.drafter  # a token cascade has one
+    model = dataclasses.replace(drafter.model, score_bonus=False, report_q=True)
+    return dataclasses.replace(program, drafter=dataclasses.replace(drafter, model=model))
 
 
 def _catch_up(program: Program, state: State, target: Array, wanted: Array) -> tuple[State, Array, Array, Array]:
@@ -145,7 +145,7 @@ class SequenceCascade:
 
     threshold: Array | float
     quantile: Array | float = 0.0
-    confidence: Literal["sum", "mean", "quantile"] = "mean"
+    confidence: str = "mean"
     writings: ClassVar[int] = 2
 
     def begin(self, program: Program, first: Array) -> PyTree:
@@ -160,8 +160,8 @@ class SequenceCascade:
         """One token of each row, from the model whose turn it is; see Execution."""
         alive, rewriting = ~state.done, state.progress["rewriting"]
         # Two streams: the choice to rewrite depends on the first one, so the second writing needs its own.
-        uniforms = row_uniforms(state, 2)
-        uniform = jnp.where(rewriting, uniforms[:, 1], uniforms[:, 0])
+        both = row_uniforms(state, 2 * probs.DRAW)
+        uniforms = jnp.where(rewriting[:, None], both[:, probs.DRAW :], both[:, : probs.DRAW])
         block, positions = last_tokens(state)[:, 1:], state.first + state.committed
         q_logits, drafter_state = _step(program.drafter, state.drafter_state, block, positions, alive & ~rewriting)
         p_logits, cache = _step(program.verifier, state.verifier_cache, block, positions, alive & rewriting)
@@ -170,7 +170,7 @@ class SequenceCascade:
         sampling, vocab_size = program.sampling, program.config.vocab_size
         law_raw = probs.raw(logits, vocab_size)
         law = probs.tempered(logits, sampling.temperature, vocab_size, law_raw)
-        token = probs.sample(probs.truncate(law, sampling), uniform)[:, None]
+        token = probs.sample(probs.truncate(law, sampling), uniforms)[:, None]
         prob_raw = jnp.take_along_axis(law_raw, token, axis=-1)
         state = dataclasses.replace(state, verifier_cache=cache, drafter_state=drafter_state)
         log_probs = write_rows(state.progress["log_probs"], jnp.log(prob_raw), state.committed)
@@ -237,7 +237,8 @@ def _rewrite(state: State, rows: Array) -> State:
         state,
         committed=jnp.where(rows, 0, state.committed),
         done=state.done & ~rows,
-        log_probs=jnp.where(rows, 0.0, state.log_probs),
+        # A NaN of the drafter stays: the choice to rewrite was made on it.
+        log_probs=jnp.where(rows & ~jnp.isnan(state.log_probs), 0.0, state.log_probs),
         counts=counts,
         progress={**state.progress, "rewriting": state.progress["rewriting"] | rows},
     )

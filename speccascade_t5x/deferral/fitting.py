@@ -23,6 +23,7 @@ import optax
 
 from speccascade_t5x import trees
 from speccascade_t5x.common import checks
+from speccascade_t5x.core import noise
 from speccascade_t5x.deferral import columns as columns_lib
 from speccascade_t5x.deferral.columns import Columns
 from speccascade_t5x.deferral.features import Candidates
@@ -248,7 +249,7 @@ class _Run:
             state = store.restore(state)
         step, history = int(state.step), []
         observer.started(seed, step, config.steps)
-        key = jax.random.key(seed)
+        key = noise.from_seed(seed)
         while step < config.steps and int(state.params["worse"]) < config.patience:
             count = min(config.eval_every, config.steps - step)
             before = state
@@ -284,7 +285,7 @@ class _Run:
 
     def _begin(self, seed: int) -> PyTree:
         width = self.columns["candidate_features"].shape[-1] if self.config.kind == "token" else 0
-        variables = fresh(self.config, jax.random.fold_in(jax.random.key(seed), 1), width)
+        variables = fresh(self.config, jax.random.fold_in(noise.from_seed(seed), 1), width)
         columns = {"normalise": self.columns["features"]}
         if self.config.features.hidden:
             columns["normalise_hidden"] = columns_lib.hidden(self.columns, self.config)

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.checkpoints.tensors import Placement
 from speccascade_t5x.common import checks
 from speccascade_t5x.decoding import Program, State, placing
@@ -149,7 +149,7 @@ class Partitioning:
       strict: see `Topology`.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules = STANDARD_RULES
     drafter_rules: Rules = STANDARD_RULES
     strict: bool = False
@@ -212,7 +212,7 @@ class Partitioning:
 
     def placement(self, model: Any, drafter: bool = False) -> Placement:
         """The same for `checkpoints.load`, by flat name. Raises what `params` raises."""
-        flat = tree.flatten(self.params(model, drafter))
+        flat = flat_params.flatten(self.params(model, drafter))
         return lambda name, shape: flat[name]
 
     def put(self, bound: Bound, drafter: bool = False) -> Bound:

@@ -7,6 +7,7 @@ Every drafted token carries its distribution d, so the last review is exact what
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Job:
     """What stays the same while a round is drafted: parameters, prompt, and each row's first position [B]."""
 
     params: PyTree
-    prompt: Array | None
+    prompt: PyTree
     first: Array
 
 
@@ -127,12 +128,15 @@ class CascadeDrafter:
         limit = jnp.full_like(end, self.draft_len)
         carry, draft = self._draft(job, 0, carry, end, limit, noise)
         q = q_raw = None
+        broken = draft.broken
         if self.reads is not None:
             every = jnp.ones_like(end, bool)
             carry, law = self._score(job, self.reads, carry, end, draft.lengths, self.draft_len, every)
-            q, q_raw = law.tempered, law.raw
+            q, q_raw, broken = law.tempered, law.raw, broken | law.broken_within(draft.lengths)
         calls = jnp.stack(carry["calls"], axis=1)
-        proposal = Proposal(draft.tokens, draft.lengths, draft.law, q, q_raw, jnp.sum(calls, axis=1), calls)
+        proposal = Proposal(
+            draft.tokens, draft.lengths, draft.law, q, q_raw, jnp.sum(calls, axis=1), calls, broken=broken
+        )
         kept = {name: carry[name] for name in ("history", "caches", "valid")}
         return proposal, {**state, **kept, "pending": calls}
 
@@ -152,6 +156,7 @@ class CascadeDrafter:
             "count": jnp.zeros_like(start),
             "law": jnp.zeros((batch, room, self.width), jnp.float32),
             "confidence": jnp.ones((batch, room), jnp.float32),
+            "broken": jnp.zeros(batch, bool),
         }
         share = used = 0
         for drafter, most in enumerate(self.plan.rows[row] if size else ()):
@@ -159,16 +164,17 @@ class CascadeDrafter:
                 continue
             share += most
             goal = jnp.minimum(share, limit)
-            if drafter == len(self.models):
-                part = noise[:, used : used + most]
-                carry, written = self._copy(job, carry, written, start, goal, most, part)
+            if drafter == len(self.models) and self.copier is not None:
+                part = noise[:, used : used + most * probs.DRAW]
+                carry, written = self._copy(self.copier, job, carry, written, start, goal, most, part)
                 continue
             span = self.plan.review_noise(drafter)
             part = noise[:, used : used + most * span].reshape(batch, most, span).swapaxes(0, 1)
             used += most * span
 
             def review(state, uniforms, drafter=drafter, goal=goal):
-                return self._review(job, drafter, *state, start, goal, limit, uniforms)
+                carry, written = state
+                return self._review(job, drafter, carry, written, start, goal, limit, uniforms)
 
             def step(state, uniforms, review=review, goal=goal):
                 unfinished = jnp.any(state[1]["count"] < goal)
@@ -176,21 +182,23 @@ class CascadeDrafter:
 
             (carry, written), _ = jax.lax.scan(step, (carry, written), part)
         tokens = _window(carry["history"], start + 1, size)
-        draft = Draft(tokens, written["count"], written["law"][:, :size], written["confidence"][:, :size])
-        return carry, draft
+        law, confidence = (written[name][:, :size] for name in ("law", "confidence"))
+        return carry, Draft(tokens, written["count"], law, confidence, written["broken"])
 
+    @staticmethod
     def _copy(
-        self, job: _Job, carry: _Carry, written: PyTree, start: Array, goal: Array, most: int, noise: Array
+        copier: MaxGram, job: _Job, carry: _Carry, written: PyTree, start: Array, goal: Array, most: int, noise: Array
     ) -> tuple[_Carry, PyTree]:
         """The copying drafter fills the draft up to goal[b] tokens."""
         count, history = written["count"], carry["history"]
         end = start + count
-        tokens, lengths, law = self.copier.draft(job.params["copier"], job.prompt, history, end, most, noise)
+        tokens, lengths, law = copier.draft(job.params["copier"], job.prompt, history, end, most, noise)
         lengths = jnp.clip(goal - count, 0, lengths)
         written = {
             "count": count + lengths,
             "law": write_rows(written["law"], law, count),
             "confidence": write_rows(written["confidence"], jnp.ones(tokens.shape, jnp.float32), count),
+            "broken": written["broken"],
         }
         return {**carry, "history": write_rows(history, tokens, end + 1)}, written
 
@@ -213,11 +221,10 @@ class CascadeDrafter:
         lag = end - carry["valid"][drafter]
         lag = jnp.where(active, lag % block, lag)  # what remains after blocks that only catch up
         inner = jnp.where(active, jnp.minimum(limit - count, block - lag) - 1, 0)
-        carry, draft = self._draft(job, drafter + 1, carry, end, jnp.clip(inner, 0, size), noise[:, : -size - 1])
-        carry, target, sure = self._target(job, drafter, carry, draft, end, lag, block, active)
-        outcome = verify.token(
-            draft.tokens, draft.lengths, draft.law, target, noise[:, noise.shape[1] - size - 1 : -1], noise[:, -1]
-        )
+        below, tests, draw = jnp.split(noise, [noise.shape[1] - size - probs.DRAW, noise.shape[1] - probs.DRAW], axis=1)
+        carry, draft = self._draft(job, drafter + 1, carry, end, jnp.clip(inner, 0, size), below)
+        carry, target, sure, broken = self._target(job, drafter, carry, draft, end, lag, block, active)
+        outcome = verify.token(draft.tokens, draft.lengths, draft.law, target, tests, draw)
         after = end + outcome.accepted + 1
         history = write_rows(carry["history"], outcome.token[:, None], after)
         tokens = _window(history, end + 1, size + 1)
@@ -228,6 +235,7 @@ class CascadeDrafter:
             "count": jnp.where(active, after - start, count),
             "law": write_rows(written["law"], target, count),
             "confidence": write_rows(written["confidence"], confidence, count),
+            "broken": written["broken"] | (active & (broken | draft.broken)),
         }
         own = jnp.where(active, after, carry["valid"][drafter])
         smaller = [jnp.where(active, jnp.minimum(valid, after), valid) for valid in carry["valid"][drafter + 1 :]]
@@ -236,11 +244,12 @@ class CascadeDrafter:
 
     def _target(
         self, job: _Job, drafter: int, carry: _Carry, draft: Draft, end: Array, lag: Array, block: int, rows: Array
-    ) -> tuple[_Carry, Array, Callable[[Array], Array]]:
+    ) -> tuple[_Carry, Array, Callable[[Array], Array], Array]:
         """What follows each token of an inner draft.
 
         Returns:
-          (carry, target distribution [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there).
+          (carry, target distribution [B, G + 1, V], function of tokens [B, G + 1] to their raw probabilities there,
+          whether NaN went into that distribution [B]).
         """
         size, rule = draft.tokens.shape[1], self.rules[drafter]
         lower = None
@@ -252,12 +261,15 @@ class CascadeDrafter:
         law = self._law(logits)
         if rule is not None:
             law = rule_law(rule, lower, law, self.sampling)
-            return carry, law.sampled, lambda tokens: probs.gather(law.raw, tokens)
-        sure = lambda tokens: raw_chance(logits, tokens, self.vocab_size)  # noqa: E731
-        if self.lenience[drafter] is None or not size:
-            return carry, law.sampled, sure
+        broken = law.broken_within(draft.lengths)
+        if rule is not None:
+            return carry, law.sampled, lambda tokens: probs.gather(law.raw, tokens), broken
+        sure = functools.partial(raw_chance, logits, vocab_size=self.vocab_size)
+        lenience = self.lenience[drafter]
+        if lenience is None or not size:
+            return carry, law.sampled, sure, broken
         drafted = sure(jnp.pad(draft.tokens, ((0, 0), (0, 1))))[:, :-1]
-        return carry, lenient_target(draft, law, drafted, self.lenience[drafter], self.sampling), sure
+        return carry, lenient_target(draft, law, drafted, lenience, self.sampling), sure, broken
 
     def _score(
         self, job: _Job, drafter: int, carry: _Carry, start: Array, lengths: Array, size: int, rows: Array

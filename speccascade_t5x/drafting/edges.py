@@ -30,11 +30,17 @@ class ModelLaw:
       tempered: [B, T, V] after temperature, untruncated: what a rule above mixes.
       raw: [B, T, V] at temperature 1: what its tests read.
       sampled: [B, T, V] Tr of the tempered distribution: what tokens are drawn from.
+      broken: [B, T] bool, NaN went into it, whatever a rule has made of that.
     """
 
     tempered: Array
     raw: Array
     sampled: Array
+    broken: Array
+
+    def broken_within(self, lengths: Array) -> Array:
+        """[B] bool: NaN went into the law after some of the first lengths[b] drafted tokens, none and all included."""
+        return jnp.any(self.broken & (jnp.arange(self.broken.shape[1]) <= lengths[:, None]), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +53,14 @@ class Draft:
       law: [B, G, V] d.
       confidence: [B, G] raw probability of each token under the model that reviewed it last; 1 for a copied token.
         At temperature 0 a lenient edge compares with it.
+      broken: [B] bool, NaN went into a distribution behind it.
     """
 
     tokens: Array
     lengths: Array
     law: Array
     confidence: Array
+    broken: Array
 
 
 trees.register(ModelLaw)
@@ -62,7 +70,8 @@ trees.register(Draft)
 def model_law(logits: Array, sampling: Sampling, vocab_size: int | None) -> ModelLaw:
     """One model's distribution from its logits [B, T, V]."""
     tempered = probs.tempered(logits, sampling.temperature, vocab_size)
-    return ModelLaw(tempered, probs.raw(logits, vocab_size), probs.truncate(tempered, sampling))
+    sampled = probs.truncate(tempered, sampling)
+    return ModelLaw(tempered, probs.raw(logits, vocab_size), sampled, probs.is_broken(tempered))
 
 
 def raw_chance(logits: Array, tokens: Array, vocab_size: int | None) -> Array:
@@ -86,10 +95,11 @@ def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Samp
     greedy = jnp.asarray(sampling.temperature) == 0.0
     mixed = rule.target(Pair(q=q, p=getattr(upper, kind), q_raw=q_raw, p_raw=upper.raw, greedy=greedy))
     raw = rule.target(Pair(q=q_raw, p=upper.raw, q_raw=q_raw, p_raw=upper.raw))
-    return ModelLaw(mixed, raw, mixed if rule.truncates_inputs else probs.truncate(mixed, sampling))
+    sampled = mixed if rule.truncates_inputs else probs.truncate(mixed, sampling)
+    return ModelLaw(mixed, raw, sampled, upper.broken if lower is None else upper.broken | lower.broken)
 
 
-def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, sampling: Sampling) -> Array:
+def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array | float, sampling: Sampling) -> Array:
     """The target distribution of a lenient edge, [B, G + 1, V]; position i is the distribution after i drafted tokens.
 
     `sure` [B, G] is the raw probability of each drafted token under the upper model.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from speccascade_t5x.core.probs import DRAW
 from speccascade_t5x.interfaces import UserError
 
 
@@ -54,17 +55,15 @@ class KMatrix:
         return max(count if self.copies and i == self.models else self.length(i + 1) + 1 for i, count in entries)
 
     def review_noise(self, drafter: int) -> int:
-        """Uniforms that one review of drafter `drafter` takes: its inner draft's, one per test, one to draw."""
-        return self.draft_noise(drafter + 1) + self.length(drafter + 1) + 1
+        """Uniforms that one review of drafter `drafter` takes: its inner draft's, one per test, and one draw's."""
+        return self.draft_noise(drafter + 1) + self.length(drafter + 1) + DRAW
 
     def draft_noise(self, row: int) -> int:
         """Uniforms that a draft of row `row` takes; every one of them is used at most once."""
         if row >= len(self.rows):
             return 0
-        entries = enumerate(self.rows[row])
-        return sum(
-            count if self.copies and i == self.models else count * self.review_noise(i) for i, count in entries if count
-        )
+        draw = lambda i: DRAW if self.copies and i == self.models else self.review_noise(i)  # noqa: E731
+        return sum(count * draw(i) for i, count in enumerate(self.rows[row]) if count)
 
 
 def k_matrix(rows: Sequence[Sequence[int]], models: int, copies: bool) -> KMatrix:
@@ -78,6 +77,12 @@ def k_matrix(rows: Sequence[Sequence[int]], models: int, copies: bool) -> KMatri
     Raises:
       UserError: wrong shape, a negative or fractional entry, one below the diagonal, an empty first row, or a
         drafter that nothing uses.
+
+    The drafter writes 8 tokens and a copying drafter 4 more; while the drafter writes, 5 copies are reviewed at a time:
+
+    >>> k = k_matrix([[8, 4], [0, 5]], models=1, copies=True)
+    >>> k.length(0), k.length(1)
+    (12, 5)
     """
     size = models + copies
     rows = [list(row) for row in rows]

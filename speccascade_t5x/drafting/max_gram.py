@@ -6,7 +6,7 @@ Source: Max-Gram of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,8 @@ class MaxGram:
 
     @property
     def noise_size(self) -> int:
-        """One uniform per position that may be sampled."""
-        return self.draft_len if self.fill == "sample" else 0
+        """The uniforms of one draw per position that may be sampled."""
+        return self.draft_len * probs.DRAW if self.fill == "sample" else 0
 
     @property
     def _top(self) -> int:
@@ -135,7 +135,7 @@ class MaxGram:
           history: [B, N] the output so far, start token first.
           end: [B] index of its last token.
           size: most tokens to draft; static.
-          noise: [B, size] uniforms where `fill` is "sample".
+          noise: [B, size * probs.DRAW] uniforms where `fill` is "sample".
 
         Returns:
           (tokens [B, size], lengths [B], law [B, size, V]).
@@ -189,25 +189,25 @@ class MaxGram:
 
     def _fill(
         self, table: NGramTable, history: Array, end: Array, copied: Array, count: Array, noise: Array | None
-    ) -> tuple[Array, Array | None]:
-        """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] if sampled)."""
+    ) -> tuple[Array, Array | Any]:
+        """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] or None)."""
         ends = end[:, None]
         earlier, last = token_before(history, ends, 1, -1)[:, 0], token_before(history, ends, 0, -1)[:, 0]
         size = copied.shape[1]
 
         def step(carry, xs):
             earlier, last = carry
-            i, copy, uniform = xs
+            i, copy, uniforms = xs
             if noise is None:
                 token, law = table.best(earlier, last, self._top), None
             else:
                 law = self._sampled_law(table.law(earlier, last))
-                token = probs.sample(law, uniform)
+                token = probs.sample(law, uniforms)
             token = jnp.where(i < count, copy, token)
             return (last, token), (token, law)
 
-        uniforms = jnp.zeros((size, 0)) if noise is None else noise.T
-        _, (tokens, laws) = jax.lax.scan(step, (earlier, last), (jnp.arange(size), copied.T, uniforms))
+        draws = jnp.zeros((size, 0)) if noise is None else noise.reshape(-1, size, probs.DRAW).swapaxes(0, 1)
+        _, (tokens, laws) = jax.lax.scan(step, (earlier, last), (jnp.arange(size), copied.T, draws))
         if noise is None:
             return tokens.T, None
         sure = (jnp.arange(size) < count[:, None])[..., None]

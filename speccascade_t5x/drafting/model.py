@@ -52,8 +52,8 @@ class ModelDrafter:
 
     @property
     def noise_size(self) -> int:
-        """One uniform per drafted token."""
-        return self.draft_len
+        """The uniforms of one draw per drafted token."""
+        return self.draft_len * probs.DRAW
 
     def start(self, params: PyTree, inputs: PyTree, batch_size: int, room: int) -> PyTree:
         """Starts the model's cache; remembers where each row begins."""
@@ -69,17 +69,20 @@ class ModelDrafter:
         """Drafts G tokens after `tokens`; see the Protocol."""
         found, cache = self._catch_up(params, state, tokens, positions)
         batch, steps = tokens.shape[0], self.draft_len if self.score_bonus else self.draft_len - 1
+        draws = noise.reshape(batch, self.draft_len, probs.DRAW).swapaxes(0, 1)
 
-        def draw(logits: Array, uniform: Array, going: Array) -> tuple[Array, Array, Array]:
+        def draw(logits: Array, uniforms: Array, going: Array) -> tuple[Array, Array, Array]:
             if self.stop is not None:
-                going &= ~self.stop.stops(probs.raw(logits, self.vocab_size))
+                law_raw = probs.raw(logits, self.vocab_size)
+                # A NaN passes no test for what it is: it is drafted from, where verification finds it.
+                going &= ~self.stop.stops(law_raw) | probs.is_broken(law_raw)
             law = probs.truncate(probs.tempered(logits, self.sampling.temperature, self.vocab_size), self.sampling)
-            return probs.sample(law, uniform), law, going
+            return probs.sample(law, uniforms), law, going
 
         def step(carry, xs):
             found, cache, going = carry
-            i, uniform = xs
-            token, law, going = draw(found[0], uniform, going)
+            i, uniforms = xs
+            token, law, going = draw(found[0], uniforms, going)
             feed = lambda cache: self._extend(params, cache, token[:, None], positions + 1 + i)  # noqa: E731
             if self.stop is None:
                 after, cache = feed(cache)
@@ -89,13 +92,13 @@ class ModelDrafter:
             return (jax.tree.map(lambda x: x[:, 0], after), cache, going), (token, law, found, going)
 
         carry = (found, cache, jnp.ones(batch, bool))
-        xs = (jnp.arange(steps), noise.T[:steps])
+        xs = (jnp.arange(steps), draws[:steps])
         (found, cache, going), (drafted, laws, seen, kept) = jax.lax.scan(step, carry, xs)
         calls = 1 + jnp.sum(kept, axis=0, dtype=jnp.int32)
         if self.score_bonus or self.report_q:
             seen = jax.tree.map(lambda past, last: jnp.append(past, last[None], 0).swapaxes(0, 1), seen, found)
         if not self.score_bonus:
-            token, law, going = draw(found[0], noise[:, -1], going)
+            token, law, going = draw(found[0], draws[-1], going)
             drafted, laws, kept = (
                 jnp.append(done, last[None], 0) for done, last in ((drafted, token), (laws, law), (kept, going))
             )

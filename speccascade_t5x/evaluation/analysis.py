@@ -108,7 +108,8 @@ class Analyst:
     """
 
     def __init__(self, store: CellStore, scorer: Scorer | None, halves: Mapping[str, Sequence[int]], metric: str):
-        self.store, self.scorer, self.halves, self.metric = store, scorer, halves, metric
+        self.store, self.halves, self.metric = store, halves, metric
+        self.scorer: Any = scorer  # there wherever the metric is not the NLL
         self._boots: dict[int, Bootstrap] = {}
         self._weight: str | None = None
         self.unit_kind = "examples"

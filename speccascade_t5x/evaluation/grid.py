@@ -7,10 +7,9 @@ top-p); a cell is a point with one seed: what is decoded, and stored, at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ class Arm:
         return self.options.get("rule", "lossless") if "rule" in methods.METHODS[self.method].reads else None
 
     @property
-    def range(self) -> tuple[float, float] | None:
+    def range(self) -> tuple[float, float] | Any:
         """Lowest and highest valid alpha; None where it takes no alpha."""
         if self.method == "sequence_cascade":
             return -math.inf, math.inf
@@ -126,28 +125,17 @@ def arm(text: str | Arm) -> Arm:
         chosen["method"] = rule
     else:
         if execution:
-            _known(execution, methods.METHODS, "execution")
-            chosen["method"] = execution
+            chosen["method"] = checks.one_of("execution", execution, methods.METHODS)
         if rule == "lossy_sd_optimal":
             chosen |= {"rule": "lossy_sd", "rule_options": {"residual": "optimal"}}
         else:
             names = [*rules.names(), "lossy_sd_optimal", *(m for m in methods.METHODS if m != "speculative")]
-            _known(rule, names, "method")
-            chosen["rule"] = rule
+            chosen["rule"] = checks.one_of("method", rule, names)
     if verification:
-        chosen["verification"] = _known(verification, ("token", "block"), "verification")
+        chosen["verification"] = checks.one_of("verification", verification, ("token", "block"))
     if drafter:
-        chosen["drafter"] = _known(drafter, drafters.DRAFTERS, "drafter")
+        chosen["drafter"] = checks.one_of("drafter", drafter, drafters.DRAFTERS)
     return Arm(text, chosen)
-
-
-def _known(name: str, names: Iterable[str], what: str) -> str:
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no {what} {name!r}: {hint}known are {', '.join(sorted(names))}")
-    return name
 
 
 def check_alpha(chosen: Arm, alpha: float) -> None:
@@ -156,7 +144,7 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
     Raises:
       UserError: the message names the range.
     """
-    if chosen.range is None:
+    if chosen.range is None or chosen.rule is None:
         raise UserError(f"the method {chosen.name!r} takes no alpha, but alpha={alpha:g} was given: leave it out")
     if not math.isfinite(alpha):
         raise UserError(f"alpha={alpha} of the method {chosen.name!r} is not finite")
@@ -297,7 +285,11 @@ class Cell:
         Raises:
           UserError: an option outside its range.
         """
-        chosen = {"temperature": self.condition.temperature, "top_p": self.condition.top_p, "seed": self.seed}
+        chosen: dict[str, Any] = {
+            "temperature": self.condition.temperature,
+            "top_p": self.condition.top_p,
+            "seed": self.seed,
+        }
         chosen |= {"alpha": self.alpha} | dict(self.arm.options)
         if self.arm.reads_draft_len:
             chosen["draft_len"] = self.condition.draft_len
@@ -313,8 +305,7 @@ def check_base(base: Settings) -> None:
     for field in dataclasses.fields(Settings):
         if field.name not in (*_ARM, *_OWN):
             continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        if getattr(base, field.name) != default:
+        if getattr(base, field.name) != getattr(Settings(), field.name):
             raise UserError(
                 f"generate.Settings.{field.name} is chosen by the sweep itself: use its methods, alphas, draft_lens, "
                 "temperatures, top_ps and seeds instead"
@@ -345,6 +336,6 @@ def arms(
     if any(each.rule == TRUNCATED for each in wanted):
         found.setdefault(TRUNCATION, arm(TRUNCATION))
     for name, values in alphas.items():
-        _known(name, found, "method with alphas")
+        checks.one_of("method with alphas", name, found)
         found[name] = dataclasses.replace(found[name], alphas=tuple(checks.sequence(f"alphas of {name}", values)))
     return tuple(found.values())

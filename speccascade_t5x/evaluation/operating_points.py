@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.evaluation import frontier
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.interfaces import UserError
 
 FORMAT, VERSION = "speccascade_t5x.operating_points", 1
+_CONTENT = schema.record({"points": schema.list_of(schema.of(dict))})
 FILE = "operating_points.json"
 # Fields of Settings that make the operating point; the rest (seed, batch size, lengths) stays the user's.
 FIELDS = (
@@ -92,18 +93,11 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: it is missing, damaged, empty, or of a newer format.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        found = storage.from_json(path.read_text("utf-8"))
-        whole = found["format"] == FORMAT and isinstance(found["points"], list)
-        version = found["version"]
-    except FileNotFoundError:
-        raise UserError(f"there are no operating points {path}: `speccascade sweep` writes them") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them") from error
-    if not whole or not found["points"]:
+    if not path.exists():
+        raise UserError(f"there are no operating points {path}: `speccascade sweep` writes them")
+    found = schema.read_versioned(path, VERSION, "a file of operating points", _CONTENT, format=FORMAT)
+    if not found["points"]:
         raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them, for points it has timed")
-    if version > VERSION:
-        raise UserError(f"{path} has format version {version}, this release reads up to {VERSION}: upgrade the package")
     return found
 
 

@@ -64,9 +64,3 @@ def picture(svg: Path, caption: str) -> str:
     data = base64.b64encode(svg.read_bytes()).decode("ascii")
     said = escape(caption)
     return f'<figure><img alt="{said}" src="data:image/svg+xml;base64,{data}"><figcaption>{said}</figcaption></figure>'
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table; a bar inside a cell is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]

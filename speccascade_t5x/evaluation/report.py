@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import storage, text_table
 from speccascade_t5x.evaluation import frontier, notes, page, plots
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.measure import NLL
@@ -93,8 +93,7 @@ def write(folder: Path, groups: Sequence[Group], facts: Facts) -> dict[str, Path
     """Writes plots, report.md and report.html. Returns their paths by what they are for."""
     drawn = plots.draw_all(folder / "plots", groups, facts.quality, facts.reliability)
     sections = [_section(group, facts, i == 0) for i, group in enumerate(groups)]
-    markdown = _markdown(sections, facts, drawn)
-    storage.write_text(folder / "report.md", markdown)
+    storage.write_text(folder / "report.md", _markdown(sections, facts, drawn))
     storage.write_text(folder / "report.html", _html(sections, facts, drawn, groups))
     return {"report": folder / "report.html", "report in Markdown": folder / "report.md", "plots": folder / "plots"}
 
@@ -218,21 +217,21 @@ def _warnings(facts: Facts) -> list[str]:
 
 
 def _markdown(sections: Sequence[_Section], facts: Facts, drawn: Mapping[str, Path]) -> str:
-    lines = [f"# Sweep on {facts.name}", ""]
-    lines += [f"- {text}" for text in _protocol(facts)]
+    lines = [f"# Sweep on {text_table.escaped(facts.name)}", ""]
+    lines += [f"- {text_table.escaped(line)}" for line in _protocol(facts)]
     if warnings := _warnings(facts):
-        lines += ["", *(f"> {text}" for text in warnings)]
+        lines += ["", *(f"> {text_table.escaped(line)}" for line in warnings)]
     for i, section in enumerate(sections):
-        lines += ["", f"## {section.title}", ""]
+        lines += ["", f"## {text_table.escaped(section.title)}", ""]
         lines += [*(f"- {text}" for text in section.advice), ""] if section.advice else []
         if section.table[1]:
-            lines += [*page.markdown_table(*section.table), ""]
+            lines += [*text_table.markdown([section.table[0], *section.table[1]]), ""]
         if section.truncation:
             lines += ["Where a gain is an artefact of truncation:", ""]
             lines += [*(f"- {text}" for text in section.truncation), ""]
         lines += [f"- {text}" for text in section.remarks]
         lines += ["", *(f"![{name}](plots/{name}.png)" for name in _pictures(i, drawn)), ""]
-        lines += page.markdown_table(*section.points)
+        lines += text_table.markdown([section.points[0], *section.points[1]])
     lines += ["", "## What the columns mean", "", *(f"- {text}" for text in _COLUMNS)]
     return "\n".join(lines) + "\n"
 

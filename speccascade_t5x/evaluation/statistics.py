@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -88,6 +89,8 @@ class Estimate:
         return {name: float(x) if np.isfinite(x) else None for name, x in named.items()} | {"units": self.units}
 
     def _with(self, other: Estimate | float, how: np.ufunc) -> Estimate:
+        draws: Any
+        units: int | None
         value, draws, units = other, other, None
         if isinstance(other, Estimate):
             value, draws, units = other.value, other.draws, other.units

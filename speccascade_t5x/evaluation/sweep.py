@@ -230,10 +230,8 @@ def _dataset(
 ) -> tuple[datasets.Dataset, Scorer | None, dict[str, list[int]]]:
     runner = Runner(pair, dataclasses.replace(base, method="verifier"))
     dataset = datasets.read(runner.prompt_form, task, split, source, limit)
-    if any(text is None for text in dataset.targets_text):
-        raise UserError(f"{dataset.name} has examples without targets: a sweep needs a reference for each")
-    halves = scoring.halves(len(dataset.prompts))
-    scorer = Scorer(dataset.score, dataset.targets_text) if dataset.score else None
+    references, halves = dataset.references, scoring.halves(len(dataset.prompts))
+    scorer = Scorer(dataset.score, references) if dataset.score else None
     return dataset, scorer, halves
 
 
@@ -243,7 +241,7 @@ def _metric(metric: str | None, dataset: datasets.Dataset, scorer: Scorer | None
     Raises:
       UserError: the task has no such metric; the message names those it has.
     """
-    offered = [] if scorer is None else list(scorer.scores(dataset.targets_text))
+    offered = [] if scorer is None else list(scorer.scores(dataset.references))
     if metric is None:
         return offered[0] if offered else NLL
     if metric != NLL and metric not in offered:
@@ -299,8 +297,9 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
 
 def _size_ratio(pair: LoadedPair) -> float:
     """Parameters of the drafter over the verifier's: a cost that is the same on every machine and every restart."""
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(bound.params)) for bound in (pair.drafter, pair.verifier)]
-    return sizes[0] / sizes[1]
+    models = (*pair.drafters[:1], pair.verifier)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(bound.params)) for bound in models]
+    return sizes[0] / sizes[-1]
 
 
 def matter(

@@ -32,14 +32,16 @@ class Dataset:
     score: Callable[..., dict[str, float]] | None = None
 
     @property
-    def inputs_text(self) -> list[str]:
-        """The text of each example."""
-        return [example.inputs_text for example in self.prompts]
+    def references(self) -> list[str]:
+        """The reference of each example.
 
-    @property
-    def targets_text(self) -> list[str | None]:
-        """The reference of each example, None where there is none."""
-        return [example.targets_text for example in self.prompts]
+        Raises:
+          UserError: an example has none.
+        """
+        found = [example.targets_text for example in self.prompts if example.targets_text is not None]
+        if len(found) < len(self.prompts):
+            raise UserError(f"{self.name} has examples without targets: a sweep needs a reference for each")
+        return found
 
     def record(self, index: int, decoded: Mapping[str, Any]) -> dict[str, Any]:
         """The record of example `index`: its texts, and what decoding made of it."""
@@ -68,7 +70,7 @@ def check_source(task: str | None, split: str, input: str | None) -> None:
         from speccascade_t5x.data import seqio_tasks
 
         seqio_tasks.check(task, split)
-    elif input != "-":
+    elif input is not None and input != "-":
         text_input.check(input)
 
 
@@ -112,6 +114,7 @@ def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Da
         vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
     examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
     with_targets = all(example.targets_text is not None for example in examples)
+    seqio_tasks.metric_fns(task)  # one that cannot be called is told before anything is decoded
 
     def score(predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
         return seqio_tasks.score(task, examples if places is None else [examples[i] for i in places], predictions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def build(
         return models[0] if models else verifier, config
     width = min(bound.model.vocab_size for bound in (verifier, *(models if kind == "cascade" else ())))
     prompt = getattr(verifier.model, "input_name", None)
-    common = {"vocab_size": config.vocab_size, "prompt": prompt, "min_ngram": settings.min_ngram}
+    common: dict[str, Any] = {"vocab_size": config.vocab_size, "prompt": prompt, "min_ngram": settings.min_ngram}
     if kind == "prompt_lookup":
         longest = 3 if settings.max_ngram is None else settings.max_ngram
         bound = drafting.prompt_lookup(config.draft_len, width, longest, sampling=sampling, **common)

@@ -16,8 +16,9 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
-from speccascade_t5x.common import checks, packaged
-from speccascade_t5x.core import accounting
+from speccascade_t5x.checkpoints.opened import Placing
+from speccascade_t5x.common import checks
+from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.decoding.compiled import CompiledDecoder, CompiledQueue, shape_key
@@ -28,7 +29,7 @@ from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.inference import datasets, methods, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, stop_ids
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, stop_ids
 
 _Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
@@ -93,35 +94,65 @@ class LoadedPair:
         self.feature_lengths = dict(bundle.feature_lengths)
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
-        self._compiled: dict[tuple, CompiledDecoder | CompiledQueue] = {}
+        self._compiled: dict[tuple, Any] = {}  # by kind and shapes
+        self._numbered = 0  # texts that have been given a number
 
-    def generate(self, texts: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+    @property
+    def drafters(self) -> list[Bound]:
+        """Every drafter model, from the largest."""
+        return [] if self.drafter is None else [self.drafter, *self.smaller]
+
+    def generate(self, texts: Sequence[str], ids: Sequence[int] | None = None, **settings: Any) -> list[dict[str, Any]]:
         """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
+
+        A text's random noise follows from the seed and from its number. A pair numbers its texts on from call to call,
+        so texts that are handed over one by one are sampled independently, and a second call with the same texts and
+        seed samples anew. Give `ids` to choose the numbers: the same ids and seed give the same records, whatever was
+        decoded before, and in whichever batch.
+
+        Args:
+          texts: what to decode.
+          ids: a number of each text, 0 to 2**31 - 1; texts with the same number share their noise.
+          **settings: fields of `Settings`.
 
         Raises:
           UserError: an unknown or unsupported option, or what `run` raises.
         """
-        return self.run(texts, make_settings(**settings)).records
+        return self.run(texts, make_settings(**settings), ids).records
 
-    def run(self, texts: Sequence[str], settings: Settings) -> Generation:
-        """Decodes texts and reports time and counters as well.
+    def run(self, texts: Sequence[str], settings: Settings, ids: Sequence[int] | None = None) -> Generation:
+        """Decodes texts and reports time and counters as well; `ids` are as for `generate`.
 
         Raises:
-          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed.
+          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed, ids that
+            are no numbers of these texts.
         """
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text: put it in brackets")
         runner = Runner(self, settings)
         dataset = datasets.from_texts(runner.prompt_form, texts)
+        runner.noise_ids = self._numbers(len(dataset.prompts), ids)
         found: dict[int, dict[str, Any]] = {}
         for batch in runner.batches(dataset.prompts):
             found.update(runner.decode(batch))
         records = [dataset.record(i, found[i]) for i in range(len(dataset.prompts))]
         return Generation(records, runner.timing, runner.totals)
 
-    def compiled(
-        self, program: decoding.Program, inputs: Any, kind: type[_Kind] = CompiledDecoder
-    ) -> tuple[_Kind, float]:
+    def _numbers(self, count: int, ids: Sequence[int] | None) -> np.ndarray:
+        """[count] int32, the next numbers or the given ones."""
+        most = np.iinfo(np.int32).max
+        if ids is None:
+            self._numbered += count
+            return ((np.arange(count) + self._numbered - count) % (most + 1)).astype(np.int32)
+        found = list(ids)
+        if len(found) != count:
+            raise UserError(f"there are {len(found)} ids for {count} texts: give one each")
+        for each in found:
+            if isinstance(each, bool) or not isinstance(each, int | np.integer) or not 0 <= each <= most:
+                raise UserError(f"the id {each!r} must be a whole number from 0 to 2**31 - 1")
+        return np.array(found, np.int32)
+
+    def compiled(self, program: decoding.Program, inputs: Any, kind: type[_Kind]) -> tuple[_Kind, float]:
         """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
         key = (kind, shape_key(program, inputs))
         if key in self._compiled:
@@ -142,6 +173,7 @@ class Runner:
       settings: with draft_len="auto" resolved to what the plan says.
       timing: so far.
       totals: counters so far.
+      noise_ids: [examples] int32, the number that each example's noise follows from; None takes its index.
     """
 
     def __init__(self, pair: LoadedPair, settings: Settings):
@@ -149,8 +181,9 @@ class Runner:
         self.pair, self.settings = pair, settings
         self.timing = Timing()
         self.totals: dict[str, Any] = {}
+        self.noise_ids: np.ndarray | None = None
         self.program = _program(pair, settings)
-        self.key = jax.random.key(settings.seed)
+        self.key = noise.from_seed(settings.seed)
         if pair.partitioning is not None:
             pair.partitioning.check_batch(settings.batch_size * settings.num_samples)
 
@@ -177,14 +210,14 @@ class Runner:
         Raises:
           UserError: a model produced NaN.
         """
-        compiled = self.compiled(batch)
+        compiled = self.compiled(batch, CompiledDecoder)
         begin = time.perf_counter()
         output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(compiled, batch))))
         self.timing.decode_s += time.perf_counter() - begin
         places = np.flatnonzero(batch.valid).tolist()
         return {int(batch.example_ids[place]): self.record(output, place, batch.example_ids[place]) for place in places}
 
-    def compiled(self, batch: batching.Batch, kind: type[_Kind] = CompiledDecoder) -> _Kind:
+    def compiled(self, batch: batching.Batch, kind: type[_Kind]) -> _Kind:
         """The decoder for batches of this shape; compiling it is counted in `timing`."""
         compiled, seconds = self.pair.compiled(self.program, self._inputs(batch), kind)
         self.timing.compile_s += seconds
@@ -193,7 +226,8 @@ class Runner:
 
     def start(self, compiled: CompiledDecoder | CompiledQueue, batch: batching.Batch) -> decoding.State:
         """The state of a batch before its first round."""
-        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(batch.example_ids))
+        ids = batch.example_ids if self.noise_ids is None else self.noise_ids[batch.example_ids]
+        return compiled.start(self.program, self._inputs(batch), self.key, jnp.asarray(ids))
 
     def record(self, output: decoding.Output, place: int, index: int) -> dict[str, Any]:
         """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.
@@ -250,12 +284,12 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     Raises:
       UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
     """
-    folder = packaged.bundle_dir(path)
     if topology is None:
-        return LoadedPair(load_bundle(folder))
+        return LoadedPair(load_bundle(path))
     mesh = hosts.partitioning(topology)
-    placing = {"verifier": mesh.placement, "drafter": functools.partial(mesh.placement, drafter=True)}
-    return LoadedPair(load_bundle(folder, placing=placing), partitioning=mesh)
+    placing: dict[str, Placing] = {"verifier": mesh.placement}
+    placing["drafter"] = functools.partial(mesh.placement, drafter=True)
+    return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
 
 @checks.arguments(extra_ids=(0,), max_input_len=(1,), max_len=(1,), draft_len=(0,))
@@ -291,21 +325,21 @@ def from_checkpoints(
     Raises:
       UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary; no such mesh.
     """
+    pieces: Vocabulary
     if vocabulary == "bytes":
         pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
     else:
         pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
     if smaller and drafter is None:
         raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
-    named = {"verifier": verifier, "drafter": drafter} | {f"smaller drafter {i}": at for i, at in enumerate(smaller)}
-    mesh = topology and hosts.partitioning(topology)
-    placing = {name: mesh and functools.partial(mesh.placement, drafter=name != "verifier") for name in named}
-    models = {
-        name: None if path is None else checkpoints.load(path, placing=placing[name], allow_drivers=allow_drivers)
-        for name, path in named.items()
-    }
-    for name, bound in models.items():
-        if bound is not None and bound.model.vocab_size < pieces.vocab_size:
+    named = {"verifier": verifier} | ({} if drafter is None else {"drafter": drafter})
+    named |= {f"smaller drafter {i}": path for i, path in enumerate(smaller)}
+    mesh = None if topology is None else hosts.partitioning(topology)
+    models = {}
+    for name, path in named.items():
+        placing = None if mesh is None else functools.partial(mesh.placement, drafter=name != "verifier")
+        models[name] = bound = checkpoints.load(path, placing=placing, allow_drivers=allow_drivers)
+        if bound.model.vocab_size < pieces.vocab_size:
             raise UserError(
                 f"the {name} has {bound.model.vocab_size} logits but the vocabulary {pieces.vocab_size} pieces: "
                 "give the vocabulary it was trained with"
@@ -313,7 +347,7 @@ def from_checkpoints(
     lengths = {"inputs": max_input_len, "targets": max_len}
     defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id, "prompt_eos": prompt_eos}
     return LoadedPair(
-        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, ""),
+        checkpoints.Bundle(Path(verifier), models["verifier"], models.get("drafter"), pieces, lengths, defaults, ""),
         smaller=[models[f"smaller drafter {i}"] for i in range(len(smaller))],
         partitioning=mesh,
     )
@@ -337,10 +371,9 @@ def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfi
 
 def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
     """The Program of these settings."""
-    drafters = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
     default = pair.decode_defaults["draft_len"]
     config = program_config(pair, settings)
-    return methods.program(settings, pair.verifier, drafters, config, default, pair.table, pair.deferral)
+    return methods.program(settings, pair.verifier, pair.drafters, config, default, pair.table, pair.deferral)
 
 
 def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from speccascade_t5x.common import checks, fingerprints, storage
+from speccascade_t5x.common import checks, fingerprints, storage, text_table
 from speccascade_t5x.core import accounting
 from speccascade_t5x.data import batching
 from speccascade_t5x.distributed import hosts
@@ -148,7 +148,7 @@ def infer(
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
             writer.write_timing(timing)
-            writer.write_summary(_summary(dataset, settings, metrics, timing))
+        writer.write_summary(_summary(dataset, settings, metrics, timing))
         here.wait("the records are whole")
         if failure is not None:
             raise UserError(f"{failure}; the predictions are kept in {path}") from failure
@@ -265,7 +265,7 @@ def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
     if "level_calls_per_token" not in metrics:
         return {}
     pair = runner.pair
-    models = [pair.drafter, *pair.smaller][: len(metrics["level_calls_per_token"])]
+    models = pair.drafters[: len(metrics["level_calls_per_token"])]
     per_token = {
         "committed": 1.0,
         "verifier_calls": metrics["verifier_calls_per_token"],
@@ -285,13 +285,12 @@ def _summary(
     how = settings.method
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")
-    lines = [f"# {dataset.name}: {how}, temperature {settings.temperature:g}", "", "| figure | value |", "|---|---|"]
-    cells = ((records.shown(name), records.shown(value)) for name, value in metrics.items())
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    title = text_table.escaped(f"{dataset.name}: {how}, temperature {settings.temperature:g}")
     standardised = timing.get("standardised_walltime_improvement", {})
     shown = {name: value for name, value in timing.items() if value is not standardised}
     shown |= {f"standardised walltime improvement, {name}": value for name, value in standardised.items()}
-    lines += [f"| {name} | {value} |" for name, value in shown.items()]
+    rows = [*((records.shown(name), records.shown(value)) for name, value in metrics.items()), *shown.items()]
+    lines = [f"# {title}", "", *text_table.markdown([("figure", "value"), *rows])]
     if standardised:
         lines += ["", "The standardised walltime improvement counts calls; decode_s and tokens_per_s are real time."]
     if timing["resumed"]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x import decoding
-from speccascade_t5x.core import accounting
+from speccascade_t5x.core import accounting, noise, probs
 from speccascade_t5x.data import batching
+from speccascade_t5x.decoding.compiled import CompiledDecoder
 from speccascade_t5x.inference.generate import LoadedPair
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound
 
@@ -62,7 +63,7 @@ def timed(
 
     The programs take turns on every batch, so that a machine that gets slower meanwhile does so for all of them.
     """
-    key = jax.random.key(seed)
+    key = noise.from_seed(seed)
     seconds = np.zeros((repeats + 1, len(programs)))
     outputs: list[list[decoding.Output]] = []
     for repeat in range(repeats + 1):
@@ -70,7 +71,7 @@ def timed(
         for batch in batches:
             for i, program in enumerate(programs):
                 inputs = program.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
-                decoder, _ = pair.compiled(program, inputs)
+                decoder, _ = pair.compiled(program, inputs, CompiledDecoder)
                 state = jax.block_until_ready(decoder.start(program, inputs, key, jnp.asarray(batch.example_ids)))
                 begin = time.perf_counter()
                 state = jax.block_until_ready(decoder.run(program, state))
@@ -106,7 +107,8 @@ def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[floa
       sources: who wrote each output token, row by row. What a row's end cuts off is not counted either way.
       draft_len: G of the decode.
     """
-    tried, stood = Counter(), Counter()
+    tried: Counter[int] = Counter()
+    stood: Counter[int] = Counter()
     for source in sources:
         position = 0
         for writer in source:
@@ -178,8 +180,8 @@ def copy_times(
                 # The text depends on the copy before, or the compiler would be free to run them side by side.
                 history, last = carry
                 history = history.at[:, 0].set(jnp.minimum(last, 0))
-                noise = jnp.full((rows, size), 0.5)
-                tokens, _, law = copier.model.draft(params, prompt, history, 1 + i % ends, size, noise)
+                draws = jnp.full((rows, size * probs.DRAW), 0.5)
+                tokens, _, law = copier.model.draft(params, prompt, history, 1 + i % ends, size, draws)
                 return history, tokens[:, 0] + law[:, 0, 0].astype(jnp.int32)
 
             return jax.lax.fori_loop(0, _STEPS, step, (history, jnp.zeros(rows, jnp.int32)))

@@ -20,6 +20,7 @@ from flax.linen import partitioning
 
 from speccascade_t5x import decoding
 from speccascade_t5x.checkpoints import t5x_pair
+from speccascade_t5x.core import noise
 from speccascade_t5x.inference import methods
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
@@ -96,14 +97,14 @@ class PairModel:
         """Fresh parameters of both models in one tree, and T5X's axis names of each.
 
         Args:
-          rng: random key.
+          rng: random key, raw or typed.
           input_shapes: not read; parameters do not depend on the shapes of batches.
           input_types: not read.
 
         Returns:
           {"params": {"drafter": ..., "verifier": ...}, "params_axes": the same tree of AxisMetadata}.
         """
-        keys = dict(zip(self.models, jax.random.split(rng), strict=True))
+        keys = dict(zip(self.models, jax.random.split(noise.threefry(rng)), strict=True))
         configs = {role: model.config for role, model in self.models.items()}
         return {
             "params": {role: init_params(config, keys[role]) for role, config in configs.items()},
@@ -129,7 +130,7 @@ class PairModel:
         Args:
           params: {"drafter": ..., "verifier": ...}.
           batch: "encoder_input_tokens" [B, S]; "decoder_input_tokens" [B, T], of which only T is read.
-          rng: random key, raw or typed; None takes the settings' seed.
+          rng: random key, raw or typed, of any generator (T5X may set `unsafe_rbg`); None takes the settings' seed.
           decoder_params: may hold "decode_rng", in the place of `rng`; all else is in the settings.
           return_all_decodes: all samples of an input, by rising log-probability, instead of the best.
           num_decodes: samples per input; None takes the settings' `num_samples`.
@@ -205,10 +206,7 @@ class PairModel:
         if rng is not None and named is not None:
             raise UserError("a random key comes as rng and as decoder_params['decode_rng']: give one")
         rng = named if rng is None else rng
-        if rng is None:
-            return jax.random.key(self.settings.seed)
-        typed = jnp.issubdtype(jnp.asarray(rng).dtype, jax.dtypes.prng_key)
-        return rng if typed else jax.random.wrap_key_data(jnp.asarray(rng))
+        return noise.from_seed(self.settings.seed) if rng is None else noise.threefry(rng)
 
     def _program(self, params: PyTree, max_len: int, samples: int) -> decoding.Program:
         bound = {role: Bound(model, _float32(params[role])) for role, model in self.models.items()}
@@ -251,8 +249,9 @@ def from_checkpoint(
     Raises:
       UserError: no pair is there, or what `PairModel` raises.
     """
+    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel refuses what is no encoder-decoder
     return PairModel(
-        **t5x_pair.models(path),
+        **found,
         input_vocabulary=input_vocabulary,
         output_vocabulary=input_vocabulary if output_vocabulary is None else output_vocabulary,
         feature_converter_cls=feature_converter_cls,

@@ -86,6 +86,10 @@ def bigram(logits: Array, start_id: int = 0) -> Bound:
 
     Raises:
       UserError: the axes of `logits` are not all of one size.
+
+    >>> counting = bigram(jnp.eye(3, k=1))  # the likeliest token after 0 is 1, after 1 it is 2
+    >>> counting.model.vocab_size, counting.model.order
+    (3, 1)
     """
     logits = jnp.asarray(logits, jnp.float32)
     if logits.ndim < 2 or len(set(logits.shape)) != 1:

@@ -124,17 +124,19 @@ def plan(
       UserError: nothing to measure on, figures of the wrong shape, or settings the pair cannot be run with.
     """
     _check(settings, limit, measure, acceptance, costs, task, input)
-    methods.check(settings)
     lenience = settings.lenience
     settings = dataclasses.replace(
         settings, draft_len=None, drafter="model", k_matrix=None, lenience=None, trace=False, plan=None
     )
+    methods.check(settings)
     reads = rules.by_name(settings.rule, settings.alpha, **settings.rule_options).reads_drafter
-    if acceptance is not None:
+    if acceptance is not None and costs is not None:
         known, spent = _given(acceptance, costs)
         return _finish(tuple(rank(known, spent, len(costs), reads)), None, None, settings, output_dir)
+    if pair is None:
+        raise UserError("there is no pair to measure: name one (PAIR), or give acceptance and costs")
     pair = loaded(pair)
-    models = 0 if pair.drafter is None else 1 + len(pair.smaller)
+    models = len(pair.drafters)
     if not models and reads:
         raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
     runner = Runner(pair, settings if models else dataclasses.replace(settings, drafter="max_gram"))
@@ -310,7 +312,8 @@ def _finish(
     ranked = tuple(sorted(ranked, key=lambda c: (c.chosen_by is None, -(c.chosen_by or c.gain))))
     alone = next(c for c in ranked if c.draft_len == 0)
     best = ranked[0]
-    gain = best.gain if best.measured is None else min(best.chosen_by, best.measured)
+    measured = [gain for gain in (best.chosen_by, best.measured) if gain is not None]
+    gain = min(measured, default=best.gain)
     if gain <= alone.gain and best is not alone:
         ranked = (alone, *(c for c in ranked if c is not alone))
     speculate = ranked[0].draft_len > 0 and gain > 1.0

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from jax.sharding import AbstractMesh
 
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.distributed.partitioning import AXES, STANDARD_RULES, Partitioning, Rules
 from speccascade_t5x.interfaces import PyTree
 from speccascade_t5x.models import T5, T5Config, param_shapes
@@ -137,7 +137,7 @@ def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
 
 def _per_chip(config: T5Config, place: Place, drafter: bool) -> dict[str, int]:
     """Name -> values of each parameter on one chip."""
-    found, where = tree.flatten(param_shapes(config)), tree.flatten(_places(config, place, drafter))
+    found, where = flat_params.flatten(param_shapes(config)), flat_params.flatten(_places(config, place, drafter))
     return {name: math.prod(where[name].shard_shape(leaf.shape)) for name, leaf in found.items()}
 
 
@@ -334,7 +334,7 @@ def _bound(decode: Decode, place: Place, batch: int, draft_len: int) -> str:
     arithmetic = times.weights if times.weights > reading else 0.0
     spent = {"arithmetic": arithmetic, "network": times.network}
     spent["memory"] = times.total - arithmetic - times.network
-    return max(spent, key=spent.get)
+    return max(spent, key=lambda name: spent[name])
 
 
 def expected_tokens(curve: Sequence[float], draft_lens: Sequence[int]) -> dict[int, float]:
@@ -363,7 +363,7 @@ def break_even(cost: float, draft_len: int) -> float | None:
 
 def stops_paying(predicted: Sequence[Predicted]) -> int | None:
     """The smallest batch from which on no draft length gains any more; None where the largest still does."""
-    pays = {}
+    pays: dict[int, bool] = {}
     for each in predicted:
         if each.draft_len and each.fits:
             pays[each.batch] = pays.get(each.batch, False) or each.gain > 1.0

@@ -93,10 +93,10 @@ def slice_plan(
     place = roofline.Place(chip, hardware.groups(on, model), model, axis_rules, own_rules)
     if (acceptance is None) == (plan is None):
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
-    if acceptance is not None:
-        tokens = roofline.expected_tokens(acceptance, draft_lens)
-    else:
+    if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
+    else:
+        tokens = roofline.expected_tokens(acceptance, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
     predicted = tuple(roofline.predict(decode, place, tokens, batch_sizes))

@@ -25,7 +25,7 @@ class TextExample(NamedTuple):
       where: file and line, for messages.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # nobody calls tuple.index on an example
     inputs_text: str
     targets_text: str | None
     where: str

@@ -69,6 +69,11 @@ class ByteVocabulary(Vocabulary):
     Args:
       extra_ids: ids reserved after the 259 ordinary ones. 0 as in seqio; 125 fills up to the 384
         rows ByT5 checkpoints have. Extra ids decode to nothing.
+
+    >>> ByteVocabulary().encode("Tür")
+    [87, 198, 191, 117]
+    >>> ByteVocabulary().decode([87, 198, 191, 117, 1, 99])
+    'Tür'
     """
 
     kind = "byte"
@@ -134,10 +139,12 @@ class SentencePieceVocabulary(Vocabulary):
 
     Args:
       path: the model file.
-      extra_ids: how many of `<extra_id_0>`, ... to add; the last id is `<extra_id_0>`.
+      extra_ids: how many of `<extra_id_0>`, ... to add; the last id is `<extra_id_0>`. Nothing is added to a file that
+        holds that many of its own, as mT5's does.
 
     Raises:
-      UserError: the file is missing or no SentencePiece model, or the model has no EOS.
+      UserError: the file is missing or no SentencePiece model, the model has no EOS, or it holds another number of
+        sentinels.
     """
 
     kind = "sentencepiece"
@@ -174,6 +181,13 @@ class SentencePieceVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
+
+    def unknown(self, text: str) -> str:
+        """The characters of `text`, as the model normalises it, that no piece stands for, in order."""
+        processor = self._processor
+        if processor.unk_id() not in processor.EncodeAsIds(text):
+            return ""
+        return "".join(x for x in processor.EncodeAsPieces(text) if processor.PieceToId(x) == processor.unk_id())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first EOS; ids beyond the vocabulary show as UNK, as in seqio."""
@@ -329,25 +343,49 @@ def _spec(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _load_sentencepiece(path: Path, extra_ids: int) -> Any:
-    """A SentencePieceProcessor whose last pieces are the extra ids."""
+def held_sentinels(path: str | Path) -> int:
+    """How many sentinels a SentencePiece model file holds itself.
+
+    Raises:
+      UserError: the file is missing or no SentencePiece model.
+    """
+    return _count_sentinels(_read_sentencepiece(Path(path)))
+
+
+def _count_sentinels(model: Any) -> int:
+    return sum(1 for piece in model.pieces if piece.piece.startswith(_EXTRA_ID_PREFIXES))
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    """The protocol buffer of a model file."""
     try:
-        import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(
-            f"Reading {path} needs the Python package 'sentencepiece': pip install sentencepiece."
+            f"reading {path} needs the Python package 'sentencepiece': pip install sentencepiece"
         ) from error
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     except OSError as error:
-        raise UserError(f"Cannot read the SentencePiece model {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the SentencePiece model {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError has moved between modules
-        raise UserError(f"{path} is not a SentencePiece model.") from error
-    for i in reversed(range(extra_ids)):
-        piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-        model.pieces.add(piece=f"{_SPACE}<extra_id_{i}>", score=0.0, type=piece_type)
+        raise UserError(f"{path} is not a SentencePiece model") from error
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes where they are no UTF-8
+        raise UserError(f"{path} is not a SentencePiece model: a piece of it is no text")
+    return model
+
+
+def _load_sentencepiece(path: Path, extra_ids: int) -> Any:
+    """A SentencePieceProcessor whose last pieces are the extra ids."""
+    model = _read_sentencepiece(path)
+    held = _count_sentinels(model)
+    if extra_ids and held not in (0, extra_ids):
+        raise UserError(f"{path} holds {held} sentinels itself, so {extra_ids} cannot be added: give extra_ids=0")
+    import sentencepiece
+
+    for i in reversed(range(0 if held else extra_ids)):
+        model.pieces.add(piece=f"{_SPACE}<extra_id_{i}>", score=0.0, type=model.SentencePiece.USER_DEFINED)
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a usable SentencePiece model: {error}.") from error
+        raise UserError(f"{path} is not a usable SentencePiece model: {error}") from error

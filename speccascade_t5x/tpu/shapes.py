@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from speccascade_t5x import decoding
-from speccascade_t5x.core import rules
+from speccascade_t5x.core import noise, rules
 from speccascade_t5x.decoding.compiled import shapes
 from speccascade_t5x.distributed.partitioning import Partitioning
 from speccascade_t5x.interfaces import Bound, PyTree
@@ -58,7 +58,7 @@ def _placed(leaf: Any, partitioning: Partitioning) -> jax.ShapeDtypeStruct:
 def decode_inputs(rows: int, input_len: int, partitioning: Partitioning) -> tuple[PyTree, Any, Any]:
     """(inputs, key, example ids) of a decode, as shapes."""
     inputs = {T5.input_name: jax.ShapeDtypeStruct((rows, input_len), jnp.int32, sharding=partitioning.rows)}
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=partitioning.whole)
+    key = jax.ShapeDtypeStruct((), noise.from_seed(0).dtype, sharding=partitioning.whole)
     return inputs, key, jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=partitioning.rows)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.common import checks, packaged
+from speccascade_t5x.checkpoints import loading
+from speccascade_t5x.common import checks
 from speccascade_t5x.core.ngram import build_table
 from speccascade_t5x.data import mixing
 from speccascade_t5x.interfaces import UserError
@@ -64,11 +65,14 @@ def tables(
     """
     if (task is None) == (cached is None):
         raise UserError("name either a task or a folder of tokenised shards to count (TASK or CACHED), and not both")
-    source, target = packaged.bundle_dir(pair), Path(output_dir)
+    source, target = loading.bundle_folder(pair), Path(output_dir)
     manifest = bundles.read_manifest(source)
     spoken = bundles.load_vocabulary(source, manifest)
     width = bundles.open_member(source, "verifier", manifest).model.vocab_size
-    found = _of_task(task, split, spoken, limit) if task else _of_shards(cached, spoken, limit)
+    if task is not None:
+        found, counted = _of_task(task, split, spoken, limit), f"task {task}, {split}"
+    elif cached is not None:
+        found, counted = _of_shards(cached, spoken, limit), f"shards {Path(cached).name}"
     sequences = [sequence for sequence in found if len(sequence)]
     table = build_table(
         sequences, width, order=order, successors=successors, discount=discount, start_id=manifest["decode"]["start_id"]
@@ -77,7 +81,7 @@ def tables(
         "order": order,
         "successors": successors,
         "discount": discount,
-        "source": f"task {task}, {split}" if task else f"shards {Path(cached).name}",
+        "source": counted,
         "sequences": len(sequences),
         "tokens": int(sum(map(len, sequences))),
     }

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.checkpoints import flat_params, remote
+from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
-from speccascade_t5x.distributed.partitioning import Topology
+from speccascade_t5x.distributed.partitioning import Partitioning, Topology
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
 from speccascade_t5x.text import vocabulary
@@ -87,9 +87,9 @@ class Data:
         """
         if self.task is not None:
             return _shared_corpus(self.task, self.split, exchange)
-        if isinstance(self.cached, str):
-            return mixing.read(self.cached)
-        return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
+        if isinstance(self.cached, Mapping):
+            return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
+        return mixing.read(str(self.cached))
 
     def evaluation(self) -> shards.Corpus | None:
         """The examples to evaluate on, None where none are named."""
@@ -148,7 +148,7 @@ def train(
         raise UserError("devices and topology are both given: name one")
     output_dir, here = Path(output_dir), hosts.current()
     layout = train_loop.data_mesh(devices) if topology is None else topology.partitioning()
-    mesh = layout if topology is None else layout.mesh
+    mesh = layout.mesh if isinstance(layout, Partitioning) else layout
     share = mesh.shape["data"]
     source, held_out = data.source(output_dir / "tokenised"), data.evaluation()
     _check_vocabularies(model, source, held_out)
@@ -161,12 +161,12 @@ def train(
         eval_batches = packing.InOrder(held_out, rows, data.inputs_len, data.targets_len)
     told = observer if observer and here.first else train_loop.Observer()
     with storage.one_writer(output_dir, "training", here.first):
-        curves = Curves(output_dir, config_text, told) if here.first else told
+        curves = Curves(output_dir, config_text, told) if here.first else None
         result = train_loop.train_loop(
             model, batches, config, output_dir=output_dir, start_from=begin, eval_batches=eval_batches,
-            teacher=instructor, observer=curves, mesh=layout, stop=stop,
+            teacher=instructor, observer=curves or told, mesh=layout, stop=stop,
         )  # fmt: skip
-        summary = _summary(result, batches, curves.read() if here.first else [], mesh.size)
+        summary = _summary(result, batches, curves.read() if curves else [], mesh.size)
         if here.first:
             storage.write_json(output_dir / "train-summary.json", summary)
             storage.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
@@ -215,8 +215,8 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
     """A model from a checkpoint, or from a bundle (its verifier).
 
     Raises:
-      UserError: see `checkpoints.load`; or a decoder-only model, a bundle that speaks another vocabulary, or logits
-        narrower than ours.
+      UserError: see `checkpoints.load`; or a decoder-only model, another vocabulary in the bundle or beside the
+        checkpoint, or logits narrower than ours.
     """
     if checkpoints.detect(path) == "bundle":
         bundle = checkpoints.load_bundle(path)
@@ -224,7 +224,12 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
             vocabulary.check_same(bundle.vocabulary, spoken, (f"bundle {path}", "training data"))
         bound = bundle.verifier
     else:
-        bound = checkpoints.load(path)
+        with remote.local_copy(path) as local:
+            opened = checkpoints.open_model(local)
+            if spoken is not None and opened.vocabulary_file is not None:
+                own = vocabulary.SentencePieceVocabulary(opened.vocabulary_file)
+                vocabulary.check_same(own, spoken, (f"checkpoint {path}", "training data"))
+            bound = opened.load()
     if not isinstance(bound.model, T5):
         raise UserError(f"{path} is a decoder-only model, which can be decoded with but not trained here: name a T5")
     if spoken is not None and bound.model.vocab_size < spoken.vocab_size:
@@ -237,7 +242,7 @@ def load_model(path: str | Path, spoken: vocabulary.Vocabulary | None = None) ->
 
 def _parameters(path: str | Path, model: T5Config, spoken: vocabulary.Vocabulary) -> Any:
     bound = load_model(path, spoken)
-    tree.require_match(param_shapes(model), tree.flatten(bound.params), str(path))
+    flat_params.require_match(param_shapes(model), flat_params.flatten(bound.params), str(path))
     return bound.params
 
 
@@ -269,8 +274,7 @@ def _task_corpus(task: str, split: str, limit: int | None, shard: tuple[int, int
 
     spoken = [seqio_tasks.as_vocabulary(found) for found in seqio_tasks.task_vocabularies(task).values()]
     vocabulary.check_same(spoken[0], spoken[-1], (f"inputs of task {task!r}", "targets"))
-    found = seqio_tasks.examples(task, split, {}, limit=limit, shard=shard)
-    return shards.from_examples(((example.inputs, example.targets) for example in found), spoken[0])
+    return seqio_tasks.corpus(task, split, spoken[0], limit, shard)
 
 
 def _check_vocabularies(model: T5Config, source: mixing.Source, held_out: shards.Corpus | None) -> None:
@@ -295,7 +299,7 @@ def _summary(
     return {
         "steps": result.step,
         "epochs": round(result.step / batches.steps_per_epoch, 3),
-        "parameters": tree.count(result.bound.params),
+        "parameters": flat_params.count(result.bound.params),
         "padding_share": round(batches.padding_share, 4),
         "cut_share": round(batches.cut_share, 6),
         "last_report": figures(reports[-1]) if reports else {},
@@ -314,12 +318,17 @@ def _summary(
 
 def _page(name: str, summary: Mapping[str, Any]) -> str:
     """A page for people."""
-    lines = [f"# {name}: {summary['steps']} steps", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in summary.items() if not isinstance(value, dict)]
+    figures = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
+    lines = [
+        f"# {text_table.escaped(name)}: {summary['steps']} steps",
+        "",
+        *text_table.markdown([("figure", "value"), *figures]),
+    ]
     before, after = summary["before"], summary["after"]
     if after:
-        lines += ["", f"| evaluation | after step {before['step']} | after step {after['step']} |", "|---|---|---|"]
-        lines += [f"| {key} | {before.get(key, 0):.4f} | {after[key]:.4f} |" for key in after if key != "step"]
+        header = ("evaluation", f"after step {before['step']}", f"after step {after['step']}")
+        rows = [(key, f"{before.get(key, 0):.4f}", f"{after[key]:.4f}") for key in after if key != "step"]
+        lines += ["", *text_table.markdown([header, *rows])]
     if summary["resumed_from"] is not None:
         lines += ["", "This run was resumed: tokens and times are those of its last part."]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from speccascade_t5x.common import checks
+from speccascade_t5x.core import noise
 from speccascade_t5x.interfaces import Array, PyTree
 from speccascade_t5x.models.t5 import T5Config, init_params
 from speccascade_t5x.training import losses, optimizers, teacher_forcing
@@ -71,7 +72,7 @@ class Update:
 
     def draw(self) -> TrainState:
         """The state before the first step, with parameters of the config's seed."""
-        return self.fresh(init_params(self.model, jax.random.key(self.config.seed)))
+        return self.fresh(init_params(self.model, noise.from_seed(self.config.seed)))
 
     def optimizer(self, params: PyTree) -> optax.GradientTransformation:
         """The optimizer for parameters, or for their shapes."""
@@ -99,13 +100,13 @@ class Update:
           (the next state, the sums with this step's figures).
         """
         config = self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(noise.from_seed(config.seed), state.step)
         weighted = {**batch, "weights": losses.normalized_weights(batch, config.loss.normalizer)}
         grads, found = self._gradients(state.params, weighted, key, teacher_params)
         updates, opt_state = self.optimizer(state.params).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
-        tokens = sum(jnp.sum(batch[name] > 0) for name in ("encoder_input_tokens", "decoder_target_tokens"))
+        tokens = jnp.sum(batch["encoder_input_tokens"] > 0) + jnp.sum(batch["decoder_target_tokens"] > 0)
         found |= {"tokens": tokens.astype(jnp.float32), "grad_norm": norm, "steps": jnp.float32(1)}
         new = {name: sums[name] + value for name, value in found.items()}
         fine = jnp.isfinite(found["loss"]) & jnp.isfinite(norm)
@@ -122,8 +123,10 @@ class Update:
         if pieces == 1:
             return gradient(params, batch, key, teacher_params)
         # Row r goes to piece r mod `pieces`, so that every device keeps its rows.
-        cut = lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
         keys = jax.random.split(key, pieces)
+
+        def cut(x: Array) -> Array:
+            return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total: PyTree, piece: tuple) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, gradient(params, *piece, teacher_params)), None
@@ -138,6 +141,6 @@ class Update:
         dropout_key = key if self.model.dropout_rate else None
         logits = teacher_forcing.logits(self.model, params, batch, dropout_key)
         others = None
-        if self.config.distill is not None:
+        if self.config.distill is not None and self.teacher is not None:
             others = teacher_forcing.logits(self.teacher, teacher_params, batch)
         return losses.objective(logits, batch, batch["weights"], self.config.loss, others, self.config.distill)

@@ -60,7 +60,7 @@ def test_bundle_round_trip_and_what_it_refuses(tmp_path):
     assert_same(found.verifier, members["verifier"])
     assert_same(found.drafter, members["drafter"])
     assert found.decode["prompt_eos"] is False
-    with pytest.raises(UserError, match="One member of the bundle is an encoder-decoder"):
+    with pytest.raises(UserError, match="one member of the bundle is an encoder-decoder"):
         checkpoints.save_bundle(tmp_path / "mix", verifier=members["verifier"], drafter=make_model(TINY), **arguments)
     manifest = json.loads((tmp_path / "pair" / "bundle.json").read_text())
     manifest["members"]["verifier"]["network"] = "t5"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.checkpoints.export import export
 from speccascade_t5x.interfaces import UserError
 
@@ -56,7 +56,7 @@ def may_differ(kind, file, raw, changed):
 
 def run(folder, kind, seed, rounds):
     """Damages one file after another, loads, and puts it right again. Returns how often an error was raised."""
-    expected = tree.flatten(checkpoints.load(folder).params)
+    expected = flat_params.flatten(checkpoints.load(folder).params)
     model = checkpoints.open_model(folder).model
     draw = np.random.default_rng(seed)
     files = files_of(folder, kind)
@@ -74,7 +74,7 @@ def run(folder, kind, seed, rounds):
             refused += 1
             assert str(error) and "\n" not in str(error)
         else:
-            values = tree.flatten(found.params)
+            values = flat_params.flatten(found.params)
             assert set(values) == set(expected), file
             different = [name for name in expected if not np.array_equal(values[name], expected[name])]
             assert len(different) <= may_differ(kind, file, raw, changed), (file, different)

@@ -8,7 +8,7 @@ import numpy as np
 
 import speccascade_t5x
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.core import probs
 from speccascade_t5x.tasks.folding import fold
 from speccascade_t5x.training.deferral.pair_scores import scored_logits
@@ -19,8 +19,8 @@ MEGABYTE = 10**6
 
 def test_it_is_whole_and_small():
     bundle = checkpoints.load_bundle(PAIR)
-    assert tree.count(bundle.verifier.params) == 5_509_888
-    assert tree.count(bundle.drafter.params) == 225_984
+    assert flat_params.count(bundle.verifier.params) == 5_509_888
+    assert flat_params.count(bundle.drafter.params) == 225_984
     assert bundle.feature_lengths == {"inputs": 80, "targets": 96}
     assert bundle.decode == {"draft_len": 5, "start_id": 0, "eos_id": 1, "pad_id": 0}
     assert bundle.vocabulary.kind == "byte"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, t5x_native, tensors, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, t5x_native, tensors
 from speccascade_t5x.checkpoints.export import export
 from speccascade_t5x.interfaces import Bound, UserError
 
@@ -22,7 +22,7 @@ HEADS, HEAD_DIM = TINY.num_heads, TINY.head_dim
 
 def scalable(model, axis=1, scanned=True, tables=lambda i, table: table):
     """The tensors of a scalable_t5: heads apart, a position table per layer, and layers stacked along `axis`."""
-    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(model.params).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in flat_params.flatten(model.params).items()}
     layers = {"encoder": TINY.num_encoder_layers, "decoder": TINY.num_decoder_layers}
     for stack, count in layers.items():
         table = flat.pop(f"{stack}/relpos_bias/rel_embedding")
@@ -38,7 +38,7 @@ def scalable(model, axis=1, scanned=True, tables=lambda i, table: table):
             for rest in rests:
                 parts = [flat.pop(f"{stack}/layers_{i}/{rest}") for i in range(count)]
                 flat[f"{stack}/{stack}/{rest}"] = np.stack(parts, axis)
-    return tree.nest({name: jnp.asarray(value) for name, value in flat.items()})
+    return flat_params.nest({name: jnp.asarray(value) for name, value in flat.items()})
 
 
 def save(folder, params):
@@ -67,11 +67,11 @@ def per_layer(model=None, scanned=True):
     """(tensors of a trained scalable_t5, the same model under our names): every layer has a table of its own."""
     model = model or make_model()
     grown = lambda i, table: table + i  # noqa: E731
-    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(model.params).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in flat_params.flatten(model.params).items()}
     for stack, count in (("encoder", TINY.num_encoder_layers), ("decoder", TINY.num_decoder_layers)):
         table = flat.pop(f"{stack}/relpos_bias/rel_embedding")
         flat |= {f"{stack}/layers_{i}/relpos_bias/rel_embedding": grown(i, table) for i in range(count)}
-    ours = tree.nest({name: jnp.asarray(flat[name]) for name in sorted(flat)})
+    ours = flat_params.nest({name: jnp.asarray(flat[name]) for name in sorted(flat)})
     return scalable(model, scanned=scanned, tables=grown), Bound(architecture.model(PER_LAYER), ours)
 
 
@@ -98,7 +98,7 @@ def test_a_configuration_decides_how_many_tables(tmp_path):
 def test_what_has_a_table_per_layer_is_written_and_read(tmp_path, form):
     params, wanted = per_layer()
     report = export(save(tmp_path, params), tmp_path / "made", form, vocabulary="bytes" if form == "bundle" else None)
-    assert report.parameters == tree.count(wanted.params)
+    assert report.parameters == flat_params.count(wanted.params)
     again = checkpoints.open_model(tmp_path / "made")
     assert again.model.config == PER_LAYER
     assert_same(again.load(), wanted)

@@ -18,7 +18,7 @@ import pytest
 import tensorstore
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import architecture, t5x_native, tree
+from speccascade_t5x.checkpoints import architecture, flat_params, t5x_native
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5
 
@@ -68,9 +68,9 @@ def test_path_at_the_top_of_an_old_spec(tmp_path):
 
 def test_tensors_inside_the_index(tmp_path):
     """T5X keeps tensors without partitioning axes in the msgpack itself, packed by Flax."""
-    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(make_model().params).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in flat_params.flatten(make_model().params).items()}
     (tmp_path / "checkpoint").write_bytes(
-        flax.serialization.msgpack_serialize({"version": 3, "optimizer": {"target": tree.nest(flat)}})
+        flax.serialization.msgpack_serialize({"version": 3, "optimizer": {"target": flat_params.nest(flat)}})
     )
     assert_same(checkpoints.load(tmp_path), make_model())
 
@@ -142,7 +142,7 @@ def test_links_out_of_the_folder_are_refused(native, tmp_path):
     array = native / "target.token_embedder.embedding"
     array.rename(tmp_path / "elsewhere")
     array.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="points outside the checkpoint"):
+    with pytest.raises(UserError, match="is a link that leads out of its checkpoint"):
         checkpoints.load(native)
 
 
@@ -194,7 +194,7 @@ def leaves(node):
 def test_arrays_elsewhere_are_read_where_the_user_names_the_driver(elsewhere):
     point, arrays = elsewhere
     folder = point(driver="file")
-    with pytest.raises(UserError, match=r"unsafe path .* If you trust its origin, allow drivers by name"):
+    with pytest.raises(UserError, match=r"unsafe path .*; if you trust its origin, allow drivers by name"):
         checkpoints.load(folder)
     assert_same(checkpoints.load(folder, allow_drivers=["file"]), make_model())
     with pytest.raises(UserError, match="stored with driver 'file', not one of those you allow: gcs, s3"):
@@ -255,10 +255,10 @@ def change_zarray(folder, **changes):
         ({"shape": [2**40, 8]}, "fewer are here"),
         ({"chunks": [2**40, 8]}, "do not fit"),
         ({"shape": [0, 2**60], "chunks": [1, 1]}, r"\(384, 8\) in the index but \(0, "),
-        ({"shape": [384, -8]}, "is damaged"),
-        ({"chunks": [0, 8]}, "is damaged"),
+        ({"shape": [384, -8]}, r"shape\[1\] must be a whole number"),
+        ({"chunks": [0, 8]}, r"chunks\[0\] must be a whole number from 1"),
         ({"chunks": [384]}, "do not fit"),
-        ({"shape": "384"}, "is damaged"),
+        ({"shape": "384"}, "shape must be a list, found '384'"),
         ({"dtype": "|O"}, "only <f4"),
         ({"dtype": ["<f4"]}, "only <f4"),
         ({"compressor": {"id": "blosc"}}, "compressed in a way"),
@@ -297,10 +297,10 @@ def test_inline_arrays_are_checked(tmp_path):
 
 def test_other_networks_are_refused_by_name(tmp_path):
     model = make_model()
-    flat = tree.flatten(model.params)
+    flat = flat_params.flatten(model.params)
     (tmp_path / "a").mkdir()
     decoder = {f"decoder/{k}" if k == EMBEDDING else k: v for k, v in flat.items() if not k.startswith("encoder/")}
-    write_native(tmp_path / "a" / "checkpoint_1", Bound(model.model, tree.nest(decoder)))
+    write_native(tmp_path / "a" / "checkpoint_1", Bound(model.model, flat_params.nest(decoder)))
     with pytest.raises(UserError, match="encoder_decoder_attention/key/kernel' is not part of the architecture"):
         checkpoints.load(tmp_path / "a")  # a decoder-only network has no cross-attention
     write_native(
@@ -313,9 +313,9 @@ def test_other_networks_are_refused_by_name(tmp_path):
 
 def test_an_extra_or_lost_layer_is_named(tmp_path):
     model = make_model()
-    flat = tree.flatten(model.params)
+    flat = flat_params.flatten(model.params)
     del flat["decoder/layers_1/mlp/wo/kernel"]
-    folder = write_native(tmp_path / "checkpoint_1", Bound(model.model, tree.nest(flat)))
+    folder = write_native(tmp_path / "checkpoint_1", Bound(model.model, flat_params.nest(flat)))
     with pytest.raises(UserError, match=r"'decoder/layers_1/mlp/wo/kernel' of shape \(16, 8\) is missing"):
         checkpoints.load(folder)
 

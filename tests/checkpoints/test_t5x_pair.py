@@ -8,7 +8,7 @@ import json
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import describe, t5x_native, t5x_pair, tree
+from speccascade_t5x.checkpoints import describe, flat_params, t5x_native, t5x_pair
 from speccascade_t5x.checkpoints.export import export
 from speccascade_t5x.interfaces import UserError
 
@@ -42,8 +42,20 @@ def test_it_reads_back(written):
 
 
 def test_a_pair_is_not_taken_for_a_model(written):
-    with pytest.raises(UserError, match="not a T5 checkpoint"):
+    with pytest.raises(UserError, match="holds a pair of models: export it as a bundle"):
         checkpoints.load(written[0])
+
+
+def test_it_becomes_a_bundle_and_a_pair_again(written, tmp_path):
+    export(written[0], tmp_path / "bundle", "bundle", vocabulary="bytes")
+    export(tmp_path / "bundle", tmp_path / "again", "t5x_pair")
+    export(written[0], tmp_path / "copy", "t5x_pair")
+    ours = t5x_pair.load(written[0])
+    for folder in ("again", "copy"):
+        for role, found in t5x_pair.load(tmp_path / folder).items():
+            assert_same(found, ours[role])
+    with pytest.raises(UserError, match="has its own members; leave the drafter out"):
+        export(written[0], tmp_path / "x", "t5x_pair", drafter=tmp_path / "bundle")
 
 
 def test_it_is_described(written):
@@ -51,7 +63,7 @@ def test_it_is_described(written):
     found = describe.describe(folder, verify=True)
     assert (found["what"], found["step"]) == ("native T5X checkpoint of a pair", 5)
     sizes = {role: about["parameters"] for role, about in found["models"].items()}
-    assert sizes == {"verifier": tree.count(verifier.params), "drafter": tree.count(drafter.params)}
+    assert sizes == {"verifier": flat_params.count(verifier.params), "drafter": flat_params.count(drafter.params)}
     assert describe.in_words(found).count("parameters") == 2
     (folder / "checkpoint").write_bytes((folder / "checkpoint").read_bytes()[:-1])
     with pytest.raises(UserError, match="checksum|truncated|damaged"):

@@ -1,4 +1,4 @@
-"""Our streaming reader of zarr arrays against tensorstore, which writes and reads them all."""
+"""zarr arrays of every chunking, and files that hold more or less than their header says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from speccascade_t5x.checkpoints import tensors, zarr
+from speccascade_t5x.checkpoints import stores, tensors, zarr
 from speccascade_t5x.interfaces import UserError
 
 
@@ -32,7 +32,7 @@ def stored(path, values, chunks, compressor, separator="."):
 )
 @pytest.mark.parametrize("block", [8, 2**20])
 def test_any_chunking(tmp_path, monkeypatch, shape, chunks, compressor, block):
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", block)
+    monkeypatch.setattr(stores, "BLOCK_BYTES", block)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     found = tensors.to_host("a", stored(tmp_path / "a", values, chunks, compressor, "/" if compressor else "."), "x")
     np.testing.assert_array_equal(found, values)
@@ -57,8 +57,8 @@ def test_zeros_are_written(tmp_path):
 def test_a_chunk_that_unpacks_to_more_is_refused(tmp_path):
     tensor = stored(tmp_path / "a", np.ones((4, 2), np.float32), (4, 2), {"id": "gzip", "level": 1})
     (tmp_path / "a" / "0.0").write_bytes(gzip.compress(np.ones(9, np.float32).tobytes()))
-    with pytest.raises(UserError, match=r"'a' cannot be read: chunk '0.0' holds more than its shape"):
+    with pytest.raises(UserError, match=r"'a' cannot be read: .*End of data expected"):
         tensors.to_host("a", tensor, "x")
     (tmp_path / "a" / "0.0").write_bytes(gzip.compress(np.ones(7, np.float32).tobytes()))
-    with pytest.raises(UserError, match=r"'a' cannot be read: chunk '0.0' is truncated"):
+    with pytest.raises(UserError, match=r"'a' cannot be read: .*[Nn]ot enough data"):
         tensors.to_host("a", tensor, "x")

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import tensorstore
 
-from speccascade_t5x.checkpoints import architecture, tree
+from speccascade_t5x.checkpoints import architecture, flat_params
 from speccascade_t5x.interfaces import Bound
 from speccascade_t5x.models.t5 import T5Config
 
@@ -37,7 +37,7 @@ def make_model(config=TINY, seed=0):
 def assert_same(a, b):
     """Two models are equal to the last bit."""
     assert a.model == b.model
-    ours, theirs = tree.flatten(a.params), tree.flatten(b.params)
+    ours, theirs = flat_params.flatten(a.params), flat_params.flatten(b.params)
     assert list(ours) == list(theirs)
     for name in ours:
         assert isinstance(ours[name], jax.Array) and ours[name].dtype == jnp.float32
@@ -47,7 +47,7 @@ def assert_same(a, b):
 def write_npz(folder, model, **changes):
     """An npz folder; `changes` replace fields of the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "params.npz", **tree.flatten(model.params))
+    np.savez(folder / "params.npz", **flat_params.flatten(model.params))
     (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(model.model.config), **changes}))
 
 
@@ -63,7 +63,7 @@ def spec_of(name, array, **kvstore):
 
 def write_native(folder, model, *, edit=lambda specs: None, chunks=None, **kvstore):
     """A native T5X checkpoint; `edit` may change the {name: spec} index before it is written."""
-    flat = tree.flatten(model.params)
+    flat = flat_params.flatten(model.params)
     specs = {}
     for name, array in flat.items():
         specs[name] = spec_of(name, array, **kvstore)
@@ -83,7 +83,7 @@ def write_native(folder, model, *, edit=lambda specs: None, chunks=None, **kvsto
         }
         tensorstore.open(store, create=True).result().write(np.asarray(array)).result()
     edit(specs)
-    write_index(folder, tree.nest(specs))
+    write_index(folder, flat_params.nest(specs))
     return folder
 
 

@@ -15,6 +15,7 @@ import gin
 import pytest
 
 from corpora import ROWS, train_sentencepiece, write_split
+from inference import small_pair
 from speccascade_t5x.cli import __main__ as cli
 from speccascade_t5x.common import paths
 
@@ -95,7 +96,7 @@ def test_every_short_flag_is_in_the_config(lines, capsys):
     argv = [f"--{name}={value}" for name, value in flags.items()]
     assert cli.main(["infer", f"--input={lines}", "--output_dir=out", "--limit=1", "--truncate", *argv]) == 0
     capsys.readouterr()
-    gin_flags.load(["out/config.gin"], [])
+    gin_flags.load([str(Path("out/config.gin").resolve())], [])
     assert gin.get_configurable(generate.Settings)() == generate.Settings(**flags, truncate=True)
     assert "LIMIT = 1" in files()["config.gin"].decode()
 
@@ -169,7 +170,7 @@ def refused(capsys, *argv: str) -> str:
         (["--rule=chow", "--alpha=1.5"], "alpha=1.5 is outside the range of the rule 'chow': from 0 to 1"),
         (["--rule=token_v9", "--alpha=0.1"], "there is no rule named 'token_v9': did you mean 'token_v"),
         (["--temperature=3"], "temperature=3.0 is outside its range: it must be a number from 0 to 2"),
-        (["--pair=nowhere"], "there is no bundle 'nowhere', neither a folder nor packaged"),
+        (["--pair=nowhere"], "nowhere does not exist; a checkpoint is a bundle"),
         (["--max_input_len=8"], "lines.txt, line 1 has 21 tokens"),
         (["--task=restore_de"], "name either a task or an input file to decode (TASK or INPUT), and not both"),
     ],
@@ -293,3 +294,15 @@ def test_help_lists_what_is_required_and_common(capsys):
 
     for field in generate.Settings.__dataclass_fields__:
         assert field in shown, field
+
+
+def test_a_prediction_is_one_line_whatever_it_holds(capsys):
+    """An untrained model at a high temperature writes every byte."""
+    small_pair.write(Path("untrained"), table=False, drafter=False)
+    Path("lines.txt").write_text("eins\nzwei\ndrei\nvier\nfunf\n", "utf-8")
+    argv = ["--pair=untrained", "--input=lines.txt", "--method=verifier", "--num_samples=16", "--temperature=1.5"]
+    assert cli.main(["infer", *argv]) == 0
+    out = capsys.readouterr().out
+    assert [line.count("\t") for line in out.split("\n")] == [15] * 5 + [0]
+    assert len(out.splitlines()) == 5
+    assert all(code in out for code in ("\\n", "\\t", "\\r"))

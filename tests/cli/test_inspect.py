@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from speccascade_t5x.cli import __main__ as cli
+from speccascade_t5x.common import paths
 
 
 def run(capsys, *argv):
@@ -34,8 +36,6 @@ def test_it_tells_the_essentials(fixtures, capsys, name, kind, step, family):
 
 
 def test_the_packaged_bundle_as_json(capsys):
-    from speccascade_t5x.common import paths
-
     code, out, err = run(capsys, paths.pretrained_dir() / "restore_de_pair", "--json", "--verify")
     assert code == 0 and err == ""
     found = json.loads(out)
@@ -43,6 +43,16 @@ def test_the_packaged_bundle_as_json(capsys):
     assert found["models"]["verifier"]["parameters"] == 5_509_888
     assert found["models"]["drafter"]["architecture"]["emb_dim"] == 64
     assert found["vocabulary"]["kind"] == "byte" and found["feature_lengths"] == {"inputs": 80, "targets": 96}
+
+
+def test_what_a_bundle_says_of_itself_forges_no_line(tmp_path, capsys):
+    shutil.copytree(paths.pretrained_dir() / "restore_de_pair", tmp_path / "pair")
+    manifest = json.loads((tmp_path / "pair" / "bundle.json").read_text("utf-8"))
+    manifest["description"] = "safe\nstep          9\tand\rmore"
+    (tmp_path / "pair" / "bundle.json").write_text(json.dumps(manifest), "utf-8")
+    code, out, _ = run(capsys, tmp_path / "pair")
+    assert code == 0
+    assert "description   safe\\nstep          9\\tand\\rmore" in out.splitlines()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

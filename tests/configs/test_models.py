@@ -19,7 +19,7 @@ from speccascade_t5x.common import paths
 from speccascade_t5x.models import t5
 
 FOLDER = paths.gin_configs_dir() / "models"
-OWN = {"restore_de_drafter", "restore_de_verifier"}
+OWN = {"flan_t5_small_de", "restore_de_drafter", "restore_de_verifier"}
 
 
 class Shape(NamedTuple):

@@ -185,6 +185,7 @@ def rows_of(cases: list[Case], how: str, size: int, seed: int = 0) -> Rows:
                 column.append(value)
         branches = oracle.BRANCHES[how](case.draft, case.laws, case.targets)
         blur += case.chance * blur_of(case, how, intervals(case, how), branches.weights, branches.next_laws)
+    columns[5] = [(w, w) for w in columns[5]]  # the vocabulary is one chunk: only the second decides
     kinds = [np.int32, np.int32] + [np.float32] * 5 + [np.int32, bool]
     arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)]
     return Rows(tuple(arrays[:6]), arrays[6], arrays[7], arrays[8], blur)
@@ -216,7 +217,7 @@ def errors(round_, rows: Rows, with_other: bool = False) -> list[str]:
     )
     return [
         f"draft {draft[b][: lengths[b]].tolist()} uniforms {accept_noise[b].tolist()}, "
-        f"{residual_noise[b]}: got {accepted[b]} accepted, token {token[b]}, bonus {bonus[b]}; "
+        f"{residual_noise[b, 1]}: got {accepted[b]} accepted, token {token[b]}, bonus {bonus[b]}; "
         f"wanted {rows.accepted[b]} accepted, "
         f"token in {np.flatnonzero(rows.allowed[b]).tolist()}"
         for b in np.flatnonzero(bad)

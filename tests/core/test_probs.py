@@ -165,25 +165,36 @@ def test_sampling_is_a_pytree_that_never_recompiles():
 # Drawing
 
 
+def both(uniform) -> jnp.ndarray:
+    """The same uniform for the chunk and for the place in it."""
+    return jnp.stack([jnp.asarray(uniform, jnp.float32)] * 2, axis=-1)
+
+
+def assert_inside(weights: np.ndarray, index: int, uniform: float) -> None:
+    """The index's stretch of the cumulative sums holds the uniform, up to float32 rounding at its ends."""
+    upper = weights[: index + 1].sum() / weights.sum()
+    lower = weights[:index].sum() / weights.sum()
+    assert weights[index] > 0 and lower - 1e-6 <= uniform <= upper + 1e-6
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 5, 127, 128, 129, 1000])
-def test_sample_inverts_the_cumulative_law(vocab):
-    law = laws(10, 8, vocab, 0.3)
-    uniforms = np.linspace(0, 1, 257, dtype=np.float32)[:-1]
-    got = np.asarray(probs.sample(jnp.asarray(np.repeat(law, 256, 0)), jnp.asarray(np.tile(uniforms, 8)))).reshape(
-        8, 256
-    )
-    for row, ids in zip(law.astype(np.float64), got, strict=True):
-        upper = np.cumsum(row) / row.sum()
-        lower = upper - row / row.sum()
-        # The id's stretch of the cumulative law holds u, up to float32 rounding at its ends.
-        assert (lower[ids] <= uniforms + 1e-6).all() and (uniforms <= upper[ids] + 1e-6).all()
-        assert (row[ids] > 0).all()
+def test_sample_inverts_cumulative_sums(vocab):
+    """The first uniform picks a chunk by its mass, the second an id by its share of the chunk."""
+    law, width = laws(10, 8, vocab, 0.3), probs.chunk_width(vocab)
+    uniforms = np.random.default_rng(0).random((8, 256, 2), np.float32)
+    uniforms[:, :2] = 0.0, BELOW_ONE
+    got = np.asarray(probs.sample(jnp.asarray(np.repeat(law[:, None], 256, 1)), jnp.asarray(uniforms)))
+    for row, ids, pairs in zip(law.astype(np.float64), got, uniforms, strict=True):
+        chunks = np.pad(row, (0, -vocab % width)).reshape(-1, width)
+        for place, (outer, inner) in zip(ids, pairs, strict=True):
+            assert_inside(chunks.sum(axis=1), place // width, outer)
+            assert_inside(chunks[place // width], place % width, inner)
 
 
 def test_sample_by_hand():
     law = jnp.asarray([[0.25, 0.0, 0.5, 0.25]] * 6)
-    uniforms = jnp.asarray([0.0, 0.249, 0.25, 0.749, 0.75, BELOW_ONE], jnp.float32)
-    assert probs.sample(law, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    uniforms = [0.0, 0.249, 0.25, 0.749, 0.75, BELOW_ONE]
+    assert probs.sample(law, both(uniforms)).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("vocab", [3, 128, 500])
@@ -194,20 +205,20 @@ def test_sample_never_returns_an_id_of_probability_zero(vocab):
     law[np.arange(400), rng.integers(1, vocab - 1, 400)] += 1e-3
     law = (law / law.sum(-1, keepdims=True)).astype(np.float32)
     for u in (0.0, 1e-38, 0.5, 1 - 1e-6, BELOW_ONE):
-        ids = np.asarray(probs.sample(jnp.asarray(law), jnp.full(400, u, jnp.float32)))
+        ids = np.asarray(probs.sample(jnp.asarray(law), both(np.full(400, u))))
         assert (law[np.arange(400), ids] > 0).all(), u
 
 
 def test_sample_reaches_each_id_of_a_one_hot_law():
     law = jnp.eye(300)
     for u in (0.0, 0.5, BELOW_ONE):
-        ids = probs.sample(law, jnp.full(300, u, jnp.float32))
+        ids = probs.sample(law, both(np.full(300, u)))
         assert ids.tolist() == list(range(300))
 
 
 def test_sample_keeps_leading_axes_and_takes_unnormalised_weights():
     law = laws(12, 12, 5).reshape(3, 4, 5)
-    uniforms = jnp.asarray(np.random.default_rng(0).random((3, 4), np.float32))
+    uniforms = jnp.asarray(np.random.default_rng(0).random((3, 4, 2), np.float32))
     ids = probs.sample(jnp.asarray(law), uniforms)
     assert ids.shape == (3, 4)
     # Powers of two scale without rounding.
@@ -219,5 +230,5 @@ def test_frequencies_follow_the_law():
     law = laws(13, 1, 6, 1.0)
     count = 40_000
     uniforms = (np.arange(count, dtype=np.float32) + 0.5) / count  # every 1/count of the unit line once
-    ids = np.asarray(probs.sample(jnp.asarray(np.repeat(law, count, 0)), jnp.asarray(uniforms)))
+    ids = np.asarray(probs.sample(jnp.asarray(np.repeat(law, count, 0)), both(uniforms)))
     np.testing.assert_allclose(np.bincount(ids, minlength=6) / count, law[0], rtol=0, atol=2 / count)

@@ -167,6 +167,28 @@ def test_ends_of_alpha(variant):
             np.testing.assert_allclose(target, getattr(pair, end), rtol=0, atol=1e-6, err_msg=str(alpha))
 
 
+@pytest.mark.parametrize("residual", ["shifted", "optimal"])
+def test_deferral_of_lossy_speculation(residual):
+    """At temperature 0 the drafter's token stands or falls whole; [B] rows of both temperatures in one batch, too."""
+    drafter, verifier = cases.random_logits(31, 40, 5)
+    temperatures = np.arange(40, dtype=np.float32) % 2
+    mixed = Pair(*(getattr(laws_of(drafter, verifier, temperatures), name) for name in ("q", "p", "q_raw", "p_raw")))
+    for alpha in (0.1, 0.45, 0.8):
+        rule = rules.by_name("lossy_sd", alpha, residual=residual)
+        wanted = {}
+        for temperature in (0.0, 1.0):
+            pair = pair_of(drafter, verifier, temperature)
+            laws = [np.asarray(law, np.float64) for law in (pair.q, pair.p, pair.p_raw)]
+            wanted[temperature] = [
+                oracle.lossy_deferral(*each, alpha, temperature == 0) for each in zip(*laws, strict=True)
+            ]
+            np.testing.assert_allclose(rule.deferral(pair), wanted[temperature], atol=2e-6)
+        assert 0 < np.mean(wanted[0.0]) < 1
+        both = np.where(temperatures == 0, wanted[0.0], wanted[1.0])
+        pair = dataclasses.replace(mixed, greedy=jnp.asarray(temperatures == 0))
+        np.testing.assert_allclose(jax.jit(type(rule).deferral)(rule, pair), both, atol=2e-6)
+
+
 def test_token_v3_at_zero_is_not_lossless():
     pair = pair_of(*cases.random_logits(6, 60, 6), 1.0)
     target = rules.by_name("token_v3", alpha=0.0).target(pair)

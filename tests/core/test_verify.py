@@ -25,7 +25,7 @@ def play(how, draft, law, target, accept, draw, lengths=None, jit=False):
         np.asarray(law, np.float32).reshape(rows, size, -1),
         np.asarray(target, np.float32).reshape(rows, size + 1, -1),
         np.asarray(accept, np.float32).reshape(rows, size),
-        np.asarray(draw, np.float32),
+        np.stack([np.zeros(rows), draw], axis=-1).astype(np.float32),  # one chunk: the second decides
     )
     function = {"token": verify.token, "block": verify.block}[how]
     out = (jax.jit(function) if jit else function)(*map(jnp.asarray, arguments))
@@ -130,7 +130,7 @@ def test_a_row_of_length_zero_only_draws_its_bonus(how):
 def test_a_draft_of_width_zero_is_one_step_of_pi(how):
     target = jnp.asarray([[[0.2, 0.3, 0.5]]] * 3)
     empty = jnp.zeros((3, 0), jnp.int32), jnp.zeros(3, jnp.int32), jnp.zeros((3, 0, 3)), target
-    out = verify.BY_NAME[how](*empty, jnp.zeros((3, 0)), jnp.asarray([0.1, 0.4, 0.6]))
+    out = verify.BY_NAME[how](*empty, jnp.zeros((3, 0)), jnp.asarray([[0.9, 0.1], [0.0, 0.4], [0.5, 0.6]]))
     assert out.accepted.tolist() == [0, 0, 0] and out.bonus.tolist() == [True] * 3
     assert out.token.tolist() == [A, B, C]
 

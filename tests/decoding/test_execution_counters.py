@@ -64,6 +64,27 @@ def test_a_token_cascade_does_not_ask_the_verifier_at_the_length_limit():
     assert (counts["verifier_calls"], counts["scored"], counts["deferred"]) == (0, 0, 0)
 
 
+def test_a_token_cascade_does_not_ask_the_verifier_after_a_stop_sequence():
+    """After 2 3 the rule would defer, but the row has ended."""
+    config = decoding.DecodeConfig(10, 3, stop_sequences=((2, 3),))
+    output = scripted(decoding.token_cascade_program(*SCRIPTED, rules.by_name("chow", 0.5), config, GREEDY))
+    assert (outputs(output), source(output)) == ([(2, 3)], [5, 5])
+    counts = row(output)
+    assert (counts["verifier_calls"], counts["scored"], counts["deferred"]) == (0, 0, 0)
+
+
+def test_greedy_lossy_speculation_defers_where_the_drafters_token_falls():
+    """The verifier finds 9 after 4 impossible or not, as alpha says; all else is the drafter's own."""
+    drafter = script(2, 3, 4, 9, 5, 6, 7, EOS)
+    for alpha, path, deferred in ((1.0, (2, 3, 4, 9, 5, 6, 7, EOS), 0), (0.5, PATH, 1)):
+        verifier = script(2, 3, 4, 5, 6, 7, EOS, after_9=5)
+        program = decoding.speculative_program(
+            bigram(drafter), bigram(verifier), rules.by_name("lossy_sd", alpha), decoding.DecodeConfig(10, 3), GREEDY
+        )
+        output = scripted(program)
+        assert (outputs(output), row(output)["deferred"]) == ([path], deferred)
+
+
 def test_counters_of_an_oracle():
     config = decoding.DecodeConfig(10, 4)
     rule = rules.by_name("diff", 0.5)

@@ -198,7 +198,7 @@ def acceptance_by_the_verifier(patch):
 
 
 def zero_noise(patch):
-    """No bug: uniforms of exactly 0, as happens once in 2**23 draws."""
+    """No bug: uniforms of exactly 0, as happens once in 2**24 draws."""
 
     def noise(program, state):
         drafting, accepting, residual = REAL_NOISE(program, state)
@@ -233,10 +233,11 @@ def noise_by_absolute_position(patch):
 
         def row(key, positions):
             keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
-            return jax.vmap(lambda k: jax.random.uniform(k, (3,)))(keys)
+            return jax.vmap(lambda k: jax.random.uniform(k, (1 + 2 * probs.DRAW,)))(keys)
 
         found = jax.vmap(row)(state.keys, at)
-        return found[:, :-1, 0], found[:, :-1, 1], found[:, 0, 2]
+        drafting, accepting, residual = jnp.split(found, [probs.DRAW, probs.DRAW + 1], axis=-1)
+        return drafting[:, :-1].reshape(len(at), -1), accepting[:, :-1, 0], residual[:, 0]
 
     patch.setattr(rounds, "noise", noise)
 

@@ -162,6 +162,29 @@ def of_one_model(output: decoding.Output, letter: str, rows) -> None:
     assert np.isnan(output.trace.total_variation).all()
 
 
+@pytest.mark.parametrize("name", ["token_cascade", "sequence_cascade"])
+def test_what_is_not_known_is_nan_at_the_width_of_a_vocabulary(name):
+    """Where XLA loses NaN in maxima: a column is NaN where its model was not asked, and finite everywhere else."""
+    tables = random_tables(8, 384, 1)
+    both, config = [*map(bigram, tables)], decoding.DecodeConfig(max_len=8, draft_len=3, trace=True)
+    if name == "token_cascade":
+        program = decoding.token_cascade_program(*both, rules.by_name("chow", np.float32(0.975)), config)
+    else:
+        program = decoding.sequence_cascade_program(*both, config, threshold=-5.5)
+    output = decoding.decode(program, inputs(ROWS), jax.random.key(2), np.arange(ROWS))
+    inside = np.arange(8) < np.asarray(output.lengths)[:, None]
+    by_verifier = np.asarray(output.source) == SOURCE_VERIFIER
+    assert 0 < by_verifier.sum() < inside.sum()
+    of_drafter = inside & ~by_verifier if name == "sequence_cascade" else inside
+    known = {"log_prob": inside, "deferral": inside, "total_variation": of_drafter & by_verifier}
+    known |= {f"{column}_q": of_drafter for column in ("max", "entropy")}
+    known |= {f"{column}_p": by_verifier for column in ("max", "entropy")}
+    for column, where in known.items():
+        values = np.asarray(getattr(output.trace, column))
+        np.testing.assert_array_equal(np.isfinite(values), where, err_msg=column)
+        assert np.isnan(values[~where]).all()
+
+
 def test_columns_of_a_sequence_cascade():
     output = decode(sequence_cascade)
     assert_sums(output)

@@ -40,11 +40,8 @@ def broken(page: Path) -> list[str]:
             continue
         path, _, anchor = urllib.parse.unquote(link).partition("#")
         target = (page.parent / path).resolve() if path else page
-        if (
-            not target.exists()
-            or not target.is_relative_to(ROOT)
-            or (anchor and anchor not in anchors(target.read_text(encoding="utf-8")))
-        ):
+        there = target.exists() and target.is_relative_to(ROOT)
+        if not there or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             found.append(link)
     return found
 
@@ -63,6 +60,16 @@ def test_a_broken_link_is_seen(monkeypatch, tmp_path):
         "[f\nwrapped](../outside.md) [g](#here) `[h](code.md)`\n\n    [i](indented.md)\n\n# Here\n"
     )
     assert broken(page) == ["gone.md", "there.md#three", "../outside.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_that_is_named_exists(page):
+    """Code spans such as `core/verify.py`, read from the checkout, the package, the tests or the gin files."""
+    if page.name == "CHANGELOG.md":
+        return  # it names what is gone
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.(?:py|gin))`", page.read_text(encoding="utf-8")))
+    homes = (ROOT, ROOT / "speccascade_t5x", ROOT / "gin_configs", ROOT / "tests", page.parent)
+    assert {name for name in named if not any((home / name).exists() for home in homes)} == set()
 
 
 def test_every_page_of_the_documentation_is_in_its_index():

@@ -79,7 +79,8 @@ def test_a_missing_docstring_is_seen(tmp_path, monkeypatch):
     file.write_text(
         '"""A module."""\nimport dataclasses\n\n\ndef bare(): ...\n\n\n@dataclasses.dataclass\nclass Record:\n'
         '    size: int = 0\n\n    def method(self): ...\n\n\nclass Base:\n    """Documented."""\n\n'
-        '    def run(self):\n        """Runs."""\n\n\nclass Child(Base):\n    def run(self): ...\n\n\ndef _private(): ...\n'
+        '    def run(self):\n        """Runs."""\n\n\nclass Child(Base):\n    def run(self): ...\n\n\n'
+        "def _private(): ...\n"
     )
     spec = importlib.util.spec_from_file_location("planted", file)
     planted = importlib.util.module_from_spec(spec)

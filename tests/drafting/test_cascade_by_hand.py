@@ -86,8 +86,9 @@ def test_the_published_settings_are_read_as_published():
     assert [flan.length(row) for row in range(4)] == [29, 11, 10, 0]
     llama = drafting.k_matrix([[13, 10], [0, 10]], models=1, copies=True)
     assert [llama.length(row) for row in range(2)] == [23, 10]
-    # By hand: each of 13 reviews may test 10 tokens, draw one and sample 10 fills; then 10 fills of the top row.
-    assert llama.draft_noise(0) == 13 * (10 + 10 + 1) + 10
+    # By hand: each of 13 reviews may test 10 tokens, draw one and sample 10 fills; then 10 fills of the top row. A draw
+    # or fill takes two uniforms, a test one.
+    assert llama.draft_noise(0) == 13 * (2 * 10 + 10 + 2) + 2 * 10
 
 
 COPY = drafting.max_gram(1, V)

@@ -12,7 +12,7 @@ from decoding.tables import decoder, inputs, random_tables
 from oracles import sampler as oracle
 from oracles.tables import lookup
 from speccascade_t5x import decoding
-from speccascade_t5x.core import rules
+from speccascade_t5x.core import probs, rules
 from speccascade_t5x.drafting import ModelDrafter
 from speccascade_t5x.interfaces import Bound, Drafter
 from speccascade_t5x.models import bigram
@@ -49,14 +49,14 @@ def test_the_law_reported_is_the_law_sampled_from(name, score_bonus):
     bound = bigram(table)
     drafter = drafter_of(settings, bound.model, VOCAB, score_bonus)
     assert isinstance(drafter, Drafter)
-    assert drafter.noise_size == DRAFT_LEN
+    assert drafter.noise_size == DRAFT_LEN * probs.DRAW
 
     @jax.jit
     def propose(drafter, noise):
         state = drafter.start(bound.params, inputs(rows), rows, 8)
         return drafter.propose(bound.params, state, *first_round(rows), noise)[0]
 
-    noise = np.random.default_rng(0).random((rows, DRAFT_LEN), np.float32)
+    noise = np.random.default_rng(0).random((rows, drafter.noise_size), np.float32)
     proposal = jax.device_get(propose(drafter, noise))
     assert proposal.law.shape == (rows, DRAFT_LEN, VOCAB)
     np.testing.assert_array_equal(proposal.lengths, DRAFT_LEN)
@@ -92,7 +92,7 @@ def test_ids_beyond_the_vocabulary_are_never_drafted():
     bound = bigram(table)
     drafter = drafter_of({}, bound.model, width=7, score_bonus=True, vocab_size=5)
     state = drafter.start(bound.params, inputs(100), 100, 8)
-    noise = np.random.default_rng(0).random((100, DRAFT_LEN), np.float32)
+    noise = np.random.default_rng(0).random((100, drafter.noise_size), np.float32)
     proposal, _ = drafter.propose(bound.params, state, *first_round(100), noise)
     assert proposal.law.shape[-1] == proposal.q.shape[-1] == 7
     assert set(np.unique(proposal.tokens)) == set(range(5))
@@ -122,7 +122,7 @@ def test_the_cache_catches_up_whatever_was_accepted(score_bonus, rows, draft_len
     every = np.arange(rows)
     for accepted in ([3, 0, 1, 2], [3, 3, 0, 1], [0, 3, 3, 2], [3, 1, 3, 3]):
         last_two = np.stack([committed[every, np.maximum(length - 1, 0)], committed[every, length]], 1)
-        noise = rng.random((rows, draft_len), np.float32)
+        noise = rng.random((rows, drafter.noise_size), np.float32)
         proposal, state = propose(bound.params, state, last_two, length, noise)
         draft = np.asarray(proposal.tokens)
         ahead = committed.copy()
@@ -148,7 +148,7 @@ def test_a_lagging_cache_would_be_seen():
     drafter = drafter_of({"temperature": 1.3}, bound.model, tiny_pair.VOCAB, score_bonus=False)
     state = drafter.start(bound.params, source, 4, 20)
     propose = jax.jit(drafter.propose)
-    noise = np.full((4, DRAFT_LEN), 0.4, np.float32)
+    noise = np.full((4, drafter.noise_size), 0.4, np.float32)
     proposal, state = propose(bound.params, state, *first_round(4), noise)
     at = np.full(4, DRAFT_LEN + 1, np.int32)
     last_two = np.stack([np.asarray(proposal.tokens)[:, -1], np.full(4, 7)], 1).astype(np.int32)

@@ -138,3 +138,13 @@ def test_a_complaint_would_be_seen(tmp_path):
     (tmp_path / "bad.html").write_text(page.page("bad", '<img src="https://example.org/x.png">', script="missing()"))
     said = " ".join(shoot(tmp_path / "bad.html", tmp_path / "bad.png", "300,300"))
     assert "missing is not defined" in said and "Content Security Policy" in said
+
+
+def test_names_of_others_are_no_formulas_and_no_rows(tmp_path):
+    """A task may be called anything."""
+    strange = "a $\\frac{1}{$ |task|\n| forged | 1 |"
+    report.write(tmp_path, [group(*POINTS)], facts(name=strange, metric="$x$ and $\\y$"))
+    heading = (tmp_path / "report.md").read_text("utf-8").splitlines()[0]
+    assert heading.startswith("# Sweep on a $") and heading.endswith(r"\| forged \| 1 \|")
+    drawn = "".join(path.read_text("utf-8") for path in (tmp_path / "plots").glob("*.svg"))
+    assert "$x$ and $\\y$" in drawn

@@ -16,7 +16,7 @@ from oracles import sampler
 from speccascade_t5x.evaluation import teacher_forced, trace_page
 from speccascade_t5x.inference import generate
 from speccascade_t5x.inference.settings import Settings
-from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound
+from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound, UserError
 
 BASE = Settings(batch_size=2, buckets=(32,), max_len=6)
 TARGETS = ["abc", "zyxwvut", "a"]  # the second is cut to 6 ids, EOS included
@@ -102,6 +102,27 @@ def test_sums_per_text(scored):
         assert sums["unreachable"][index] == sum(prob < teacher_forced.FLOOR for prob in probs)
         assert sums["tokens"][index] == len(ids)
     assert sum(sums["unreachable"]) > 0  # MinP leaves tokens without a chance; the floor keeps their NLL finite
+
+
+@pytest.mark.parametrize("who", ["drafter", "verifier"])
+def test_nan_fails_instead_of_shortening_a_text(tmp_path, who):
+    """One text alone meets the NaN: what follows "z" is broken, in what a rule does not emit as well."""
+    pair = generate.load(small_pair.write(tmp_path / "pair", table=False))
+    bound = getattr(pair, who)
+    embedding = bound.params["token_embedder"]["embedding"]
+    params = {
+        **bound.params,
+        "token_embedder": {"embedding": embedding.at[pair.vocabulary.encode("z")[0]].set(jnp.nan)},
+    }
+    setattr(pair, who, Bound(bound.model, params))
+    settings = dataclasses.replace(BASE, rule="min_p", alpha=0.9)
+    runner = generate.Runner(pair, settings)
+    batches = runner.batches([runner.prompt(i, "abc", "text") for i in range(2)])
+    forced = teacher_forced.TeacherForced(pair, 6)
+    fine = forced.score(teacher_forced.references(pair, batches, ["abc", "a"], 6), [settings])[0]
+    assert teacher_forced.per_example(fine)["tokens"] == [4, 2]
+    with pytest.raises(UserError, match="a model produced NaN on the text of example 1: check its checkpoint"):
+        forced.score(teacher_forced.references(pair, batches, ["abc", "azb"], 6), [settings])
 
 
 def test_what_has_no_law_of_the_next_token_says_why(pair):

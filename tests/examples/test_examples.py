@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_every_example_is_run():
 def test_an_example_runs(name, monkeypatch, capsys, tmp_path):
     """They assert as they go: equal outputs of lossless speculation, frequencies that follow pi."""
     monkeypatch.setenv("SPECCASCADE_EXAMPLE_TINY", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))  # the example's own rule is gone afterwards
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert re.search(PRINTED[name], capsys.readouterr().out)

@@ -97,8 +97,8 @@ def test_a_prompt_without_eos_is_continued(pair, bundle):
 @pytest.mark.slow
 def test_samples_do_not_depend_on_their_batch(pair):
     sampled = SHAPE | {"num_samples": 2, "temperature": 1.0, "rule": "token_v3", "alpha": 0.3}
-    together = pair.generate(TEXTS, **sampled)
-    apart = pair.generate(TEXTS, **sampled | {"batch_size": 1})
+    together = pair.generate(TEXTS, range(len(TEXTS)), **sampled)
+    apart = pair.generate(TEXTS, range(len(TEXTS)), **sampled | {"batch_size": 1})
     assert [record["tokens"] for record in together] == [record["tokens"] for record in apart]
     assert any(record["tokens"][0] != record["tokens"][1] for record in together)
 

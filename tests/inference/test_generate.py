@@ -21,6 +21,7 @@ from speccascade_t5x.inference.generate import LoadedPair, Settings
 from speccascade_t5x.interfaces import SOURCE_DRAFTER, SOURCE_VERIFIER, Bound, UserError
 
 TEXTS = ["grusse aus munchen", "schliessen", "uber die grosse", "offnen sie die datei"]
+IDS = range(len(TEXTS))
 SHAPE = {"max_input_len": 32, "max_len": 32, "draft_len": 3, "batch_size": 2}
 RECORD = ("inputs", "prediction", "log_prob", "tokens", "counts", "source")
 
@@ -28,6 +29,12 @@ RECORD = ("inputs", "prediction", "log_prob", "tokens", "counts", "source")
 @pytest.fixture(scope="module")
 def pair() -> LoadedPair:
     return speccascade_t5x.load("restore_de_pair")
+
+
+@pytest.fixture
+def new_pair(pair) -> LoadedPair:
+    """The same pair before its first text; what is compiled is shared."""
+    return with_models(pair, pair.verifier, pair.drafter, _numbered=0)
 
 
 def outputs(records):
@@ -50,15 +57,43 @@ def test_records_say_what_was_decoded(pair):
 
 def test_seed_decides_the_output(pair):
     hot = SHAPE | {"temperature": 2.0}
-    first, again = (pair.generate(TEXTS, seed=1, **hot) for _ in range(2))
+    first, again = (pair.generate(TEXTS, IDS, seed=1, **hot) for _ in range(2))
     assert first == again
-    assert outputs(pair.generate(TEXTS, seed=2, **hot)) != outputs(first)
+    assert outputs(pair.generate(TEXTS, IDS, seed=2, **hot)) != outputs(first)
+
+
+def test_texts_are_numbered_on_through_a_pairs_life(new_pair):
+    """A loop over single texts samples each of them anew; ids say which number a text has, wherever it stands."""
+    hot = SHAPE | {"temperature": 2.0, "method": "verifier"}
+    text = TEXTS[0]
+    one_by_one = [new_pair.generate([text], **hot)[0]["tokens"] for _ in range(4)]
+    assert len(set(map(tuple, one_by_one))) == 4
+    for order in (range(4), [2, 0, 3, 1]):
+        together = new_pair.generate([text] * 4, order, **hot)
+        assert [record["tokens"] for record in together] == [one_by_one[i] for i in order]
+    later = new_pair.generate([text], **hot)[0]["tokens"]  # ids that are given do not count
+    assert later == new_pair.generate([text], [4], **hot)[0]["tokens"]
+    assert new_pair.generate([text] * 2, [2**31 - 1] * 2, **hot)[0]["tokens"] not in [*one_by_one, later]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([1], "1 ids for 2 texts"),
+        ([0, -1], "the id -1 must"),
+        ([0, 2**31], "the id 2147483648"),
+        ([0, 1.5], "the id 1.5"),
+    ],
+)
+def test_ids_that_are_no_numbers_of_the_texts(pair, ids, words):
+    with pytest.raises(UserError, match=words):
+        pair.generate(TEXTS[:2], ids, **SHAPE)
 
 
 def test_a_record_does_not_depend_on_its_batch(pair):
-    alone = pair.generate(TEXTS, **SHAPE)
-    wider = pair.generate(TEXTS, **SHAPE | {"batch_size": 3})
-    others = pair.generate([TEXTS[0], "ja", "nein", TEXTS[3]], **SHAPE)
+    alone = pair.generate(TEXTS, IDS, **SHAPE)
+    wider = pair.generate(TEXTS, IDS, **SHAPE | {"batch_size": 3})
+    others = pair.generate([TEXTS[0], "ja", "nein", TEXTS[3]], IDS, **SHAPE)
     assert outputs(wider) == outputs(alone)
     assert outputs([others[0], others[3]]) == outputs([alone[0], alone[3]])
     np.testing.assert_allclose([r["log_prob"] for r in wider], [r["log_prob"] for r in alone], atol=1e-4)
@@ -166,10 +201,10 @@ def test_bad_texts(pair):
         pair.generate([], **SHAPE)
 
 
-def with_models(pair: LoadedPair, verifier: Bound, drafter: Bound | None) -> LoadedPair:
+def with_models(pair: LoadedPair, verifier: Bound, drafter: Bound | None, **others) -> LoadedPair:
     """The same pair with other models."""
     changed = object.__new__(LoadedPair)
-    changed.__dict__.update(pair.__dict__, verifier=verifier, drafter=drafter)
+    changed.__dict__.update(pair.__dict__, verifier=verifier, drafter=drafter, **others)
     return changed
 
 
@@ -200,7 +235,7 @@ def test_checkpoints_give_what_the_bundle_gives(pair):
     lengths = {"max_input_len": 32, "max_len": 32}
     models = {"verifier": folder / "verifier", "drafter": folder / "drafter"}
     other = generate.from_checkpoints(**models, extra_ids=0, draft_len=3, **lengths)
-    assert other.generate(TEXTS, batch_size=SHAPE["batch_size"]) == pair.generate(TEXTS, **SHAPE)
+    assert other.generate(TEXTS, IDS, batch_size=SHAPE["batch_size"]) == pair.generate(TEXTS, IDS, **SHAPE)
 
 
 def test_a_vocabulary_wider_than_the_logits_is_refused(fixtures: Path, tmp_path):

@@ -105,6 +105,45 @@ def test_a_task_leaves_records_metrics_timing_and_summary(pair, restore_de, tmp_
     assert "rule lossless" in summary and "| exact_match |" in summary
 
 
+def test_metric_values_of_any_kind_are_written_and_a_metric_that_fails_costs_nothing(pair, tmp_path):
+    from speccascade_t5x.data.seqio_tasks import seqio, tf
+
+    broken = [True]
+
+    def odd(targets, predictions):
+        if broken[0]:
+            raise KeyError("of a metric")
+        return {"scalar": seqio.metrics.Scalar(0.5), "text": seqio.metrics.Text("two | of\ntwo"), "none": None}
+
+    def rows(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensor_slices({"inputs": ["ja", "nein"], "targets": ["Ja", "Nein"]})
+
+    seqio.TaskRegistry.add(
+        "odd",
+        source=seqio.FunctionDataSource(rows, splits=["test"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={name: seqio.Feature(seqio.ByteVocabulary(0)) for name in ("inputs", "targets")},
+        metric_fns=[odd],
+    )
+    try:
+        with pytest.raises(
+            UserError, match="metric 'odd' of task 'odd' failed with KeyError.*; the predictions are kept"
+        ):
+            infer(pair, Settings(**SHAPE), tmp_path, task="odd")
+        kept = (tmp_path / "odd-predict.jsonl-00000-of-00001").read_bytes()
+        assert json.loads((tmp_path / "odd-metrics.json").read_text())["examples"] == 2
+        broken[0] = False
+        before = (tmp_path / "odd-timing.json").read_bytes()
+        metrics = infer(pair, Settings(**SHAPE), tmp_path, task="odd").metrics
+    finally:
+        seqio.TaskRegistry.remove("odd")
+    assert json.loads((tmp_path / "odd-metrics.json").read_text()) == metrics
+    assert (metrics["scalar"], metrics["text"], metrics["none"]) == (0.5, "two | of\ntwo", None)
+    assert (tmp_path / "odd-predict.jsonl-00000-of-00001").read_bytes() == kept  # nothing was decoded again
+    assert (tmp_path / "odd-timing.json").read_bytes() == before
+    assert "| text | two \\| of two |" in (tmp_path / "odd-summary.md").read_text()
+
+
 def test_a_line_and_an_example_of_a_task_are_decoded_alike(pair, restore_de, tmp_path):
     long = [("x", "Überlänge " * 6, "a"), *ROWS]
     write_split(restore_de, "test", long)

@@ -108,6 +108,13 @@ def _lossy(q: Law, p: Law, pr: Law, alpha: float, greedy: bool, residual: str) -
     return {"shifted": _lossy_shifted, "optimal": _lossy_optimal}[residual](q, p, keep)
 
 
+def lossy_deferral(q: Law, p: Law, p_raw: Law, alpha: float, greedy: bool = False) -> float:
+    """How much of LossySD's law is not the drafter's: at temperature 0 all or nothing, as its token falls or stands."""
+    if greedy:
+        return float(p_raw[sampler.argmax(q)] < (1.0 - alpha) * max(p_raw))
+    return 1.0 - math.fsum(min(q[v], p[v] / (1.0 - alpha)) for v in range(len(q)))
+
+
 def target(
     name: str,
     q: Law,

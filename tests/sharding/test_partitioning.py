@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from inference import small_pair
 from sharding import tiny
 from speccascade_t5x import checkpoints, decoding
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.common import fingerprints
 from speccascade_t5x.distributed import partitioning
 from speccascade_t5x.distributed.partitioning import STANDARD_RULES, Topology, replicated_rules, tile
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.sharding
 
 def specs(topology: Topology, config=tiny.CONFIG, drafter: bool = False) -> dict[str, tuple]:
     found = topology.partitioning().params(T5(config), drafter)
-    return {name: tuple(sharding.spec) for name, sharding in tree.flatten(found).items()}
+    return {name: tuple(sharding.spec) for name, sharding in flat_params.flatten(found).items()}
 
 
 def test_t5x_rules_on_a_t5(devices):
@@ -61,7 +61,7 @@ def test_t5x_rules_on_a_t5(devices):
 )
 def test_rules_mean_what_they_mean_in_flax(devices, rules):
     topology = Topology(data=2, model=4, rules=rules)
-    names = tree.flatten(logical_axes(tiny.CONFIG))
+    names = flat_params.flatten(logical_axes(tiny.CONFIG))
     expected = {name: tuple(nn.logical_to_mesh_axes(axes, rules)) for name, axes in names.items()}
     assert specs(topology) == expected
 

@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.training import optimizers, train_loop
 from speccascade_t5x.training.losses import LossConfig
@@ -139,7 +139,7 @@ def test_three_more_steps_of_a_t5x_run(fixtures, fixture):
         found = [scale * row[name] for row in result.history]
         theirs = expected[f"losses/{name.replace('cross_entropy', 'cross_ent_loss')}"]
         np.testing.assert_allclose(found, theirs, rtol=1e-5, err_msg=name)
-    flat = tree.flatten(result.bound.params)
+    flat = flat_params.flatten(result.bound.params)
     wanted = {name.partition("/")[2]: expected[name] for name in expected.files if name.startswith("params_after/")}
     assert flat.keys() == wanted.keys()
     for name, value in wanted.items():

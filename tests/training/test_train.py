@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from checkpoints.tiny import write_npz
+from corpora import train_sentencepiece
 from speccascade_t5x import checkpoints
+from speccascade_t5x.checkpoints import export, flat_params, huggingface
 from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, init_params
@@ -115,6 +117,31 @@ def test_a_drafter_is_distilled_from_a_checkpoint_in_buckets(tmp_path, data):
     mixed = dataclasses.replace(data, cached={data.cached: 2.0, data.eval_cached: 1.0}, eval_cached=None)
     further = train.train(BYTES, mixed, config(2), tmp_path / "further", start_from=tmp_path / "run", devices=1)
     assert further["before"] == {} and further["steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "t5x"])
+def test_a_run_begins_with_the_weights_of_others(tmp_path, data, kind):
+    begin = Bound(T5(BYTES), init_params(BYTES, jax.random.key(3)))
+    write_npz(tmp_path / "npz", begin)
+    export.export(tmp_path / "npz", tmp_path / kind, kind)
+    runs = [
+        train.train(BYTES, data, config(2), tmp_path / f"from_{source}", start_from=tmp_path / source, devices=1)
+        for source in ("npz", kind)
+    ]
+    assert runs[0]["before"] == runs[1]["before"] and runs[0]["after"] == runs[1]["after"]
+    fresh = train.train(BYTES, data, config(2), tmp_path / "fresh", devices=1)
+    assert fresh["before"]["nll"] != runs[0]["before"]["nll"]
+
+
+def test_a_checkpoint_with_another_vocabulary_beside_it_is_refused(tmp_path, data):
+    begin = Bound(T5(BYTES), init_params(BYTES, jax.random.key(3)))
+    flat = flat_params.flatten(begin.params)
+    (tmp_path / "model").mkdir()
+    spoken = train_sentencepiece(tmp_path)
+    huggingface.write(tmp_path / "model", begin.model, lambda name: np.asarray(flat[name]), vocabulary_file=spoken)
+    with pytest.raises(UserError, match=r"checkpoint .*model .*\(sentencepiece\) .* training data .*\(byte\)"):
+        train.train(BYTES, data, config(2), tmp_path / "run", start_from=tmp_path / "model", devices=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_refused_run_changes_nothing(tmp_path, data):

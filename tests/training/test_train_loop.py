@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from speccascade_t5x import checkpoints
-from speccascade_t5x.checkpoints import tree
+from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, init_params
 from speccascade_t5x.training import losses, optimizers, teacher_forcing, train_loop, train_step
@@ -39,14 +39,14 @@ def config(steps=8, **changes):
 
 
 def same_bits(a, b):
-    ours, theirs = tree.flatten(a), tree.flatten(b)
+    ours, theirs = flat_params.flatten(a), flat_params.flatten(b)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 def close(a, b, atol):
-    ours, theirs = tree.flatten(a), tree.flatten(b)
+    ours, theirs = flat_params.flatten(a), flat_params.flatten(b)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=atol, err_msg=name)
 

@@ -20,20 +20,21 @@ class Pair:
     """Everything a rule may read at one or many positions.
 
     Attributes:
-      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter).
+      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter; the type
+        spares every other rule a check).
       p: [..., V] verifier's, likewise.
       q_raw: [..., V] drafter's distribution at temperature 1 (None likewise).
-      p_raw: [..., V] verifier's.
+      p_raw: [..., V] verifier's (p and p_raw are None for the tests of a drafter alone).
       greedy: True where temperature is 0; bool, traced or not, scalar or [B].
       position: [...] output position, for rules that read it.
       hidden_q: [..., D] drafter's last hidden state, for learned rules.
       hidden_p: [..., D] verifier's.
     """
 
-    q: Array | None
-    p: Array
-    q_raw: Array | None
-    p_raw: Array
+    q: Array | Any
+    p: Array | Any
+    q_raw: Array | Any
+    p_raw: Array | Any
     greedy: Array | bool = False
     position: Array | None = None
     hidden_q: Array | None = None
@@ -73,7 +74,7 @@ class Rule:
     reads_drafter: ClassVar[bool] = True
     reads_hidden: ClassVar[bool] = False
     truncates_inputs: ClassVar[bool] = False
-    alpha_range: ClassVar[tuple[float, float] | None] = None
+    alpha_range: ClassVar[tuple[float, float] | Any] = None
     ends: ClassVar[str] = ""
     source: ClassVar[str] = ""
 
@@ -207,8 +208,14 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
 
     Raises:
       UserError: unknown rule, alpha missing, superfluous or outside the rule's range, unknown option.
+
+    >>> type(by_name("token_v3", alpha=0.3)).__name__
+    'TokenV3'
+    >>> by_name("lossless", alpha=0.3)
+    Traceback (most recent call last):
+    speccascade_t5x.interfaces.UserError: the rule 'lossless' takes no alpha, but alpha=0.3 was given: leave it out
     """
-    cls = get(name)
+    cls: Any = get(name)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(options) - known)
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +90,10 @@ class LossySD(AlphaRule):
             raise UserError(f"residual={self.residual!r} is unknown: use 'shifted' or 'optimal'")
 
     def target(self, pair: Pair) -> Array:
-        def at_zero(sampled: Array) -> Array:
-            choice = probs.argmax(pair.q)[..., None]
-            floor = self._lenience(pair.p.ndim) * peak(pair.p_raw)[..., None]
-            stands = jnp.take_along_axis(pair.p_raw, choice, axis=-1) >= floor
-            greedy = probs.expand_right(jnp.asarray(pair.greedy), pair.p.ndim)
-            return jnp.where(greedy, jnp.where(stands, pair.q, pair.p), sampled)
+        def at_zero() -> Array:
+            return jnp.where(self._stands(pair)[..., None], pair.q, pair.p)
 
-        sampled = self._sampled(pair)
-        if isinstance(pair.greedy, bool):  # known without a trace
-            return at_zero(sampled) if pair.greedy else sampled
-        return jax.lax.cond(jnp.any(pair.greedy), at_zero, lambda sampled: sampled, sampled)
+        return _where_greedy(pair, at_zero, self._sampled(pair))
 
     def target_at(self, pair: Pair, tokens: Array) -> Array:
         if pair.greedy is not False:
@@ -108,7 +102,15 @@ class LossySD(AlphaRule):
         return self._blend(q, p, self._share(pair))[..., 0]
 
     def deferral(self, pair: Pair) -> Array:
-        return 1.0 - jnp.sum(self._kept(pair.q, pair.p), axis=-1)
+        def at_zero() -> Array:
+            return 1.0 - self._stands(pair).astype(jnp.float32)
+
+        return _where_greedy(pair, at_zero, 1.0 - jnp.sum(self._kept(pair.q, pair.p), axis=-1))
+
+    def _stands(self, pair: Pair) -> Array:
+        """[...] bool: at temperature 0, whether the drafter's token is kept."""
+        chosen = probs.gather(pair.p_raw, probs.argmax(pair.q))
+        return chosen >= self._lenience(chosen.ndim) * peak(pair.p_raw)
 
     def _lenience(self, rank: int) -> Array:
         return 1.0 - self._alpha(rank)
@@ -134,6 +136,17 @@ class LossySD(AlphaRule):
         if self.residual == "optimal":
             return jnp.maximum(self._kept(q, p), share * p)
         return self._kept(q, p) + share * jnp.maximum(p - q, 0.0)
+
+
+def _where_greedy(pair: Pair, at_zero: Callable[[], Array], sampled: Array) -> Array:
+    """`sampled` [B, ...], but what `at_zero` makes in the rows of temperature 0; it runs where there are any."""
+
+    def replaced(sampled: Array) -> Array:
+        return jnp.where(probs.expand_right(jnp.asarray(pair.greedy), sampled.ndim), at_zero(), sampled)
+
+    if isinstance(pair.greedy, bool):  # known without a trace
+        return replaced(sampled) if pair.greedy else sampled
+    return jax.lax.cond(jnp.any(pair.greedy), replaced, lambda sampled: sampled, sampled)
 
 
 def _share_of_p(pair: Pair, missing: Array) -> Array:

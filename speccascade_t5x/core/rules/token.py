@@ -40,6 +40,11 @@ class TokenV3(TokenRule):
     """Rule out v iff p_raw(v) < (1 - alpha) max p_raw ([SC], Token-specific V3, its main result).
 
     alpha = 0 is NOT lossless at temperature > 0: only the verifier's argmax may then come from the drafter.
+
+    >>> p, q = jnp.array([0.6, 0.3, 0.1]), jnp.array([0.2, 0.5, 0.3])
+    >>> pair = Pair(q=q, p=p, q_raw=q, p_raw=p)
+    >>> print(*(f"{x:.2f}" for x in TokenV3(alpha=0.4).target(pair)))  # tokens 1 and 2 are ruled out: 0.8 goes to p
+    0.68 0.24 0.08
     """
 
     alpha_range = (-math.inf, 1.0)

@@ -14,6 +14,7 @@ A run that was killed and is started again with the same command goes on where i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.checkpoints import deferral_files
-from speccascade_t5x.common import checks, packaged, storage
+from speccascade_t5x.checkpoints import deferral_files, loading
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.deferral import calibration, fitting, labels
 from speccascade_t5x.deferral import columns as columns_lib
@@ -80,8 +81,8 @@ class Data:
 
     def source(self) -> tuple[str, str]:
         """(task, split) of the examples."""
-        if self.task is not None:
-            return self.task, self.split
+        if self.cached is None:
+            return str(self.task), self.split
         manifest = shards.read_manifest(self.cached)
         return str(manifest.get("name")), str(manifest.get("split"))
 
@@ -97,14 +98,12 @@ class Data:
             return mixing.first(found, self.limit)
         from speccascade_t5x.data import seqio_tasks
 
-        for feature, named in seqio_tasks.task_vocabularies(self.task).items():
+        task = str(self.task)
+        for feature, named in seqio_tasks.task_vocabularies(task).items():
             vocabulary.check_same(
-                seqio_tasks.as_vocabulary(named), spoken, (f"feature {feature!r} of {self.task!r}", "pair")
+                seqio_tasks.as_vocabulary(named), spoken, (f"feature {feature!r} of {task!r}", "pair")
             )
-        found = seqio_tasks.examples(self.task, self.split, {}, limit=self.limit)
-        if any(example.targets is None for example in found):
-            raise UserError(f"task {self.task!r} has no targets, so there are no labels to fit a head on")
-        return shards.from_examples(((example.inputs, example.targets) for example in found), spoken)
+        return seqio_tasks.corpus(task, self.split, spoken, self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ def train_deferral(
     unknown = sorted(set(calibrations) - set(CALIBRATIONS))
     if unknown:
         raise UserError(f"the calibration {unknown[0]!r} is unknown: use {', '.join(CALIBRATIONS)}")
-    source = packaged.bundle_dir(pair)
+    source = loading.bundle_folder(pair)
     loaded = bundles.load_bundle(source)
     if loaded.drafter is None:
         raise UserError(f"the bundle {pair} holds a verifier alone: deferral needs a drafter to defer from")
@@ -230,10 +229,12 @@ def train_deferral(
                 "examples": {name: len(chosen) for name, chosen in job.splits.items()},
             }
         }  # fmt: skip
+        drafter, verifier = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
         fitted = Fitted(
             {config.kind: fits[0].head},
             fitted_calibrations,
-            *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
+            drafter,
+            verifier,
             loaded.vocabulary.fingerprint(),
             json.loads(storage.to_json(about)),
         )
@@ -283,7 +284,6 @@ class _Job:
 
     def collect(self, name: str, calibrations: Mapping[str, PairCalibration] | None = None) -> dict[str, np.ndarray]:
         """Columns of a split, from disk where they are whole."""
-        tell = lambda done, examples: self.observer.collecting(name, done, examples)  # noqa: E731
         folder = collection.collect(
             self.scored,
             self.corpus,
@@ -297,7 +297,7 @@ class _Job:
             batch_size=-(-self.data.batch_size // self.mesh.size) * self.mesh.size,
             batches_per_part=self.data.batches_per_part,
             mesh=self.mesh,
-            progress=tell,
+            progress=functools.partial(self.observer.collecting, name),
         )
         return collection.read(folder)
 
@@ -312,7 +312,10 @@ class _Job:
             "columns": {name: self._identity(name) for name in ("fit", "held_out")},
         }
         place, keep = self.folder / name, self.fit_config.keep
-        stores = lambda seed: fit_store.OrbaxStore(place / f"seed-{seed}", identity, keep)  # noqa: E731
+
+        def stores(seed: int) -> fit_store.OrbaxStore:
+            return fit_store.OrbaxStore(place / f"seed-{seed}", identity, keep)
+
         curves = fit_store.Curves(self.folder / METRICS_FILE, self.observer)
         return fitting.fit_head(self.config, self.fit_config, columns, self.classes, store=stores, observer=curves)
 
@@ -323,9 +326,9 @@ class _Job:
         """Fits calibrations on what the head is fitted on, or reads those an earlier part of this run has fitted."""
         place = self.folder / CALIBRATION_FILE
         if place.is_file():
-            found = fit_store.read_calibrations(place)
-            if set(found) == set(kinds):
-                return found
+            known = fit_store.read_calibrations(place)
+            if set(known) == set(kinds):
+                return known
         sides: dict[str, dict[str, Calibration]] = {}
         lengths = (self.data.inputs_len, self.data.targets_len)
         chosen = np.union1d(self.splits["fit"], self.splits["held_out"]).tolist()
@@ -344,9 +347,9 @@ class _Job:
                 confidence = columns["features"][:, self.config.features.names.index(f"max_{side}")]
                 found["isotonic"] = calibration.fit_isotonic(confidence, columns[f"hit_{side}"])
             sides[side] = found
-        found = {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in kinds}
-        fit_store.write_calibrations(place, found)
-        return found
+        fitted = {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in kinds}
+        fit_store.write_calibrations(place, fitted)
+        return fitted
 
 
 def calibrated_scores(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:
@@ -376,8 +379,8 @@ def _summary(
 ) -> dict[str, Any]:
     temperatures = {}
     if "temperature" in calibrations:
-        both = calibrations["temperature"]
-        temperatures = {side: float(getattr(both, side).values["temperature"]) for side in "qp"}
+        of_pair = calibrations["temperature"]
+        temperatures = {side: float(getattr(of_pair, side).values["temperature"]) for side in "qp"}
     both = columns_lib.joined(columns["fit"], columns["held_out"])
     gap, said = labels.gap(both, job.config.loss), columns_lib.heard(both, job.config)
     shown = ("seed", "left_out", "first", "kept_at", "steps", "stopped_early")

@@ -39,9 +39,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UserError(f"The parameter names clash: {name!r} lies below a tensor.")
+                raise UserError(f"the parameter names clash: {name!r} lies below a tensor")
         if last in node:
-            raise UserError(f"The parameter names clash: {name!r} is both a tensor and a branch.")
+            raise UserError(f"the parameter names clash: {name!r} is both a tensor and a branch")
         node[last] = leaf
     return tree
 
@@ -73,13 +73,13 @@ def require_match(expected: PyTree, found: Mapping[str, Any], source: str) -> No
     if report:
         more = f"; and {len(report) - _MOST_PROBLEMS} more" if len(report) > _MOST_PROBLEMS else ""
         shown = "; ".join(report[:_MOST_PROBLEMS])
-        raise UserError(f"{source} does not fit its configuration: {shown}{more}.")
+        raise UserError(f"{source} does not fit its configuration: {shown}{more}")
 
 
 def require_finite(name: str, array: np.ndarray, source: str) -> None:
     """Raises a UserError if the tensor holds a NaN or an infinity."""
     if not np.isfinite(array).all():
-        raise UserError(f"{source}: tensor {name!r} holds NaN or infinite values; the training run probably diverged.")
+        raise UserError(f"{source}: tensor {name!r} holds NaN or infinite values; the training run probably diverged")
 
 
 def count(tree: PyTree) -> int:
