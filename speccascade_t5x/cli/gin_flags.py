@@ -246,13 +246,35 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_complete() -> None:
-    """Refuses a configuration that lacks required values or reads a macro nothing sets."""
+    """Refuses a configuration that lacks required values, reads a macro nothing sets, or defines a value by itself."""
+    _check_cycles()
     missing = re.findall(r"^(\S+) = \\?\s*%gin\.REQUIRED", gin.config_str(), re.MULTILINE)
     if missing:
         flags = " ".join(f"--gin.{name}=VALUE" for name in missing)
         raise UserError(f"the configuration needs {', '.join(missing)}: set {flags}")
     with _in_one_line("the configuration"):
         gin.finalize()
+
+
+def _check_cycles() -> None:
+    """Refuses a macro or a call whose value needs that very value: gin would look it up for ever."""
+    needs = {
+        key: [reference.config_key for reference in gin.config.iterate_references(bound) if reference.evaluate]
+        for key, bound in gin.config._CONFIG.items()
+    }
+    whole: set[tuple[str, str]] = set()
+
+    def visit(key: tuple[str, str], path: tuple[tuple[str, str], ...]) -> None:
+        if key in path:
+            names = [scope if selector == "gin.macro" else selector for scope, selector in (*path, key)]
+            raise UserError(f"the configuration defines {names[-1]} by itself ({' needs '.join(names)})")
+        if key not in whole:
+            for other in needs.get(key, ()):
+                visit(other, (*path, key))
+            whole.add(key)
+
+    for key in needs:
+        visit(key, ())
 
 
 def _parse(parse: Any, argument: str, what: str) -> None:

@@ -39,5 +39,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade inspect"))
+    end(run_verb(main, sys.argv[1:], "speccascade inspect"))

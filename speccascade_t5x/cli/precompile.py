@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, t
     """
     from speccascade_t5x.models import t5
 
+    pairs = checks.as_type("pairs", pairs, Sequence[str])
     known, found = model_files(), {}
     for name in dict.fromkeys(name for pair in pairs for name in parts(pair)):
         if name not in known:
@@ -158,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade precompile"))
+    end(run_verb(main, sys.argv[1:], "speccascade precompile"))

@@ -200,5 +200,6 @@ def _table(rows: list[dict[str, Any]], news: Any) -> Any:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade sweep"))
+    end(run_verb(main, sys.argv[1:], "speccascade sweep"))

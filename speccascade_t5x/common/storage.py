@@ -25,6 +25,11 @@ def file_stem(task: str) -> str:
     return task.replace(":", "_").replace("/", "_")
 
 
+def as_utf8(text: str) -> str:
+    """The text with an escape for what UTF-8 lacks, such as a byte of a file name that is none."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextlib.contextmanager
 def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[None]:
     """Holds a folder for one job of this process, so that a second one started there is refused.
@@ -93,11 +98,14 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not a JSON record ({error.msg}).") from error
+                    yield from_json(line)
+                except ValueError as error:
+                    said = getattr(error, "msg", error)
+                    raise UserError(f"{path}, line {number}: not a JSON record ({said})") from error
     except OSError as error:
         raise UserError(f"the records {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the records {path} are not UTF-8 ({error.reason})") from error
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -123,13 +131,29 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
         ) from error
 
 
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text from outside.
+
+    Raises:
+      ValueError: it is not JSON, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError("it holds a number with too many digits") from error
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines that grows; none without a file. A line left unfinished is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(from_json(line))
             except ValueError:
                 continue
     return rows
@@ -173,8 +197,8 @@ def npz(arrays: Mapping[str, Any], compress: bool = True) -> bytes:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """`write_bytes` of UTF-8 text."""
-    return write_bytes(path, [text.encode("utf-8")])
+    """`write_bytes` of UTF-8 text; see `as_utf8`."""
+    return write_bytes(path, [as_utf8(text).encode("utf-8")])
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -38,6 +39,7 @@ class Cached:
     kept: bool
 
 
+@checks.arguments(inputs_len=(1,), targets_len=(1,), limit=(1,), seed=checks.SEED, examples_per_shard=(1,))
 def cache(
     output_dir: str | Path,
     task: str | None = None,
@@ -82,14 +84,10 @@ def cache(
       UserError: bad options, an unknown task or split, records that are damaged or of another split, features with
         different vocabularies, a folder that holds a corpus made with other options, or a full disk.
     """
-    names = (splits,) if isinstance(splits, str) else checks.sequence("splits", splits)
+    names = (splits,) if isinstance(splits, str) else splits
     if not names or len(set(names)) < len(names):
         raise UserError(f"splits={splits!r} must name one split or several different ones")
     lengths = {"inputs": inputs_len, "targets": targets_len}
-    for name, value in (lengths | {"limit": limit}).items():
-        if value is not None:
-            checks.whole(f"{name}_len" if name in lengths else name, value, 1)
-    checks.whole("examples_per_shard", examples_per_shard, 1)
     if task_lengths and None in lengths.values():
         raise UserError("task_lengths=True needs both feature lengths: set inputs_len and targets_len")
     job = _Job(Path(output_dir), lengths, limit, examples_per_shard, _settings(config_text), progress)
@@ -206,7 +204,10 @@ def _from_task(job: _Job, name: str, split: str, task_lengths: bool, seed: int) 
         vocabulary.check_same(spoken[0], spoken[i], (f"task {parts[0][0]!r}", f"task {parts[i][0]!r}"))
     for (part, _), own, examples in zip(parts, spoken, streams, strict=True):
         folder = job.output_dir / split
-        yield job.write(folder / storage.file_stem(part) if mixture else folder, examples, part, split, own, source)
+        with contextlib.closing(examples):
+            place = folder / storage.file_stem(part) if mixture else folder
+            made = job.write(place, examples, part, split, own, source)
+        yield made
     if mixture:
         mixing.write(job.output_dir / split, {storage.file_stem(part): rate for part, rate in parts})
 
@@ -256,7 +257,8 @@ def _from_records(
             if job.limit is not None and number >= job.limit:
                 return
             if unfinished or _ends(output, spoken.eos_id):
-                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, np.int64)
+                # Ids of any size, until they are checked.
+                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, object)
 
     return job.write(job.output_dir / split, examples(), task or stem, split, spoken, source)
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.common import checks, schema, storage
+from speccascade_t5x.data.examples import check_ids
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
 
@@ -128,7 +129,9 @@ def from_examples(examples: Iterable[tuple[np.ndarray, np.ndarray]], spoken: voc
     """
     parts = _Buffer(_id_type(spoken), spoken.vocab_size)
     for inputs, targets in examples:
-        parts.add({"inputs": inputs, "targets": targets})
+        example = {"inputs": inputs, "targets": targets}
+        parts.check(example)
+        parts.add(example)
     if not parts.count:
         raise UserError("there is no example to make a corpus of: check the data and the filters on it")
     arrays = parts.arrays()
@@ -176,6 +179,7 @@ def write(
     shards: list[dict[str, Any]] = []
     buffer = _Buffer(_id_type(spoken), spoken.vocab_size)
     for inputs, targets in examples:
+        buffer.check({"inputs": inputs, "targets": targets})  # before they are cut to int32
         buffer.add(tally.cut(inputs, targets))
         if buffer.count == examples_per_shard:
             shards.append(_write_shard(folder, len(shards), buffer))
@@ -286,15 +290,13 @@ class _Buffer:
         self.count = 0
         self._ids: dict[str, list[np.ndarray]] = {feature: [] for feature in FEATURES}
 
+    def check(self, example: Mapping[str, np.ndarray]) -> None:
+        for feature, ids in example.items():
+            check_ids(ids, self._vocab_size, "an example", feature)
+
     def add(self, example: Mapping[str, np.ndarray]) -> None:
         for feature, ids in example.items():
-            ids = np.asarray(ids)
-            if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
-                raise UserError(
-                    f"an example has id {ids.min() if ids.min() < 0 else ids.max()} among its {feature}, outside the "
-                    f"vocabulary of {self._vocab_size} ids: name the vocabulary its ids were made with"
-                )
-            self._ids[feature].append(ids.astype(self.dtype))
+            self._ids[feature].append(np.asarray(ids).astype(self.dtype))
         self.count += 1
 
     def arrays(self) -> dict[str, np.ndarray]:

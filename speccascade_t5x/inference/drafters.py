@@ -159,9 +159,6 @@ def _edge_rules(edges: Sequence[Sequence | None] | None) -> list[rules.Rule | No
     """The rules between drafters."""
     if edges is None:
         return None
-    for edge in edges:
-        if edge is not None and len(edge) != 2:
-            raise UserError(f"edge_rules has the entry {edge!r}: write (rule, alpha), or None where there is no rule")
     made = [edge and rules.by_name(*edge) for edge in edges]
     return [jax.tree.map(jnp.float32, rule) for rule in made]
 

@@ -17,6 +17,7 @@ import numpy as np
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
 from speccascade_t5x.checkpoints.opened import Placing
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
@@ -28,7 +29,7 @@ from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.inference import datasets, methods, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, stop_ids
 
 _Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
@@ -272,6 +273,7 @@ class Runner:
         return record
 
 
+@checks.arguments()
 def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
 
@@ -290,6 +292,7 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
 
+@checks.arguments(extra_ids=(0,), max_input_len=(1,), max_len=(1,), draft_len=(0,))
 def from_checkpoints(
     *,
     verifier: str | Path,
@@ -360,7 +363,7 @@ def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfi
         start_id=defaults["start_id"],
         vocab_size=vocabulary.vocab_size,
         verification=settings.verification,
-        stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
+        stop_sequences=stop_ids(vocabulary, settings.stop_sequences),
         num_samples=settings.num_samples,
         trace=settings.trace,
     )

@@ -51,7 +51,7 @@ class RecordWriter:
         self._shard = "00000-of-00001"  # one process writes the records of all
         self._chunk_dir = self.output_dir / f"{self._stem}-predict.chunks" / self._shard
         self.path = self.output_dir / f"{self._stem}-predict.jsonl-{self._shard}"
-        settings = config_text.rstrip("\n") + f"\n# {num_chunks} chunks, 1 shards\n"
+        settings = storage.as_utf8(config_text.rstrip("\n")) + f"\n# {num_chunks} chunks, 1 shards\n"
         self._claim(settings)
         for leftover in self.output_dir.glob(f".{_escape(self.path.name)}.*.partial"):
             leftover.unlink(missing_ok=True)  # a killed `finish`

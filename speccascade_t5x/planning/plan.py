@@ -87,6 +87,7 @@ class Plan:
     path: Path | None
 
 
+@checks.arguments(limit=(1,), measure=(0,), acceptance=(0.0, 1.0), costs=(0.0,))
 def plan(
     pair: LoadedPair | Callable[[], LoadedPair] | None,
     settings: Settings,
@@ -166,8 +167,6 @@ def _check(
     input: str | None,
 ) -> None:
     """Refuses what cannot be planned."""
-    checks.whole("measure", measure, 0)
-    checks.whole("limit", limit, 1)
     if (acceptance is None) != (costs is None):
         raise UserError("acceptance and costs belong together: give both, or neither to have them measured")
     if settings.method != "speculative":
@@ -285,10 +284,9 @@ def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tuple[Acceptance, Costs]:
     """Figures a user gave, checked."""
-    rows = [checks.sequence("acceptance", row) for row in checks.sequence("acceptance", acceptance)]
     levels = len(costs) + 2
-    shape = [len(row) for row in rows]
-    if shape == [levels - 2 - i for i in range(len(rows))] and len(rows) == levels - 2:
+    shape = [len(row) for row in acceptance]
+    if shape == [levels - 2 - i for i in range(len(acceptance))] and len(acceptance) == levels - 2:
         levels -= 1  # no Max-Gram
     elif shape != [levels - 1 - i for i in range(levels - 1)]:
         whole, bare = (list(range(size, 0, -1)) for size in (levels - 1, levels - 2))
@@ -296,11 +294,7 @@ def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tup
             f"acceptance has rows of {shape} figures, but {len(costs)} drafter model(s) and Max-Gram need rows of "
             f"{whole}, or {bare} without Max-Gram"
         )
-    for value in (value for row in rows for value in row):
-        checks.real("acceptance", value, 0.0, 1.0)
-    for value in costs:
-        checks.real("costs", value, 0.0)
-    curves = {(i, i + 1 + j): (float(value),) for i, row in enumerate(rows) for j, value in enumerate(row)}
+    curves = {(i, i + 1 + j): (float(value),) for i, row in enumerate(acceptance) for j, value in enumerate(row)}
     return Acceptance(curves), Costs.relative([float(cost) for cost in costs])
 
 

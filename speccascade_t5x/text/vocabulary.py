@@ -10,7 +10,7 @@ import codecs
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ class Vocabulary(Protocol):
     @property
     def pad_id(self) -> int:
         """The id of padding: 0, as in seqio and T5X."""
+
+    @property
+    def unk_id(self) -> int:
+        """The id of what no other id stands for."""
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -95,6 +99,10 @@ class ByteVocabulary(Vocabulary):
     @property
     def pad_id(self) -> int:
         return PAD_ID
+
+    @property
+    def unk_id(self) -> int:
+        return 2
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -159,6 +167,10 @@ class SentencePieceVocabulary(Vocabulary):
     @property
     def pad_id(self) -> int:
         return PAD_ID  # whatever the model says: seqio and T5X pad with 0
+
+    @property
+    def unk_id(self) -> int:
+        return self._processor.unk_id()
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
@@ -237,6 +249,45 @@ def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> 
             "model was trained with."
         )
     return vocabulary
+
+
+def ids_of(vocabulary: Vocabulary, text: str, what: str) -> list[int]:
+    """Ids of a text from outside, without EOS.
+
+    Args:
+      vocabulary: ours, or seqio's.
+      text: to encode.
+      what: the text in messages.
+
+    Raises:
+      UserError: no text, or one with half of a surrogate pair, which no vocabulary can encode.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{what} is not a text but {type(text).__name__}: give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not Unicode ({error.reason}): it holds half a character") from error
+    return list(vocabulary.encode(text))
+
+
+def stop_ids(vocabulary: Vocabulary, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Ids of texts that end an output.
+
+    Raises:
+      UserError: a text without ids, or one with characters that are unknown to the vocabulary: every other unknown
+        character would end an output as well.
+    """
+    found = []
+    for text in texts:
+        what = f"the stop sequence {text!r}"
+        ids = ids_of(vocabulary, text, what)
+        if not ids:
+            raise UserError(f"{what} has no ids in this vocabulary, so it can end no output: leave it out")
+        if vocabulary.unk_id in ids:
+            raise UserError(f"{what} holds a character that this vocabulary does not have: leave it out")
+        found.append(tuple(ids))
+    return tuple(found)
 
 
 def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")) -> None:

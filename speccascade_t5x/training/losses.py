@@ -41,8 +41,7 @@ class LossConfig:
     normalizer: str | float = "none"
 
     def __post_init__(self) -> None:
-        checks.real("z_loss", self.z_loss, 0.0)
-        checks.real("label_smoothing", self.label_smoothing, 0.0, 0.999)
+        checks.fields(self, z_loss=(0.0,), label_smoothing=(0.0, 0.999), normalizer=(0.0,))
         if isinstance(self.normalizer, str):
             if self.normalizer not in NORMALIZERS:
                 raise UserError(f"normalizer={self.normalizer!r} is unknown: use a number or {', '.join(NORMALIZERS)}")
@@ -66,10 +65,9 @@ class DistillConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        checks.fields(self, weight=(0.0, 1.0), temperature=(1e-3,))
         if self.divergence not in DIVERGENCES:
             raise UserError(f"divergence={self.divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
-        checks.real("weight", self.weight, 0.0, 1.0)
-        checks.real("temperature", self.temperature, 1e-3)
 
 
 def loss_weights(batch: Batch) -> Array:

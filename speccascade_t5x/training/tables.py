@@ -33,6 +33,7 @@ class Built:
     stored_bytes: int
 
 
+@checks.arguments(order=(2, 3), successors=(1,), limit=(1,))
 def tables(
     pair: str | Path,
     output_dir: str | Path,
@@ -64,10 +65,6 @@ def tables(
     """
     if (task is None) == (cached is None):
         raise UserError("name either a task or a folder of tokenised shards to count (TASK or CACHED), and not both")
-    if limit is not None:
-        checks.whole("limit", limit, 1)
-    checks.whole("successors", successors, 1)
-    checks.real("discount", discount)
     source, target = loading.bundle_folder(pair), Path(output_dir)
     manifest = bundles.read_manifest(source)
     spoken = bundles.load_vocabulary(source, manifest)

@@ -69,15 +69,12 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = ("inputs_len", "targets_len", "batch_size", "buckets", "eval_limit", "tokens_per_batch")
+        checks.fields(self, seed=checks.SEED, cached=(0.0,), **dict.fromkeys(sizes, (1,)))
         if (self.cached is None) == (self.task is None):
             raise UserError("name either tokenised shards or a task to train on (CACHED or TASK), and not both")
         if self.batching not in BATCHINGS:
             raise UserError(f"batching={self.batching!r} is unknown: use {' or '.join(BATCHINGS)}")
-        for name in ("inputs_len", "targets_len", "batch_size", "buckets"):
-            checks.whole(name, getattr(self, name), 1)
-        for name in ("eval_limit", "tokens_per_batch"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
 
     def source(self, exchange: Path) -> mixing.Source:
         """The training examples.
@@ -111,6 +108,7 @@ class Data:
         return packing.Bucketed(source, room, *lengths, self.buckets, self.seed, multiple_of)
 
 
+@checks.arguments(devices=(1,))
 def train(
     model: T5Config,
     data: Data,

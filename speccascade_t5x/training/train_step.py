@@ -48,10 +48,8 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        checks.whole("seed", self.seed, 0, 2**32 - 1)
-        checks.whole("eval_every", self.eval_every, 0)
-        for name in ("steps", "microbatches", "log_every", "checkpoint_every", "keep"):
-            checks.whole(name, getattr(self, name), 1)
+        counts = ("steps", "microbatches", "log_every", "checkpoint_every", "keep")
+        checks.fields(self, seed=checks.SEED, eval_every=(0,), **dict.fromkeys(counts, (1,)))
 
 
 @dataclasses.dataclass(frozen=True)

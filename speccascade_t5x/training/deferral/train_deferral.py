@@ -72,14 +72,12 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = ("inputs_len", "targets_len", "batch_size", "batches_per_part", "limit")
+        checks.fields(self, shares=(0.0, 1.0), seed=checks.SEED, **dict.fromkeys(sizes, (1,)))
         if (self.cached is None) == (self.task is None):
             raise UserError("name either tokenised shards or a task to collect on (CACHED or TASK), and not both")
         if set(self.shares) != {"fit", "held_out", "test"}:
             raise UserError("shares must name fit, held_out and test")
-        for name in ("inputs_len", "targets_len", "batch_size", "batches_per_part"):
-            checks.whole(name, getattr(self, name), 1)
-        if self.limit is not None:
-            checks.whole("limit", self.limit, 1)
 
     def source(self) -> tuple[str, str]:
         """(task, split) of the examples."""
@@ -124,6 +122,9 @@ class HeadOptions:
     width: int = 64
     layers: int = 2
 
+    def __post_init__(self) -> None:
+        checks.fields(self, top=(1,), width=(1,), layers=(0,))
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -166,6 +167,7 @@ class Observer(fitting.Observer):
         """Something a reader of the results should know."""
 
 
+@checks.arguments(temperature=(0.0, 2.0), devices=(1,))
 def train_deferral(
     pair: str | Path,
     data: Data,
@@ -201,7 +203,6 @@ def train_deferral(
     unknown = sorted(set(calibrations) - set(CALIBRATIONS))
     if unknown:
         raise UserError(f"the calibration {unknown[0]!r} is unknown: use {', '.join(CALIBRATIONS)}")
-    checks.real("temperature", temperature, 0.0, 2.0)
     source = loading.bundle_folder(pair)
     loaded = bundles.load_bundle(source)
     if loaded.drafter is None:
