@@ -43,9 +43,7 @@ _joined: str | None = None  # the verb, in a worker
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of verbs that run on several hosts."""
     group = parser.add_argument_group("several hosts (start the same command on each; see docs/pods.md)")
-    group.add_argument(
-        "--multihost", action="store_true", help="work with other hosts; sufficient on TPUs and under Slurm"
-    )
+    group.add_argument("--multihost", action="store_true", help="work with other hosts; enough on TPUs and Slurm")
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",

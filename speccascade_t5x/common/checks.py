@@ -1,4 +1,4 @@
-"""Checks of option values: each names the option and what it must be."""
+"""Checks of option values; each error message names the option and the values it may have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from speccascade_t5x.interfaces import UserError
 
-# What other decoders offer and no method here can grant.
+# Options of other decoders that no method here supports.
 _UNSUPPORTED = {
     *("num_beams", "beam_size", "beams", "length_penalty", "early_stopping"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
@@ -25,7 +25,7 @@ def refuse_unsupported(name: str) -> None:
       UserError: `name` is one of their options.
     """
     if name in _UNSUPPORTED:
-        raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+        raise UserError(f"{name} is not supported: leave it out, as outputs are sampled from a rule's distribution")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -59,7 +59,7 @@ def whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
 
 
 def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Checks that `value` is a number from `low` to `high`, and no NaN.
+    """Checks that `value` is a number from `low` to `high` and not NaN.
 
     Raises:
       UserError: it is not.
@@ -76,15 +76,15 @@ def text(name: str, value: Any) -> None:
       UserError: it is not.
     """
     if not isinstance(value, str):
-        raise UserError(f"{name}={value!r} is no text")
+        raise UserError(f"{name}={value!r} is not a text")
 
 
 def sequence(name: str, value: Any) -> tuple:
-    """`value` as a tuple; one text is no sequence of texts here.
+    """`value` as a tuple; one text is not a sequence of texts here.
 
     Raises:
       UserError: it is neither a list nor a tuple.
     """
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{name}={value!r} is no list: put it in brackets")
+        raise UserError(f"{name}={value!r} is not a list: put it in brackets")
     return tuple(value)

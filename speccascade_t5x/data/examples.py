@@ -47,13 +47,13 @@ def cut(ids: np.ndarray, room: int | None, eos_id: int | None) -> np.ndarray:
 
 
 def fit(ids: np.ndarray, room: int | None, where: str, *, truncate: bool, eos_id: int | None) -> np.ndarray:
-    """Input ids that fit the feature length: as they are, cut, or refused.
+    """Input ids that fit the feature length: as they are, cut, or rejected.
 
     Args:
       ids: [S] ids.
       room: the feature length; None is open.
       where: what a message calls the example.
-      truncate: cut what is too long instead of refusing it.
+      truncate: cut what is too long instead of rejecting it.
       eos_id: see `cut`.
 
     Raises:
@@ -75,7 +75,7 @@ class PromptForm:
       vocabulary: what encodes it.
       max_len: longest prompt in tokens, EOS included.
       eos: end every prompt with EOS.
-      truncate: cut longer prompts instead of refusing them.
+      truncate: cut longer prompts instead of rejecting them.
     """
 
     vocabulary: Vocabulary

@@ -75,13 +75,13 @@ def given_buckets(buckets: Sequence[tuple[int, int]], rooms: tuple[int, int]) ->
     """Checks buckets that were given, cut to the longest lengths `rooms`, and adds these for what fits nowhere else.
 
     Raises:
-      UserError: a bucket that is no pair of lengths, or lengths that do not grow together.
+      UserError: a bucket that is not a pair of lengths, or lengths that do not grow together.
     """
     found = []
     for pair in checks.sequence("buckets", buckets):
         pair = checks.sequence("a bucket", pair)
         if len(pair) != 2:
-            raise UserError(f"the bucket {pair!r} is no pair of lengths: write (inputs, targets)")
+            raise UserError(f"the bucket {pair!r} is not a pair of lengths: write (inputs, targets)")
         for value in pair:
             checks.whole("a bucket's length", value, 1)
         found.append((min(int(pair[0]), rooms[0]), min(int(pair[1]), rooms[1])))

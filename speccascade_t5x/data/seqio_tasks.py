@@ -81,7 +81,7 @@ def examples(
       feature_lengths: longest "inputs" and, if given, "targets", in ids with the EOS. Targets over
         their length are always cut.
       limit: read only the first so many examples; None reads all.
-      truncate: cut inputs that are too long instead of refusing them. A cut feature keeps its EOS
+      truncate: cut inputs that are too long instead of rejecting them. A cut feature keeps its EOS
         as last id where the task appends one.
       shard: (i, n) reads the i-th of n parts that together are the split, as seqio divides it: by files where there
         are enough, else every n-th example. Indices are then those of the part.

@@ -379,7 +379,7 @@ def _read_shard(path: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"the shard {path} is no npz file of arrays: write the corpus again") from error
+        raise UserError(f"the shard {path} is not an npz file of arrays: write the corpus again") from error
 
 
 def _assemble(

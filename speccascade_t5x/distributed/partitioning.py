@@ -76,7 +76,7 @@ class Topology:
         product is `model`. T5X calls it model_parallel_submesh. None leaves the layout to JAX.
       rules: logical axis rules of the verifier, and of the decode itself.
       drafter_rules: those of drafters; None takes `rules`.
-      strict: refuse a model whose axes do not divide, instead of keeping such axes whole on every device.
+      strict: reject a model whose axes do not divide, instead of keeping such axes whole on every device.
     """
 
     devices: int | None = None
@@ -102,7 +102,7 @@ class Topology:
             for side in sides:
                 checks.whole("submesh", side, 1)
             if len(sides) > 4 or math.prod(sides) != self.model:
-                raise UserError(f"submesh={sides} is no block of model={self.model} devices: its product must be that")
+                raise UserError(f"submesh={sides} is not a block of model={self.model} devices: change its product")
             object.__setattr__(self, "submesh", sides)
 
     def mesh(self, among: Sequence[jax.Device] | None = None) -> Mesh:

@@ -98,7 +98,7 @@ def from_texts(form: PromptForm, texts: Iterable[str], first: int = 0) -> Datase
     """Texts as a data set, numbered from `first`.
 
     Raises:
-      UserError: one is no text, or too long while the form does not truncate.
+      UserError: one is not a text, or too long while the form does not truncate.
     """
     return Dataset("texts", [form.encode(first + i, text, f"text {i}") for i, text in enumerate(texts)])
 

@@ -16,7 +16,7 @@ from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models import ngram_model
 
 _COPIES = ("ngram_fill", "max_ngram", "min_ngram")
-# A token that is copied, or looked up at no cost, needs no drafter model and has no model's law q.
+# A token that is copied, or looked up at no cost, needs no drafter model and has no model's distribution q.
 MODEL_FREE = ("max_gram", "prompt_lookup", "ngram")
 
 
@@ -25,7 +25,7 @@ class Kind:
     """A drafter a user can name.
 
     Attributes:
-      what: one line for people.
+      what: one human-readable line.
       reads: the fields of Settings that have a meaning for it, beyond draft_len.
       source: where it comes from.
     """
@@ -55,13 +55,13 @@ DRAFTERS = {
     ),
     "ngram": Kind(
         "samples from the bundle's bigram or trigram table (`speccascade tables` builds it); any rule, with the "
-        "table's law as q",
+        "table's distribution as q",
         ("draft_stop", "stop_threshold"),
         "Leviathan et al. 2023, bigram approximation models",
     ),
     "cascade": Kind(
         "a draft made by speculative decoding from smaller drafters, down to Max-Gram, as k_matrix says; any rule, "
-        "with q the law of the pair's drafter",
+        "with q the distribution of the pair's drafter",
         ("k_matrix", "lenience", "edge_rules", *_COPIES),
         "Cascade Speculative Drafting, Chen et al. 2024; under rules: here",
     ),
@@ -96,7 +96,7 @@ def build(
       verifier: bound model.
       models: bound drafter models, from the largest; may be empty where none is needed.
       table: the bundle's n-gram table, or None.
-      rule: what law is emitted.
+      rule: the rule, which defines the target distribution.
       config: options, draft length included.
 
     Raises:
@@ -116,8 +116,8 @@ def build(
         return ngram_model(table, config.start_id), config
     if rule.reads_drafter and kind in MODEL_FREE:
         raise UserError(
-            f"the rule {settings.rule!r} reads the law q of a drafter model, but drafter={kind!r} copies tokens, which "
-            "have none: use lossless or min_p, or drafter='cascade', 'ngram' or 'model'"
+            f"the rule {settings.rule!r} reads the distribution q of a drafter model, but drafter={kind!r} copies "
+            "tokens, which have none: use lossless or min_p, or drafter='cascade', 'ngram' or 'model'"
         )
     if kind == "model" or config.draft_len == 0:
         return models[0] if models else verifier, config

@@ -100,7 +100,7 @@ def infer(
         checks.whole("limit", limit, 1)
     methods.check(settings)
     pair = loaded(pair)
-    runner = Runner(pair, settings)  # refuses what this pair cannot do before any data is read
+    runner = Runner(pair, settings)  # rejects what this pair cannot do before any data is read
     dataset = datasets.read(runner.prompt_form, task, split, input, limit)
     batches = runner.batches(dataset.prompts)
     written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]

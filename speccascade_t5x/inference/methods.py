@@ -15,7 +15,7 @@ from speccascade_t5x.inference import drafters
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Bound, UserError
 
-# These change how a law is executed and not the law: left in place while methods are compared, they mislead nobody.
+# These change how a distribution is sampled, not the distribution: they may stay set while methods are compared.
 _HARMLESS = ("draft_len", "plan", "verification")
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
@@ -26,7 +26,7 @@ class Method:
     """An execution a user can name.
 
     Attributes:
-      what: one line for people.
+      what: one human-readable line.
       reads: the fields of Settings that have a meaning for it, beyond those every method reads.
       source: where it comes from.
     """

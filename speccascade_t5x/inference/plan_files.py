@@ -57,9 +57,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no plan {path}: make one with `speccascade plan --output_dir=FOLDER`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no plan: make one with `speccascade plan`") from error
+        raise UserError(f"{path} is not a plan: make one with `speccascade plan`") from error
     if not known or not whole:
-        raise UserError(f"{path} is no plan: make one with `speccascade plan`")
+        raise UserError(f"{path} is not a plan: make one with `speccascade plan`")
     if known > VERSION:
         raise UserError(f"{path} has format version {known}, this release reads up to {VERSION}: upgrade the package")
     return plan
@@ -69,7 +69,7 @@ def follow(settings: Settings, pair_identity: str) -> Settings:
     """The settings with what the plan recommends in place of draft_len="auto".
 
     With drafter="model" that is the plan's best candidate of any drafter, else its best with that drafter; with a
-    lenience, its best cascade of that lenience. "Do not speculate" becomes draft_len=0, which leaves the law as it is.
+    lenience, its best cascade of that lenience. "Do not speculate" becomes draft_len=0, with the same distribution.
 
     Raises:
       UserError: no plan is named; or it is damaged, of another pair, or made under other conditions.

@@ -70,7 +70,7 @@ class RecordWriter:
             leftover.unlink(missing_ok=True)  # a killed `finish`
 
     def _claim(self, settings: str) -> None:
-        """Binds the output to these settings, or refuses."""
+        """Binds the output to these settings, or rejects a folder bound to others."""
         path = claim(self.output_dir, self._stem)
         try:
             found = path.read_text("utf-8")

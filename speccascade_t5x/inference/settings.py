@@ -47,7 +47,7 @@ class Settings:
       min_p: 0 is off.
       max_input_len: longest prompt in tokens, EOS included.
       max_len: longest output in tokens, EOS included.
-      truncate: cut longer prompts instead of refusing them.
+      truncate: cut longer prompts instead of rejecting them.
       stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
         them, so with SentencePiece as whole words.
       num_samples: outputs per input.
@@ -111,7 +111,7 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _nested(name, getattr(self, name)))
         if not isinstance(self.rule_options, Mapping):
-            raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
+            raise UserError(f"rule_options={self.rule_options!r} is not a dictionary")
         for name in ("truncate", "trace"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)!r} is neither True nor False")
@@ -133,7 +133,7 @@ def _nested(name: str, rows: Any) -> tuple:
 
 
 def make_settings(**choices: Any) -> Settings:
-    """Settings from keyword arguments; wishes no method here can grant are refused by name.
+    """Settings from keyword arguments; options that no method here supports are rejected by name.
 
     Raises:
       UserError: an unsupported or unknown option.

@@ -44,7 +44,7 @@ class PairModel:
       **settings: fields of `inference.settings.Settings`: method, rule, alpha, temperature and so on.
 
     Raises:
-      UserError: an option that is unknown, or that T5X decides; a model that is no encoder-decoder; logits narrower
+      UserError: an option that is unknown, or that T5X decides; a model that is not an encoder-decoder; logits narrower
         than the vocabulary.
     """
 
@@ -136,7 +136,7 @@ class PairModel:
           prompt_with_targets: must be False.
 
         Returns:
-          (ids [B, T], {"scores": [B] log-probability under the target law, and every counter of
+          (ids [B, T], {"scores": [B] log-probability under the target distribution, and every counter of
           `core.accounting.Counts` as [B]}); with return_all_decodes, N samples stand on axis 1 of each.
 
         Raises:

@@ -226,7 +226,7 @@ class Costs:
       verifier: {block: time of scoring so many tokens}.
       drafters: the same of each drafter model, from the largest.
       drafter_step: a token of the largest drafter drafting by itself, its sampling included.
-      round: what a round takes beside models and copying: laws, verification, the loop.
+      round: what a round takes beside models and copying: distributions, verification, the loop.
       copies: {tokens: time of copying and filling so many}; empty where that is free.
       review: what a review inside a cascade takes beside its block and its draft.
       review_token: the same of each token of its block.
@@ -320,7 +320,7 @@ def predict_cascade(
       acceptance: between levels.
       costs: of blocks, copies and reviews.
       lengths: tokens of typical outputs; see `tokens_per_round`.
-      reads: whether the rule reads the largest drafter's law, which costs one more block of it.
+      reads: whether the rule reads the largest drafter's distribution, which costs one more block of it.
     """
     expected = CascadeModel(plan, acceptance).expected()
     tokens = tokens_per_round(expected.law, lengths)

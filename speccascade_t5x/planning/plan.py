@@ -221,7 +221,7 @@ def rank(
       acceptance: between levels.
       costs: of steps and blocks.
       models: how many drafter models there are.
-      reads: whether the rule reads a drafter's law, which then is wanted at the bonus position too.
+      reads: whether the rule reads a drafter's distribution, which then is wanted at the bonus position too.
       lengths: tokens of typical outputs; see `cost_model.tokens_per_round`.
     """
     copier = models + 1

@@ -68,7 +68,7 @@ class _Cascade:
 
     @property
     def calls(self) -> list[float]:
-        """Per round, of each model; without the one more of the largest that reading its law costs."""
+        """Per round, of each model; without the one more of the largest that reading its distribution costs."""
         first, *rest = (count / self.run.totals["rounds"] for count in self.run.totals["level_calls"])
         return [first - self.reads, *rest]
 

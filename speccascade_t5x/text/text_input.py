@@ -17,7 +17,7 @@ class TextExample(NamedTuple):
     Attributes:
       index: its place in the input, counted from 0; blank lines do not count.
       inputs_text: the text.
-      targets_text: its reference, None where there is none.
+      targets_text: its reference, or None.
       where: file and line, for messages.
     """
 
@@ -33,10 +33,10 @@ def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
     Args:
       source: "-" for standard input, a `.jsonl` file of objects with "inputs" and perhaps "targets", or a
         file with one text per line. Blank lines are skipped, and so is a byte order mark.
-      limit: read at most so many texts.
+      limit: maximum number of texts to read.
 
     Raises:
-      UserError: the file cannot be read, a line is no such object or not UTF-8, or there is no text at all.
+      UserError: the file cannot be read, a line is not such an object or not UTF-8, or there is no text at all.
     """
     parse = _json_line if str(source).endswith(".jsonl") else lambda text, _: (text, None)
     found: list[TextExample] = []
@@ -54,7 +54,7 @@ def check(source: str | Path) -> None:
     """Checks that a file can be opened, without reading it.
 
     Raises:
-      UserError: it cannot.
+      UserError: the file cannot be opened.
     """
     try:
         open(source, "rb").close()
@@ -96,5 +96,5 @@ def _json_line(text: str, where: str) -> tuple[str, str | None]:
         raise UserError(f'{where} has a text under "inputs" that is not Unicode ({error.reason})') from error
     targets = value.get("targets")
     if targets is not None and not isinstance(targets, str):
-        raise UserError(f'{where} has something else than a text under "targets"')
+        raise UserError(f'{where} has a value under "targets" that is not a text')
     return value["inputs"], targets

@@ -63,7 +63,7 @@ def precompile(
       progress: told what is going on.
 
     Raises:
-      UserError: a cell that cannot be, before any is compiled; or a slice the compiler refuses.
+      UserError: a cell that cannot be, before any is compiled; or a slice the compiler rejects.
     """
     checks.real("timeout_s", timeout_s, 1.0)
     if not pairs or not topologies:

@@ -4,7 +4,7 @@
 higher rank. Where the two libraries differ, this module says so:
 
 - Factoring. T5X maps logical axes to rows and columns, but falls back to "the two largest axes, both at least 128"
-  for rank 2 or less, which is optax's rule for every rank. `Adafactor.transformation` refuses a higher rank.
+  for rank 2 or less, which is optax's rule for every rank. `Adafactor.transformation` rejects a higher rank.
 - Scale of a parameter, root mean square at least 1e-3: an option of T5X (epsilon2), fixed in optax at T5X's default.
 - Momentum (T5X beta1): none by default. Both average the scaled update, learning rate included.
 - Weight decay: applied to the parameter and not multiplied by the learning rate, in both.

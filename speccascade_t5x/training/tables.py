@@ -49,7 +49,7 @@ def tables(
     Args:
       pair: a bundle's folder, or the name of a packaged one.
       output_dir: the bundle to make: a copy of `pair` with the table in it. The pair's own folder is replaced; any
-        other that exists is refused.
+        other that exists is rejected.
       task: a registered seqio task; its vocabulary must be the pair's.
       cached: a folder of `speccascade cache` instead (of one split). To learn from the verifier's own outputs, cache
         the records of an `infer` job.

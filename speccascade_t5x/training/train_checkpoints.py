@@ -58,7 +58,7 @@ class Checkpoints:
 
         Args:
           folder: made if missing.
-          identity: what the run is made of, as JSON types; a checkpoint of anything else is refused.
+          identity: what the run is made of, as JSON types; a checkpoint of anything else is rejected.
           keep: how many of the newest checkpoints stay.
 
         Raises:

@@ -313,7 +313,7 @@ def test_an_input_file_has_no_split(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: not a JSON record"),
+        ("{", "line 3 is not a JSON record"),
         ('{"inputs": "a"}', 'line 3 lacks a text under "inputs" or ids under "tokens"'),
         ('{"inputs": 1, "tokens": []}', "line 3 lacks a text"),
         ('{"inputs": "a", "tokens": [1.5]}', 'line 3 has something else than ids under "tokens"'),

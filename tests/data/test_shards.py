@@ -170,7 +170,7 @@ def test_a_shard_that_would_run_code_is_not_loaded(folder):
         np.savez(file, inputs=np.array([{}], dtype=object))
     entry = {"sha256": hashlib.sha256((folder / SECOND).read_bytes()).hexdigest()}
     edit(folder, lambda manifest: manifest["shards"][1].update(entry))
-    with pytest.raises(UserError, match="is no npz file of arrays"):
+    with pytest.raises(UserError, match="is not an npz file of arrays"):
         shards.read(folder)
 
 

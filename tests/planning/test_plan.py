@@ -231,7 +231,7 @@ def test_auto_refuses_what_says_nothing_about_this_run(written, tmp_path):
             plan_files.follow(make_settings(**auto | change), pair)
     for text in ("{", "[]", '{"format": "speccascade_t5x.plan", "version": 1}'):
         written.write_text(text, "utf-8")
-        with pytest.raises(UserError, match="is no plan"):
+        with pytest.raises(UserError, match="is not a plan"):
             plan_files.read(written)
 
 

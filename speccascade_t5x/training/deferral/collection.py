@@ -197,7 +197,7 @@ def split(examples: int, shares: Mapping[str, float], seed: int) -> dict[str, np
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Binds a folder to what its columns are made of, or refuses."""
+    """Binds a folder to the inputs of its columns, or rejects a folder bound to others."""
     path, wanted = folder / IDENTITY, json.loads(storage.to_json(identity))
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):

@@ -176,7 +176,7 @@ def columns_of(
       targets: [B, T] labels.
       candidates: keep what a token head reads too.
       scores: further figures.
-      truth: [B, T, V] the law the labels were drawn from, where it is known.
+      truth: [B, T, V] the distribution the labels were drawn from, where it is known.
     """
     found = labels.realised(pair.q_raw, pair.p_raw, targets)
     columns = {

@@ -117,7 +117,7 @@ class HeadOptions:
       kind: "prefix" or "token".
       loss: of a prefix head, whose gap it estimates: "zero_one" or "log".
       hidden: whether it reads both models' last hidden states.
-      top: how many of the largest probabilities of each law it reads.
+      top: how many of the largest probabilities of each distribution it reads.
       width, layers: of the network.
     """
 
