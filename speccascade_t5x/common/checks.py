@@ -19,7 +19,7 @@ _UNSUPPORTED = {
 
 
 def refuse_unsupported(name: str) -> None:
-    """Refuses beam search, penalties and logit bias by name.
+    """Rejects beam search, penalties and logit bias by name.
 
     Raises:
       UserError: `name` is one of their options.

@@ -1,4 +1,4 @@
-"""Drafters by name: who proposes, as a user's settings ask for it."""
+"""Drafters by name, built from a user's settings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Kind:
 
     Attributes:
       what: one human-readable line.
-      reads: the fields of Settings that have a meaning for it, beyond draft_len.
-      source: where it comes from.
+      reads: the fields of Settings that it uses, beyond draft_len.
+      source: its publication.
     """
 
     what: str
@@ -69,10 +69,10 @@ DRAFTERS = {
 
 
 def default_k_matrix(draft_len: int, models: int) -> tuple[tuple[int, ...], ...]:
-    """The K matrix of a cascade for which the user gives none: purely vertical, over Max-Gram.
+    """The default K matrix of a cascade: purely vertical, over Max-Gram.
 
-    Each model but the smallest drafts draft_len tokens for the one above and reviews what the next one drafts; the
-    smallest reviews 3 copied tokens at a time.
+    Each model but the smallest drafts draft_len tokens for the model above and reviews the drafts of the next smaller
+    one; the smallest reviews 3 copied tokens at a time.
     """
     rows = [[0] * (models + 1) for _ in range(models + 1)]
     for level in range(models):
@@ -92,15 +92,15 @@ def build(
     """The drafter these settings name, and the options with its draft length.
 
     Args:
-      settings: what the user chose; their draft_len is a number or None, and config's wins.
+      settings: the user's settings; their draft_len is a number or None, and that of config takes precedence.
       verifier: bound model.
-      models: bound drafter models, from the largest; may be empty where none is needed.
+      models: bound drafter models, from the largest; may be empty if none is needed.
       table: the bundle's n-gram table, or None.
       rule: the rule, which defines the target distribution.
       config: options, draft length included.
 
     Raises:
-      UserError: a combination that cannot be; the message says what can.
+      UserError: the options do not go together; the message says which do.
     """
     kind, sampling = settings.drafter, settings.sampling()
     if kind not in MODEL_FREE and not models:
@@ -160,13 +160,13 @@ def _edge_rules(edges: Sequence[Sequence | None] | None) -> list[rules.Rule | No
         return None
     for edge in edges:
         if edge is not None and len(edge) != 2:
-            raise UserError(f"edge_rules has the entry {edge!r}: write (rule, alpha), or None where there is no rule")
+            raise UserError(f"edge_rules has the entry {edge!r}: write (rule, alpha), or None for no rule")
     made = [edge and rules.by_name(*edge) for edge in edges]
     return [jax.tree.map(jnp.float32, rule) for rule in made]
 
 
 def check_options(settings: Settings) -> None:
-    """Refuses an unknown drafter, and an option that was changed although this drafter does not read it."""
+    """Rejects an unknown drafter, and a changed option that this drafter does not read."""
     if settings.drafter not in DRAFTERS:
         raise UserError(f"drafter={settings.drafter!r} is unknown: use one of {', '.join(DRAFTERS)}")
     for field in dataclasses.fields(settings):

@@ -72,7 +72,7 @@ METHODS = {
 
 
 def check(settings: Settings) -> None:
-    """Refuses whatever can be known to be wrong without a model, so that no weight is read in vain.
+    """Rejects whatever can be known to be wrong without a model, so that no weight is read in vain.
 
     Raises:
       UserError: an unknown method, rule or drafter, an alpha out of range, an option that is not read.
@@ -155,7 +155,7 @@ def _rule(settings: Settings, fitted: Fitted | None) -> rules.Rule:
 
 
 def _check_options(settings: Settings) -> None:
-    """Refuses an option that was changed although the method does not read it: it would be silently ignored."""
+    """Rejects an option that was changed although the method does not read it: it would be silently ignored."""
     if settings.method not in METHODS:
         raise UserError(f"method={settings.method!r} is unknown: use one of {', '.join(METHODS)}")
     reads = METHODS[settings.method].reads

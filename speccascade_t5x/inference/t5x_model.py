@@ -188,11 +188,11 @@ class PairModel:
         return scores, {"decoder": {name: (value,) for name, value in values.items()}}
 
     def loss_fn(self, params: PyTree, batch: Mapping[str, Array], dropout_rng: Array | None) -> Any:
-        """Refused: a pair is not trained as one model."""
+        """Rejected: a pair is not trained as one model."""
         raise UserError("a pair is not trained as one model: train its members, with T5X or `speccascade train`")
 
     def eval_fn(self, params: PyTree, batch: Mapping[str, Array]) -> Any:
-        """Refused like `loss_fn`; `score_batch` gives likelihoods."""
+        """Rejected like `loss_fn`; `score_batch` gives likelihoods."""
         raise UserError("a pair has no training loss: use score_batch for the verifier's log-likelihood")
 
     def _key(self, rng: Array | None, decoder_params: dict[str, Any]) -> Array:

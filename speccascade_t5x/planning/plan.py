@@ -163,7 +163,7 @@ def _check(
     task: str | None,
     input: str | None,
 ) -> None:
-    """Refuses what cannot be planned."""
+    """Rejects what cannot be planned."""
     checks.whole("measure", measure, 0)
     checks.whole("limit", limit, 1)
     if (acceptance is None) != (costs is None):

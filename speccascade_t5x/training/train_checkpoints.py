@@ -137,7 +137,7 @@ class Checkpoints:
         self._manager.close()
 
     def _compare(self) -> None:
-        """Refuses the checkpoints of another run."""
+        """Rejects the checkpoints of another run."""
         step = self.latest()
         if step is None:
             return

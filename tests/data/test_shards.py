@@ -185,10 +185,10 @@ def edit(folder: Path, change) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(version=2), "format version 2, this program reads up to 1"),
-        (lambda m: m.update(format="else"), "something else than a tokenised corpus"),
+        (lambda m: m.update(format="else"), "does not describe a tokenised corpus"),
         (lambda m: m.update(shards=[]), "is empty"),
         (lambda m: m.update(examples=0), "is empty"),
-        (lambda m: m.update(vocabulary={}), "does not say what its ids mean"),
+        (lambda m: m.update(vocabulary={}), "has no usable vocabulary"),
     ],
 )
 def test_a_manifest_of_another_kind(folder, change, message):
@@ -232,7 +232,7 @@ def test_a_sentencepiece_model_travels_with_its_ids(tmp_path):
     assert corpus.vocabulary.fingerprint() == spoken.fingerprint()
     assert corpus.ids["inputs"].dtype == np.uint8
     (tmp_path / "corpus" / "vocabulary.model").write_bytes(b"")
-    with pytest.raises(UserError, match="does not say what its ids mean"):
+    with pytest.raises(UserError, match="has no usable vocabulary"):
         shards.read(tmp_path / "corpus")
 
 
