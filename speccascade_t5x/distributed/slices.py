@@ -1,7 +1,8 @@
 """The table of TPU slices by name. `v4-8`, `v4_8` and `v4:2x2x1` are the same slice.
 
 Google Cloud names a slice by its generation and a size, libtpu by its generation and the sides of its box of chips. The
-size counts cores, two per chip, for v2, v3, v4 and v5p, and chips for v5e (called v5litepod there) and v6e. Source: Google Cloud's TPU documentation, the page "TPU configurations" of each generation.
+size counts cores, two per chip, for v2, v3, v4 and v5p, and chips for v5e (called v5litepod there) and v6e. Source:
+Google Cloud's TPU documentation, the page "TPU configurations" of each generation.
 """
 
 from __future__ import annotations

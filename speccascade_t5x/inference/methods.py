@@ -1,4 +1,4 @@
-"""Methods by name: which execution, with which rule and drafter, a user's settings ask for."""
+"""Methods by name: the execution, rule and drafter that a user's settings select."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Method:
 
     Attributes:
       what: one human-readable line.
-      reads: the fields of Settings that have a meaning for it, beyond those every method reads.
-      source: where it comes from.
+      reads: the fields of Settings that it uses, beyond those that every method uses.
+      source: its publication.
     """
 
     what: str
@@ -72,7 +72,7 @@ METHODS = {
 
 
 def check(settings: Settings) -> None:
-    """Rejects whatever can be known to be wrong without a model, so that no weight is read in vain.
+    """Rejects everything that can be found to be wrong without a model, before any weight is read.
 
     Raises:
       UserError: an unknown method, rule or drafter, an alpha out of range, an option that is not read.
@@ -101,16 +101,16 @@ def program(
     """The Program these settings ask for.
 
     Args:
-      settings: what the user chose.
+      settings: the user's settings.
       verifier: bound model.
       models: bound drafter models, from the largest; only a cascade runs more than the first.
       config: everything but the draft length.
-      default_draft_len: used where the settings name none.
+      default_draft_len: used if the settings name none.
       table: the pair's n-gram table, or None.
       fitted: the pair's heads and calibrations, or None.
 
     Raises:
-      UserError: an option the method does not read, a part that does not go with another, or a missing drafter; the
+      UserError: the method does not read an option, two parts do not go together, or the drafter is missing; the
         message says what to use instead.
     """
     method = settings.method
@@ -155,7 +155,7 @@ def _rule(settings: Settings, fitted: Fitted | None) -> rules.Rule:
 
 
 def _check_options(settings: Settings) -> None:
-    """Rejects an option that was changed although the method does not read it: it would be silently ignored."""
+    """Rejects a changed option that the method does not read and would silently ignore."""
     if settings.method not in METHODS:
         raise UserError(f"method={settings.method!r} is unknown: use one of {', '.join(METHODS)}")
     reads = METHODS[settings.method].reads

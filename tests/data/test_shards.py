@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_no_corpus_and_the_next_one_the_same_bytes(tmp_pa
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), str(at)], cwd=ROOT, timeout=120)
     assert killed.returncode == -9
     assert (tmp_path / "a").is_dir()
-    with pytest.raises(UserError, match="holds no whole tokenised corpus"):
+    with pytest.raises(UserError, match="has no manifest.json of a tokenised corpus"):
         shards.read(tmp_path / "a")
     wanted = [(np.array([3 + i, 1]), np.array([4 + i, 1])) for i in range(20)]
     for name in "ab":
