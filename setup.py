@@ -43,6 +43,8 @@ EDGES = [
 TEST = [
     "build>=1.2,<2",
     "chex>=0.1.91,<0.2",
+    "hypothesis>=6.100,<7",
+    "mypy>=2.4,<3",
     "pdoc>=15,<17",  # the API reference
     "pytest>=8.3,<10",
     "pytest-xdist>=3.6,<4",
@@ -98,7 +100,7 @@ setup(
     packages=packages(),
     package_dir={f"{NAME}.{folder}": folder for folder in INSIDE},
     package_data={
-        NAME: [f"pretrained/{file}" for file in files_below(f"{NAME}/pretrained", "*")],
+        NAME: ["py.typed"] + [f"pretrained/{file}" for file in files_below(f"{NAME}/pretrained", "*")],
         f"{NAME}.gin_configs": files_below("gin_configs", "*.gin"),
         f"{NAME}.tasks": files_below("tasks", "*.txt", "*.tsv", "*.tsv.gz", "*.jsonl"),
     },

@@ -29,15 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from speccascade_t5x.common import storage
-from speccascade_t5x.core import probs
+from speccascade_t5x.core import noise, probs
 from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral import FeatureSpec, Head, HeadConfig, PairCalibration, calibration, columns, fitting
-from speccascade_t5x.deferral.distortion import Distortion
 from speccascade_t5x.deferral.head import fresh, network
 from speccascade_t5x.evaluation import deferral_report
 from speccascade_t5x.inference import generate
-from speccascade_t5x.interfaces import Bound
+from speccascade_t5x.interfaces import Array, Bound
 from speccascade_t5x.tasks import folding
 from speccascade_t5x.training.deferral import pair_scores, train_deferral
 from speccascade_t5x.training.deferral.pair_scores import CLASSES, Scored
@@ -46,6 +45,36 @@ from speccascade_t5x.training.deferral.pair_scores import CLASSES, Scored
 _BY_CLASS = (1.0, 0.5, 2.5, 0.6, 0.5, 2.5, 1.5)
 _SHARES = {"fit": 0.7, "held_out": 0.1, "test": 0.2}
 _LEVELS = ("temperature", "vector", "isotonic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distortion:
+    """A function of logits.
+
+    Attributes:
+      kind: "temperature": logits / values[0]. "by_class": positions whose most likely token is of class c are divided
+        by values[c]. "slice": logits do not change in rows whose input holds a token of `members`; elsewhere each
+        token gets a fixed bias, drawn once with deviation values[1], and the sum is divided by values[0].
+      values: temperatures; of a slice, temperature and deviation.
+      classes: class of each token, for "by_class".
+      members: token ids, for "slice".
+    """
+
+    kind: str
+    values: tuple[float, ...]
+    classes: tuple[int, ...] = ()
+    members: tuple[int, ...] = ()
+
+    def apply(self, logits: Array, inside: Array) -> Array:
+        """[B, T, V] -> [B, T, V]; `inside` [B] bool, for "slice": rows that do not change."""
+        logits = logits.astype(jnp.float32)
+        if self.kind == "temperature":
+            return logits / self.values[0]
+        if self.kind == "slice":
+            bias = self.values[1] * jax.random.normal(noise.from_seed(0), logits.shape[-1:])
+            return jnp.where(inside[:, None, None], logits, (logits + bias) / self.values[0])
+        kind = jnp.take(jnp.asarray(self.classes), jnp.argmax(logits, axis=-1))
+        return logits / jnp.take(jnp.asarray(self.values, jnp.float32), kind)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)

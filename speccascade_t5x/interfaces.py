@@ -106,8 +106,8 @@ class Proposal:
     tokens: Array
     lengths: Array
     law: Array
-    q: Array | None
-    q_raw: Array | None
+    q: Array | Any
+    q_raw: Array | Any
     calls: Array
     level_calls: Array | None = None
     hidden: Array | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -27,7 +27,7 @@ def register(cls: type[_Class], static: Sequence[str] | None = None) -> type[_Cl
     Raises:
       ValueError: `static` names what is not a field.
     """
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # raises itself where `cls` is no dataclass
     unknown = set(static or ()) - {f.name for f in fields}
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
@@ -42,7 +42,7 @@ def register(cls: type[_Class], static: Sequence[str] | None = None) -> type[_Cl
         children, static = flatten(node)
         return tuple(zip(keys, children, strict=True)), static
 
-    def unflatten(static: tuple, children: Sequence) -> _Class:
+    def unflatten(static: tuple, children: Iterable) -> _Class:
         return cls(**dict(zip(data, children, strict=True)), **dict(zip(meta, static, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

@@ -40,4 +40,4 @@ def read(example: Mapping[str, Any]) -> Any:
 
 def all_of(text: str, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
     """A postprocessor: all references of a target, and the text of a prediction."""
-    return read(example) if is_target else text
+    return read(example) if is_target and example is not None else text

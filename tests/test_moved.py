@@ -25,13 +25,13 @@ def test_an_old_path_is_the_new_module_and_says_so(old):
 def test_a_saved_gin_file_of_the_last_release_resolves(tmp_path):
     (tmp_path / "config.gin").write_text(
         "from __gin__ import dynamic_registration\n\nfrom speccascade_t5x.runtime import generate\n"
-        "import speccascade_t5x.runtime.infer as job\n\ngenerate.Settings.temperature = 0.5\njob.infer.limit = 3\n"
+        "from speccascade_t5x.runtime import infer\n\ngenerate.Settings.temperature = 0.5\ninfer.infer.limit = 3\n"
     )
     gin_flags.load([str(tmp_path / "config.gin")], [])
     from speccascade_t5x.inference import generate, infer
 
     assert gin.get_configurable(generate.Settings)().temperature == 0.5
-    assert gin.query_parameter("job.infer.limit") == 3
+    assert gin.query_parameter("infer.infer.limit") == 3
     assert gin.get_configurable(infer.infer) is not None
 
 

@@ -54,7 +54,8 @@ def shapes(config: Config) -> PyTree:
     The layers of a stack are alike, so a network of one layer a stack tells the shapes of a thousand.
     """
     heights = {field: getattr(config, field) for field in STACKS[network(config)]}
-    tree = dict(param_shapes(dataclasses.replace(config, **dict.fromkeys(heights, 1))))
+    one_each: dict[str, Any] = dict.fromkeys(heights, 1)
+    tree = dict(param_shapes(dataclasses.replace(config, **one_each)))
     for field, stack in STACKS[network(config)].items():
         layers = {f"layers_{i}": tree[stack]["layers_0"] for i in range(heights[field])}
         tree[stack] = {**tree[stack], **layers}

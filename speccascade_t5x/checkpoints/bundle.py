@@ -107,7 +107,6 @@ def save_bundle(
     verifier: Bound,
     drafter: Bound | None = None,
     vocabulary: Vocabulary,
-    drafter_vocabulary: Vocabulary | None = None,
     feature_lengths: Mapping[str, int],
     decode: Mapping[str, Any] | None = None,
     description: str = "",
@@ -125,7 +124,6 @@ def save_bundle(
       verifier: the verifier, or the only model.
       drafter: the drafter.
       vocabulary: what the ids mean.
-      drafter_vocabulary: the drafter's own, if it came with one; must be the same.
       feature_lengths: {"inputs": S, "targets": T}.
       decode: default decode settings; draft_len 5, start_id 0 and the vocabulary's EOS and
         pad if not given.
@@ -148,8 +146,6 @@ def save_bundle(
     if path.exists() and not (overwrite and (path / MANIFEST).is_file()):
         raise UserError(f"{path} already exists; choose another name, or allow a bundle to be overwritten")
     members = {"verifier": verifier} | ({"drafter": drafter} if drafter is not None else {})
-    if drafter_vocabulary is not None:
-        vocabularies.check_same(drafter_vocabulary, vocabulary)
     _check_members(members, vocabulary)
     defaults = {"eos_id": vocabulary.eos_id, "pad_id": vocabulary.pad_id}
     manifest = {
@@ -251,8 +247,8 @@ def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
     with _copied(source, target) as (partial, manifest):
         vocabulary = load_vocabulary(source, manifest).fingerprint()
         older = deferral_files.read(source, manifest, vocabulary)
-        members = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
-        fitted.check(*members, vocabulary, "this fit")
+        drafter, verifier = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+        fitted.check(drafter, verifier, vocabulary, "this fit")
         deferral_files.write(partial, manifest, fitted.merged(older))
     return target
 

@@ -7,7 +7,6 @@ its files, so nothing is read to compare it, and a head in another pair's bundle
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from speccascade_t5x.checkpoints import npz, tensors
-from speccascade_t5x.common import schema
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.deferral import fitted as fitted_lib
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.interfaces import UserError
@@ -58,9 +57,7 @@ def member_fingerprint(manifest: Mapping[str, Any], name: str) -> str:
 def write(folder: Path, manifest: dict[str, Any], fitted: Fitted) -> None:
     """Writes the file into a bundle's folder and notes it in the manifest."""
     arrays, described = fitted_lib.to_files(fitted)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    (folder / FILE).write_bytes(buffer.getvalue())
+    (folder / FILE).write_bytes(storage.npz(arrays))
     manifest[SECTION] = described
 
 
@@ -86,8 +83,8 @@ def read(folder: Path, manifest: Mapping[str, Any], vocabulary: str) -> Fitted |
         raise UserError(f"{place} is damaged ({error}); fit it again with `speccascade train_deferral`") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{place} is damaged ({error!r}); fit it again with `speccascade train_deferral`") from error
-    members = (member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
-    fitted.check(*members, vocabulary, f"the bundle {folder}")
+    drafter, verifier = (member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
+    fitted.check(drafter, verifier, vocabulary, f"the bundle {folder}")
     return fitted
 
 

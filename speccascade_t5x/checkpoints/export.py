@@ -29,9 +29,9 @@ from speccascade_t5x.checkpoints import (
 )
 from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
-from speccascade_t5x.checkpoints.kinds import identify
+from speccascade_t5x.checkpoints.kinds import Found, identify
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 
 FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
@@ -69,6 +69,9 @@ class Report:
     drift: float | None
 
 
+@checks.arguments(
+    step=(0,), max_file_mb=(0.01,), max_shard_mb=(0.01,), extra_ids=(0,), max_input_len=(1,), max_len=(1,)
+)
 def export(
     source: str | Path,
     target: str | Path,
@@ -88,6 +91,7 @@ def export(
     max_input_len: int = 256,
     max_len: int = 128,
     description: str = "",
+    kind: str | None = None,
 ) -> Report:
     """Writes a checkpoint in another format. It appears whole, with checksums, or not at all.
 
@@ -109,6 +113,7 @@ def export(
       max_input_len: longest input of a bundle, in tokens.
       max_len: longest output of a bundle, in tokens.
       description: of a bundle, for people.
+      kind: of the source, see `checkpoints.load`.
 
     Raises:
       UserError: a bad argument, a source that cannot be read, a target in the way or that cannot be written, or a
@@ -122,15 +127,16 @@ def export(
     limit = None if max_file_mb is None else int(max_file_mb * _MB)
     with remote.local_copy(source) as place, _local_target(target, overwrite) as folder:
         job = _Job(format, np.dtype(jnp.dtype(dtype)), limit, int(max_shard_mb * _MB), verify)
-        _require_room(place, format)
+        found = identify(place, kind)
+        _require_room(found, format)
         if format == "t5x_pair":
-            members = export_sources.members_of(place, drafter, allow_drivers)
+            members = export_sources.members_of(found, drafter, allow_drivers)
             return job.write_pair(members, folder, str(target), step or 0)
         if format == "bundle":
             lengths = {"inputs": max_input_len, "targets": max_len}
-            made = export_sources.bundle_of(place, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
+            made = export_sources.bundle_of(found, drafter, vocabulary, extra_ids, lengths, description, allow_drivers)
             return job.write_bundle(made, folder, str(target))
-        opened = loading.open_model(place, allow_drivers=allow_drivers)
+        opened = loading.open_found(found, allow_drivers=allow_drivers)
         return job.write_model(opened, folder, str(target), step, optimizer_state)
 
 
@@ -172,13 +178,12 @@ class _local_target:
                     remote.publish(Path(folder) / "export", str(self._target), self._overwrite)
 
 
-def _require_room(place: Path, format: str) -> None:
+def _require_room(found: Found, format: str) -> None:
     """A table is never left behind in silence: it travels from bundle to bundle; other formats hold models alone."""
-    found = identify(place)
     if format != "bundle" and found.kind == "bundle" and "ngrams" in bundle.read_manifest(found.folder):
         raise UserError(
-            f"{place} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name its "
-            f"models ({place / 'verifier'}) to leave the table behind"
+            f"{found.folder} holds an n-gram table, for which the format {format!r} has no room: use 'bundle', or name "
+            f"its models ({found.folder / 'verifier'}) to leave the table behind"
         )
 
 
@@ -205,9 +210,8 @@ class _Job:
 
     def write_bundle(self, made: Bundle, folder: Path, target: str) -> Report:
         drift: list[float] = []
-        members = {"verifier": made.verifier} | ({"drafter": made.drafter} if made.drafter is not None else {})
-        members = {name: Bound(m.model, self._cast(m.params)) for name, m in members.items()}
-        originals = {"verifier": made.verifier, "drafter": made.drafter}
+        originals = {"verifier": made.verifier} | ({} if made.drafter is None else {"drafter": made.drafter})
+        members = {name: Bound(m.model, self._cast(m.params)) for name, m in originals.items()}
         about = None if made.table is None else bundle.read_manifest(made.path)["ngrams"]
 
         def check(partial: Path) -> None:
@@ -220,7 +224,8 @@ class _Job:
 
         bundle.save_bundle(
             folder,
-            **members,
+            verifier=members["verifier"],
+            drafter=members.get("drafter"),
             vocabulary=made.vocabulary,
             feature_lengths=made.feature_lengths,
             decode=made.decode,

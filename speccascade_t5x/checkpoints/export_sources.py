@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from speccascade_t5x.checkpoints import bundle, huggingface_sidecars, loading
+from speccascade_t5x.checkpoints import bundle, huggingface_sidecars, loading, t5x_pair
 from speccascade_t5x.checkpoints.bundle import Bundle
-from speccascade_t5x.checkpoints.kinds import identify
+from speccascade_t5x.checkpoints.kinds import KINDS, Found
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, held_sentinels
@@ -18,33 +18,36 @@ _BYTE_EXTRA_IDS = 125
 
 
 def members_of(
-    source: str | Path, drafter: str | Path | None = None, allow_drivers: Collection[str] = ()
+    found: Found, drafter: str | Path | None = None, allow_drivers: Collection[str] = ()
 ) -> dict[str, Bound]:
-    """The models of a bundle, or of two checkpoints, by role.
+    """The models of a bundle, of a T5X checkpoint of a pair, or of two checkpoints, by role.
 
     Args:
-      source: a bundle of two models, or the verifier's checkpoint of any kind.
-      drafter: the drafter's checkpoint, where `source` is the verifier's.
+      found: a bundle of two models, a pair, or the verifier's checkpoint of any kind.
+      drafter: the drafter's checkpoint, where `found` is the verifier's.
       allow_drivers: see `checkpoints.load`.
 
     Raises:
       UserError: there is only one model, or more than two; or a checkpoint cannot be read.
     """
-    if identify(source).kind != "bundle":
-        if drafter is None:
-            raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models")
-        named = {"drafter": drafter, "verifier": source}
-        return {role: loading.load(path, allow_drivers=allow_drivers) for role, path in named.items()}
-    if drafter is not None:
-        raise UserError(f"{source} is a bundle and has its own members; leave the drafter out")
-    found = loading.load_bundle(source)
-    if found.drafter is None:
-        raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter")
-    return {"drafter": found.drafter, "verifier": found.verifier}
+    source = found.folder
+    if found.kind in ("bundle", "t5x_pair") and drafter is not None:
+        raise UserError(f"{source} is a {KINDS[found.kind]} and has its own members; leave the drafter out")
+    if found.kind == "t5x_pair":
+        return t5x_pair.load(source)
+    if found.kind == "bundle":
+        pair = bundle.load_bundle(source)
+        if pair.drafter is None:
+            raise UserError(f"{source} holds a verifier alone; name its folder as source and a drafter")
+        return {"drafter": pair.drafter, "verifier": pair.verifier}
+    if drafter is None:
+        raise UserError(f"{source} is one model: name the drafter's checkpoint too, or a bundle of two models")
+    verifier = loading.open_found(found, allow_drivers=allow_drivers).load()
+    return {"drafter": loading.load(drafter, allow_drivers=allow_drivers), "verifier": verifier}
 
 
 def bundle_of(
-    place: Path,
+    found: Found,
     drafter: str | Path | None,
     vocabulary: str | Path | None,
     extra_ids: int | None,
@@ -53,24 +56,33 @@ def bundle_of(
     allow_drivers: Collection[str],
 ) -> Bundle:
     """A bundle as it is, or one made of checkpoints."""
-    if identify(place).kind == "bundle":
+    if found.kind == "bundle":
         if drafter is not None or vocabulary is not None:
-            raise UserError(f"{place} is a bundle and has its own members and vocabulary; name one of its members")
-        found = loading.load_bundle(place)
-        return dataclasses.replace(found, description=description or found.description)
-    opened = loading.open_model(place, allow_drivers=allow_drivers)
+            raise UserError(
+                f"{found.folder} is a bundle and has its own members and vocabulary; name one of its members"
+            )
+        made = bundle.load_bundle(found.folder)
+        return dataclasses.replace(made, description=description or made.description)
+    if found.kind == "t5x_pair":
+        opened = t5x_pair.open_members(found.folder)["verifier"]
+    else:
+        opened = loading.open_found(found, allow_drivers=allow_drivers)
     pieces = _vocabulary(opened, vocabulary, extra_ids)
     if len(opened.ends) > 1:
         raise UserError(
             f"{opened.path} ends an output at any of the ids {', '.join(map(str, opened.ends))}; a bundle has one: "
             "leave one eos_token_id in its generation_config.json, and give the others as stop sequences"
         )
-    small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
-    models = {"verifier": opened.load(), "drafter": small}
+    if found.kind == "t5x_pair":
+        members: dict[str, Bound | None] = {**members_of(found, drafter)}
+    else:
+        small = None if drafter is None else loading.load(drafter, allow_drivers=allow_drivers)
+        members = {"drafter": small}
     decode = {"start_id": opened.model.start_id}
     decode |= {"eos_id": opened.ends[0]} if opened.ends else {}
     decode |= {"pad_id": opened.pad_id} if opened.pad_id is not None else {}
-    return Bundle(place, models["verifier"], models["drafter"], pieces, dict(lengths), decode, description)
+    verifier = members.get("verifier") or opened.load()
+    return Bundle(found.folder, verifier, members["drafter"], pieces, dict(lengths), decode, description)
 
 
 def _vocabulary(opened: Opened, named: str | Path | None, extra_ids: int | None) -> Vocabulary:

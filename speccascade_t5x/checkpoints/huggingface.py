@@ -140,7 +140,8 @@ def _read_config(fields: Mapping[str, Any], source: str, has_head: bool) -> tupl
         raise UserError(f"{source} says dropout_rate = {dropout!r}; it must be at least 0 and below 1")
     ours["dropout_rate"] = float(dropout)
     ours["logits_via_embedding"] = not has_head
-    return architecture.from_fields(ours, source), _is_scaled(fields, kind, source, has_head)
+    config: Any = architecture.from_fields(ours, source)  # an encoder-decoder's, as `_MODEL_TYPES` are
+    return config, _is_scaled(fields, kind, source, has_head)
 
 
 def _is_scaled(fields: Mapping[str, Any], kind: str, source: str, has_head: bool) -> bool:

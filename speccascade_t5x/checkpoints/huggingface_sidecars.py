@@ -51,7 +51,7 @@ def ids(folder: Path, fields: Mapping[str, Any], vocab_size: int) -> Ids:
     Raises:
       UserError: an id that is none.
     """
-    found = {}
+    found: dict[str, Any] = {}
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     own = schema.read(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     for name in names:

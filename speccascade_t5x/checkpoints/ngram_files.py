@@ -56,7 +56,7 @@ def read(folder: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> N
     try:
         found = npz.open_arrays(path)
         _check_shapes(found)
-        arrays = {name: tensors.to_host(name, tensor, str(path), tensor.dtype) for name, tensor in found.items()}
+        arrays: dict[str, Any] = {name: tensors.to_host(name, t, str(path), t.dtype) for name, t in found.items()}
         _check_values(arrays)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}); {_ADVICE}") from error
@@ -72,11 +72,14 @@ def _check_shapes(found: Mapping[str, Tensor]) -> None:
     if set(found) not in (set(_BIGRAM), set(_TRIGRAM)):
         raise UserError(f"its arrays are {', '.join(sorted(found)) or 'none'}")
     size = found["unigram"].shape[0] if found["unigram"].shape else 0
-    most = found["successors"].shape[1] if len(found["successors"].shape) == 2 else 0
+    most, pair_most = (
+        found[name].shape[1] if name in found and len(found[name].shape) == 2 else 0
+        for name in ("successors", "pair_successors")
+    )
     pairs = found["seconds"].shape[0] if "seconds" in found and found["seconds"].shape else 0
     wanted = {
         "unigram": (size,), "successors": (size, most), "shares": (size, most), "starts": (size + 1,),
-        "seconds": (pairs,), "pair_successors": (pairs, most), "pair_shares": (pairs, most),
+        "seconds": (pairs,), "pair_successors": (pairs, pair_most), "pair_shares": (pairs, pair_most),
     }  # fmt: skip
     for name, tensor in found.items():
         kind = "f" if name == "unigram" or name.endswith("shares") else "i"

@@ -65,7 +65,7 @@ def _in_words(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not an npz file: {error}") from error
+        raise UserError(f"{path} is damaged or not an npz file: {tensors.reason(error)}") from error
 
 
 def _tensor(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, path: Path) -> Tensor:

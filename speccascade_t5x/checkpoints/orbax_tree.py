@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speccascade_t5x.checkpoints import flat_params, folders, opened, stores, tensors
+from speccascade_t5x.checkpoints import folders, opened, stores, tensors
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.checkpoints.tensors import Placement, Tensor
+from speccascade_t5x.checkpoints.tensors import Tensor
 from speccascade_t5x.common import schema
 from speccascade_t5x.interfaces import PyTree, UserError
 
@@ -73,23 +73,6 @@ def save(path: Path, params: PyTree, *, dtype: Any = np.float32, file_bytes: int
             (path / _COMMIT_FILE).write_text("Checkpoint commit was successful.\n")
     except (ValueError, OSError) as error:  # tensorstore reports a full disk as a ValueError
         raise UserError(f"cannot write the Orbax checkpoint {path}: {tensors.reason(error)}") from error
-
-
-def restore(path: Path, expected: PyTree, *, branch: str | None = None, placement: Placement | None = None) -> PyTree:
-    """Reads float32 arrays from one Orbax checkpoint.
-
-    Args:
-      path: the checkpoint folder.
-      expected: nested dict of leaves with `shape`; compared before anything is read.
-      branch: name of the top-level branch that holds the parameters, if they are not the whole.
-      placement: where each array shall live.
-
-    Raises:
-      UserError: it is not an Orbax checkpoint, is damaged, or holds other tensors.
-    """
-    found = open_tensors(path, branch=branch)
-    flat_params.require_match(expected, found, str(path))
-    return flat_params.nest(tensors.to_devices(found, str(path), placement))
 
 
 def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:

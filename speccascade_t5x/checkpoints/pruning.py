@@ -20,7 +20,7 @@ from speccascade_t5x.checkpoints import flat_params, folders, huggingface
 from speccascade_t5x.checkpoints.opened import Opened
 from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.models.t5 import T5
+from speccascade_t5x.models.t5 import T5, T5Config
 from speccascade_t5x.text.vocabulary import SentencePieceVocabulary
 
 _EMBEDDING, _LOGITS = "token_embedder/embedding", "decoder/logits_dense/kernel"
@@ -178,7 +178,7 @@ def _choose(proto: Any, counts: np.ndarray, room: int) -> list[int]:
     normal = proto.SentencePiece.NORMAL
     scores = {i: piece.score for i, piece in enumerate(proto.pieces) if piece.type == normal}
     # The least score is the base of what an unknown character costs, and the greatest that of user-defined pieces.
-    needed = {min(scores, key=scores.get), max(scores, key=scores.get)}
+    needed = {min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)}
     needed |= {
         i
         for i, piece in enumerate(proto.pieces)
@@ -228,6 +228,7 @@ def _write_model(partial: Path, opened: Opened, ids: Sequence[int]) -> int:
         cut[_LOGITS] = np.asarray(flat[_LOGITS])[:, np.asarray(ids)]
     values = {**flat, **cut}
     config = dataclasses.replace(opened.model.config, vocab_size=len(ids))
+    assert isinstance(config, T5Config)
     model = T5(config, start_id=ids.index(opened.model.start_id))
     huggingface.write(partial, model, lambda name: np.asarray(values[name]))
     return sum(int(np.prod(value.shape)) for value in values.values())

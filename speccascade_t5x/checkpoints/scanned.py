@@ -107,7 +107,7 @@ def _require_equal_heights(found: Mapping[str, Tensor], source: str, axis: int) 
 
 def _is_own_table(name: str) -> bool:
     match = _LAYER.fullmatch(name)
-    return bool(match) and match[3] == _TABLE
+    return match is not None and match[3] == _TABLE
 
 
 def _part(tensor: Tensor, rest: str, axis: int | None, layer: int) -> Leaf:
@@ -140,7 +140,9 @@ def _tables_are_shared(found: Mapping[str, Tensor], source: str, axis: int, must
     for name, tensor in found.items():
         if _is_own_table(name):
             first = re.sub(r"layers_\d+", "layers_0", name)
-            same = first in found and np.array_equal(*(tensors.to_host(n, found[n], source) for n in (first, name)))
+            same = first in found and np.array_equal(
+                tensors.to_host(first, found[first], source), tensors.to_host(name, tensor, source)
+            )
         elif name.endswith(_TABLE) and _STACKED.fullmatch(name):
             tables = np.moveaxis(tensors.to_host(name, tensor, source), axis, 0)
             same = not (tables != tables[:1]).any()

@@ -115,7 +115,7 @@ def _read_index(path: Path) -> Mapping[str, Any]:
             f"the checkpoint index {path} has format version {version} but this release of speccascade_t5x reads up "
             f"to {VERSION}; upgrade the package"
         )
-    optimizer = index.get("optimizer") if isinstance(index, dict) else None
+    optimizer: Any = index.get("optimizer") if isinstance(index, dict) else None
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     if not isinstance(target, dict) or not target:
         raise UserError(f"the checkpoint index {path} names no parameters (no 'optimizer/target')")
@@ -162,7 +162,7 @@ def _read_state(state: Mapping[str, Any]) -> tuple[int | None, dict[str, Any], t
     others: list[str] = []
     entries = state.get("param_states")
     entries = _flatten(entries, "", others) if isinstance(entries, dict) else {}
-    step = state.get("step")
+    step: Any = state.get("step")
     whole = isinstance(step, np.ndarray) and step.shape == () and np.issubdtype(step.dtype, np.integer)
     return (int(step) if whole or type(step) is int else None), entries, tuple(others)
 
@@ -242,7 +242,7 @@ def write(
     """
     target = {name: _store(folder, f"target/{name}", values, chunk_bytes) for name, values in params}
     kept = {name: _store(folder, f"state/param_states/{name}", values, chunk_bytes) for name, values in state}
-    training = {"step": np.asarray(step, np.int32)}
+    training: dict[str, Any] = {"step": np.asarray(step, np.int32)}
     if kept:  # T5X's `load_t5x_checkpoint` stumbles over an empty one
         training["param_states"] = flat_params.nest(kept)
     index = flax.serialization.msgpack_serialize(

@@ -41,7 +41,7 @@ def open_array(path: Path, name: str) -> Tensor:
     for key, wanted in (("zarr_format", 2), ("order", "C"), ("filters", None)):
         if header.get(key, wanted) != wanted:
             raise UserError(f"{path}/.zarray says {key} = {schema.shown(header[key])}, where T5X writes {wanted!r}")
-    dtype_name = _DTYPES.get(header.get("dtype") if isinstance(header.get("dtype"), str) else "")
+    dtype_name = _DTYPES.get(str(header.get("dtype")))
     if dtype_name is None:
         raise UserError(
             f"tensor {name!r} holds {schema.shown(header.get('dtype'))}; only {', '.join(_DTYPES)} are read"

@@ -20,7 +20,7 @@ def settle() -> None:
         return
     import jax
 
-    if not jax.config.jax_platforms:
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX adds its options as it loads
         jax.config.update("jax_platforms", "cpu")
 
 

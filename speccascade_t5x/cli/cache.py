@@ -121,5 +121,6 @@ def _progress_line() -> Iterator[object]:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade cache"))
+    end(run_verb(main, sys.argv[1:], "speccascade cache"))

@@ -277,5 +277,6 @@ def _tokens_per_s(generation: Generation) -> float:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade demo"))
+    end(run_verb(main, sys.argv[1:], "speccascade demo"))

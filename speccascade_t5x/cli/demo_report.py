@@ -187,12 +187,11 @@ def speed_notes(result: DemoResult) -> list[str]:
 def _gains(result: DemoResult, name: str) -> dict[str, float]:
     """Points gained over the verifier alone, by metric; empty if no text has a reference."""
     row, base = result.methods[name], result.methods[VERIFIER]
-    if row.exact_match is None:
-        return {}
-    return {
-        "exact match": row.exact_match - base.exact_match,
-        "character accuracy": row.character_accuracy - base.character_accuracy,
+    judged = {
+        "exact match": (row.exact_match, base.exact_match),
+        "character accuracy": (row.character_accuracy, base.character_accuracy),
     }
+    return {name: ours - alone for name, (ours, alone) in judged.items() if ours is not None and alone is not None}
 
 
 def _points(gains: Mapping[str, float]) -> str:

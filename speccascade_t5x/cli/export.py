@@ -10,6 +10,7 @@ Short flags are bindings: see runs/export.gin.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from speccascade_t5x.cli import gin_flags
 
@@ -20,11 +21,12 @@ _MACROS = {
     "format": (str, "bundle, orbax, t5x, huggingface, or t5x_pair (both models in one T5X checkpoint)"),
 }
 # Short flags that are arguments of checkpoints.export.export.
-_ARGUMENTS = {
-    "dtype": (str, "dtype of the written parameters: float32 (default), bfloat16 or float16"),
-    "step": (int, "number of training steps to record (default: the source's)"),
-    "max_file_mb": (float, "maximum size of a file, in MB of 10^6 bytes"),
-    "max_shard_mb": (float, "maximum size of a safetensors file, in MB (default: 5000)"),
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "dtype": (str, "of the parameters written: float32 (default), bfloat16 or float16"),
+    "step": (int, "training steps to note (default: the source's)"),
+    "max_file_mb": (float, "no file becomes larger, in MB of 10^6 bytes"),
+    "max_shard_mb": (float, "largest safetensors file (default: 5000)"),
+    "kind": (str, gin_flags.KIND),
     "allow_drivers": (gin_flags.names, gin_flags.ALLOW_DRIVERS),
     "drafter": (str, "checkpoint of the drafter, for a bundle or t5x_pair; --source is then the verifier"),
     "vocabulary": (str, 'vocabulary of a bundle: "bytes" or a SentencePiece model'),
@@ -46,7 +48,7 @@ required:
 bindings (each flag above stands for one of them):
   SOURCE, TARGET, FORMAT
   export.export.dtype, optimizer_state, step, max_file_mb, max_shard_mb, verify, overwrite, allow_drivers, drafter,
-    vocabulary, extra_ids, max_input_len, max_len, description
+    vocabulary, extra_ids, max_input_len, max_len, description, kind
 """
 
 
@@ -86,5 +88,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade export"))
+    end(run_verb(main, sys.argv[1:], "speccascade export"))

@@ -21,7 +21,8 @@ from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
 
-ALLOW_DRIVERS = "further tensorstore drivers, separated by commas, that a T5X checkpoint you trust may use"
+ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
+KIND = "how a folder is read that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 
 
@@ -68,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parser(
-    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Callable, str]]
+    verb: str, usage: Sequence[str], description: str, epilog: str, flags: Mapping[str, tuple[Any, str]]
 ) -> argparse.ArgumentParser:
     """The parser of a verb, without the gin flags, which come last in its help: see `add_flags`.
 
@@ -158,7 +159,7 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
       UserError: a flag is unknown (the message names the nearest one), or a value has the wrong type.
     """
-    parser.error = _refuse  # argparse would print its usage and exit
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)
@@ -245,13 +246,35 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_complete() -> None:
-    """Rejects a configuration with missing required values or a macro that nothing sets."""
+    """Refuses a configuration that lacks required values, reads a macro nothing sets, or defines a value by itself."""
+    _check_cycles()
     missing = re.findall(r"^(\S+) = \\?\s*%gin\.REQUIRED", gin.config_str(), re.MULTILINE)
     if missing:
         flags = " ".join(f"--gin.{name}=VALUE" for name in missing)
         raise UserError(f"the configuration needs {', '.join(missing)}: set {flags}")
     with _in_one_line("the configuration"):
         gin.finalize()
+
+
+def _check_cycles() -> None:
+    """Refuses a macro or a call whose value needs that very value: gin would look it up for ever."""
+    needs = {
+        key: [reference.config_key for reference in gin.config.iterate_references(bound) if reference.evaluate]
+        for key, bound in gin.config._CONFIG.items()
+    }
+    whole: set[tuple[str, str]] = set()
+
+    def visit(key: tuple[str, str], path: tuple[tuple[str, str], ...]) -> None:
+        if key in path:
+            names = [scope if selector == "gin.macro" else selector for scope, selector in (*path, key)]
+            raise UserError(f"the configuration defines {names[-1]} by itself ({' needs '.join(names)})")
+        if key not in whole:
+            for other in needs.get(key, ()):
+                visit(other, (*path, key))
+            whole.add(key)
+
+    for key in needs:
+        visit(key, ())
 
 
 def _parse(parse: Any, argument: str, what: str) -> None:

@@ -85,7 +85,7 @@ def join(flags: argparse.Namespace, name: str) -> None:
 def _check(coordinator: str | None, count: int | None, index: int | None) -> None:
     if coordinator is count is index is None:
         return
-    if None in (coordinator, count, index):
+    if coordinator is None or count is None or index is None:
         raise UserError("--coordinator, --num_processes and --process_id go together: name all three or none")
     if not re.fullmatch(r"\S+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator!r} is not an address: write HOST:PORT")
@@ -96,7 +96,8 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
 def _initialize(coordinator: str | None, count: int | None, index: int | None, silent: int) -> None:
     import jax
 
-    if jax.config.jax_cpu_collectives_implementation is None:
+    set_already = jax.config.jax_cpu_collectives_implementation  # type: ignore[attr-defined]  # JAX adds its options
+    if set_already is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # otherwise it would handle SIGTERM itself
     listens = None if _BIND_VARIABLE in os.environ else coordinator  # otherwise JAX listens on every interface
@@ -203,8 +204,8 @@ def _watch(child: int, reports: int, name: str) -> int:
     return 128 - code
 
 
-def _pass_on(said: bytes) -> None:
-    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not its buffer: the terminal guard does not cover that
+def _pass_on(said: bytes | bytearray) -> None:
+    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
     sys.stderr.flush()
 
 

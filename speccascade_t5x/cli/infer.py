@@ -22,6 +22,7 @@ from speccascade_t5x.cli import (
     preemption,
     progress,
     settings_flags,
+    streams,
     terminal,
     topology,
 )
@@ -100,10 +101,9 @@ def main(argv: list[str]) -> int:
     if not host_processes.first():
         return 0
     if result.predictions is None:
-        for record in result.records:
-            predictions = record["prediction"]
-            samples = [predictions] if isinstance(predictions, str) else predictions
-            print("\t".join(map(terminal.line, samples)))
+        predictions = (record["prediction"] for record in result.records)
+        rows = ([one] if isinstance(one, str) else one for one in predictions)
+        streams.show("\t".join(terminal.line(sample) for sample in row) for row in rows)
         return 0
     storage.write_text(result.predictions.parent / "config.gin", config_text)
     for name, value in result.metrics.items():
@@ -161,5 +161,6 @@ def _progress_bar() -> Iterator[object]:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade infer"))
+    end(run_verb(main, sys.argv[1:], "speccascade infer"))

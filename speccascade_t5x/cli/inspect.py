@@ -21,22 +21,24 @@ def main(argv: list[str]) -> int:
         "member of it, T5X (native or Orbax, scanned or not), plain Orbax, npz, or Hugging Face.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint, or a gs:// address")
+    parser.add_argument("path", metavar="PATH", help="its folder, a packaged name, or a gs:// address")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its checksum, if the checkpoint has any"
     )
     parser.add_argument("--allow_drivers", type=gin_flags.names, default=(), help=gin_flags.ALLOW_DRIVERS)
+    parser.add_argument("--kind", help=gin_flags.KIND)
     flags, _ = gin_flags.split(parser, argv)
 
     from speccascade_t5x.checkpoints import describe
 
-    found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers)
+    found = describe.describe(flags.path, verify=flags.verify, allow_drivers=flags.allow_drivers, kind=flags.kind)
     print(storage.to_json(found, indent=1) if flags.json else describe.in_words(terminal.lines(found)))
     return 0
 
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade inspect"))
+    end(run_verb(main, sys.argv[1:], "speccascade inspect"))

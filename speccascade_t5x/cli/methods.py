@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from speccascade_t5x.cli import terminal
+from speccascade_t5x.cli import gin_flags, terminal
 from speccascade_t5x.core import rules
 from speccascade_t5x.inference import drafters, methods
 
 
 def main(argv: list[str]) -> int:
     """Prints the three lists. Returns the exit code."""
-    argparse.ArgumentParser(prog="speccascade methods", description=__doc__).parse_args(argv)
+    gin_flags.split(argparse.ArgumentParser(prog="speccascade methods", description=__doc__), argv)
     from rich.table import Table
 
     console = terminal.console()
@@ -43,5 +43,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade methods"))
+    end(run_verb(main, sys.argv[1:], "speccascade methods"))

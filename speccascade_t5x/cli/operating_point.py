@@ -88,9 +88,10 @@ def checked(
         return job
     from speccascade_t5x.evaluation import operating_points
     from speccascade_t5x.inference import infer, plan_files
+    from speccascade_t5x.inference.settings import Settings
 
     for name in operating_points.FIELDS:
-        usual = _default(name)
+        usual = getattr(Settings(), name)
         value = gin_flags.bound(f"{_PREFIX}{name}", usual)
         if name not in point["settings"] and value != usual:
             raise UserError(
@@ -106,9 +107,3 @@ def checked(
     if host_processes.first():
         print(f"operating point {operating_points.in_words(point, offered['metric'])}", file=sys.stderr)
     return lambda **arguments: job(pair=pair, **arguments)
-
-
-def _default(name: str) -> Any:
-    from speccascade_t5x.inference.settings import Settings
-
-    return getattr(Settings(), name)

@@ -10,19 +10,19 @@ Short flags are bindings: see runs/precompile.gin. The compiler runs in child pr
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
 from speccascade_t5x.cli import gin_flags
-from speccascade_t5x.common import paths, storage
+from speccascade_t5x.common import checks, paths, storage
 from speccascade_t5x.interfaces import UserError
 
 _ALL = "all"
@@ -94,7 +94,8 @@ def all_pairs() -> tuple[str, ...]:
 def parts(pair: str) -> tuple[str, str]:
     """(drafter, verifier) of a pair's name: "a:b", or "family_size_size" as the files of pairs/ are called."""
     if ":" in pair:
-        return tuple(pair.split(":", 1))
+        drafter, verifier = pair.split(":", 1)
+        return drafter, verifier
     drafter, _, size = pair.rpartition("_")
     return drafter, f"{drafter.rpartition('_')[0]}_{size}"
 
@@ -107,12 +108,12 @@ def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, t
     """
     from speccascade_t5x.models import t5
 
+    pairs = checks.as_type("pairs", pairs, Sequence[str])
     known, found = model_files(), {}
     for name in dict.fromkeys(name for pair in pairs for name in parts(pair)):
         if name not in known:
             pair = next(pair for pair in pairs if name in parts(pair))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = checks.suggestion(name, known)
             raise UserError(f"the pair {pair!r} needs models/{name}.gin, which there is not: {hint}")
         gin_flags.load([f"models/{name}.gin"], [], search_paths)
         found[name] = gin.get_configurable(t5.T5Config)()
@@ -159,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade precompile"))
+    end(run_verb(main, sys.argv[1:], "speccascade precompile"))

@@ -21,7 +21,7 @@ def k_matrix(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(entry) for entry in row.strip("[] ").split(",")) for row in bare.strip("[] ").split(";"))
 
 
-SETTINGS = {
+SETTINGS: dict[str, tuple[Any, str]] = {
     "method": (str, '"speculative" (default), or another of `speccascade methods`'),
     "rule": (str, "the cascade rule (default: lossless)"),
     "alpha": (float, "the rule's trade-off; `speccascade methods` explains its range"),

@@ -98,7 +98,9 @@ def lines(result: Any) -> list[str]:
     from speccascade_t5x.evaluation.notes import advice, interval
 
     main = result.groups[0]
-    rows = [("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")]
+    rows: list[tuple[str, ...]] = [
+        ("method", "alpha", "speed-up at the verifier's quality", "alpha", "best quality within its latency")
+    ]
     for answer in frontier.answers(main, result.tolerance):
         row = [answer.arm]
         for choice, figure in ((answer.at_quality, "speed_up"), (answer.at_latency, "quality")):
@@ -198,5 +200,6 @@ def _table(rows: list[dict[str, Any]], news: Any) -> Any:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade sweep"))
+    end(run_verb(main, sys.argv[1:], "speccascade sweep"))

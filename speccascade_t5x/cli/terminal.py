@@ -55,7 +55,8 @@ class _Guarded:
         self.raw = raw
 
     def write(self, text: str) -> int:
-        drawn = _REDRAWN.match(text)[0]
+        redrawn = _REDRAWN.match(text)  # it matches nothing as well
+        drawn = redrawn[0] if redrawn else ""
         self.raw.write(drawn + clean(text[len(drawn) :]))
         return len(text)
 

@@ -47,6 +47,6 @@ def instead_of(file: str) -> str:
         bindings = configured(found[1])[1] if found else {}
     except UserError:
         bindings = {}
-    if _DEVICES not in bindings:
+    if found is None or _DEVICES not in bindings:
         return ""
     return f"--gin_file={_FOLDER}/{_ANY}.gin --gin.{_DEVICES}={bindings[_DEVICES]}, or --topology={found[1]}"

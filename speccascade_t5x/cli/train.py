@@ -138,7 +138,7 @@ class Live(train_loop.Observer):
         self._steps = 0
 
     def started(self, step: int, steps: int, output_dir: Path | None) -> None:
-        self.output_dir = output_dir
+        self.output_dir = output_dir or Path()
         self._steps, self._begun = steps, (time.monotonic(), step)
         self._bar.update(self._row, total=steps, completed=step)
         if step:
@@ -169,5 +169,6 @@ class Live(train_loop.Observer):
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade train"))
+    end(run_verb(main, sys.argv[1:], "speccascade train"))

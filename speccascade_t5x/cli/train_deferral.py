@@ -146,5 +146,6 @@ class Live(train_deferral.Observer):
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade train_deferral"))
+    end(run_verb(main, sys.argv[1:], "speccascade train_deferral"))

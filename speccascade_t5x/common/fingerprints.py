@@ -37,7 +37,8 @@ def of_array(array: Any) -> tuple[int, int]:
     )
     if near:
         return _on_host(np.asarray(array))
-    return tuple(int(found) for found in jax.device_get(_on_devices(array)))
+    first, second = jax.device_get(_on_devices(array))
+    return int(first), int(second)
 
 
 def _mixed(bits: Any, place: Any, seed: int) -> Any:

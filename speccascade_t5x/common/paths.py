@@ -81,11 +81,6 @@ def gin_configs_dir() -> Path:
     raise FileNotFoundError(f"{_PACKAGE} in {_PACKAGE_DIR} has no gin_configs: install it again with `pip install`")
 
 
-def gin_search_paths() -> list[Path]:
-    """Returns where a `--gin_file` is searched: the working directory, then the packaged files."""
-    return [Path.cwd(), gin_configs_dir()]
-
-
 def pretrained_dir() -> Path:
     """Returns the folder of the packaged bundles and of the demo's texts."""
     return _PACKAGE_DIR / "pretrained"

@@ -52,7 +52,7 @@ def parse(text: str | bytes, source: str) -> Any:
         text = _decoded(text, source)
     elif text.startswith("\ufeff"):
         raise UserError(f"{source} begins with a byte order mark; save it as UTF-8 without one")
-    hooks = {
+    hooks: dict[str, Any] = {
         "parse_int": _whole,
         "parse_float": _float,
         "parse_constant": _constant,
@@ -72,8 +72,8 @@ def parse(text: str | bytes, source: str) -> Any:
         raise UserError(f"{source} is not usable JSON: its lists and objects are nested too deeply") from error
     surrogate = _ESCAPED_SURROGATE.search(text)
     if surrogate and not _is_text(value):
-        line = text.count("\n", 0, surrogate.start()) + 1
-        raise UserError(f"{source} is not usable JSON: half a surrogate pair is not a character (line {line})")
+        row = text.count("\n", 0, surrogate.start()) + 1
+        raise UserError(f"{source} is not usable JSON: half a surrogate pair is no character (line {row})")
     return value
 
 
@@ -189,6 +189,17 @@ def of(*kinds: type) -> Check:
     def check(value: Any, where: str) -> Any:
         if type(value) not in kinds:
             raise UserError(f"{where} must be {' or '.join(map(_kind, kinds))}, found {shown(value)}")
+        return value
+
+    return check
+
+
+def file_name() -> Check:
+    """The name of a file or folder beside the JSON file: a path could lead out of its folder."""
+
+    def check(value: Any, where: str) -> Any:
+        if not isinstance(value, str) or value in ("", ".", "..") or re.search(r"[/\\\0]", value):
+            raise UserError(f"{where} must be a plain file name, found {shown(value)}")
         return value
 
     return check

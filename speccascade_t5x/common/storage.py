@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import tempfile
@@ -23,6 +24,11 @@ from speccascade_t5x.interfaces import UserError
 def file_stem(task: str) -> str:
     """The task name as used in file names: ':' and '/' become '_'."""
     return task.replace(":", "_").replace("/", "_")
+
+
+def as_utf8(text: str) -> str:
+    """The text with an escape for what UTF-8 lacks, such as a byte of a file name that is none."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager
@@ -94,11 +100,14 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number} is not a JSON record ({error.msg})") from error
+                    yield from_json(line)
+                except ValueError as error:
+                    said = getattr(error, "msg", error)
+                    raise UserError(f"{path}, line {number}: not a JSON record ({said})") from error
     except OSError as error:
         raise UserError(f"the records {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the records {path} are not UTF-8 ({error.reason})") from error
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -124,13 +133,29 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
         ) from error
 
 
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text from outside.
+
+    Raises:
+      ValueError: it is not JSON, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError("it holds a number with too many digits") from error
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a growing file of JSON lines; empty if there is no file. An unfinished last line is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(from_json(line))
             except ValueError:
                 continue
     return rows
@@ -166,9 +191,16 @@ def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
     return path
 
 
+def npz(arrays: Mapping[str, Any], compress: bool = True) -> bytes:
+    """The content of an .npz file of named arrays."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """`write_bytes` of UTF-8 text."""
-    return write_bytes(path, [text.encode("utf-8")])
+    """`write_bytes` of UTF-8 text; see `as_utf8`."""
+    return write_bytes(path, [as_utf8(text).encode("utf-8")])
 
 
 def write_json(path: str | Path, value: Any) -> Path:

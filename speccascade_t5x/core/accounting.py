@@ -49,8 +49,8 @@ class Counts:
     @classmethod
     def zeros(cls, batch: int) -> Counts:
         """Counters of `batch` fresh rows."""
-        ints = [jnp.zeros(batch, jnp.int32) for _ in dataclasses.fields(cls)[:-2]]
-        return cls(*ints, jnp.zeros(batch, jnp.float32))
+        counted: Any = {f.name: jnp.zeros(batch, jnp.int32) for f in dataclasses.fields(cls)[:-2]}
+        return cls(**counted, deferred=jnp.zeros(batch, jnp.float32))
 
     def row(self, index: int) -> dict[str, Any]:
         """One row's counters as Python numbers; `level_calls` is a list, and absent if it is not counted."""
@@ -103,7 +103,7 @@ def rates(total: Mapping[str, Any]) -> dict[str, Any]:
     def ratio(above: str, below: str) -> float:
         return total[above] / total[below] if total[below] else 0.0
 
-    found = {
+    found: dict[str, Any] = {
         "acceptance": ratio("accepted", "examined"),
         "block_efficiency": ratio("committed", "rounds"),
         "verifier_calls_per_token": ratio("verifier_calls", "committed"),
@@ -147,7 +147,8 @@ def acceptance_by_position(sources: Iterable[Sequence[int]]) -> list[float]:
     Returns:
       One rate per draft position that was ever examined.
     """
-    examined, accepted = Counter(), Counter()
+    examined: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
     for source in sources:
         position = 0
         for writer in source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,27 +84,25 @@ class NGramTable:
         """(ids [B, K], shares [B, K]) of each context that is known, longest first."""
         token = jnp.clip(last, 0, self.vocab_size - 1)
         levels = [(self.successors[token], self.shares[token])]
-        if self.seconds is not None and self.seconds.shape[0]:
-            index, found = self._find_pair(before, token)
-            shares = jnp.where(found[:, None], self.pair_shares[index], 0.0)
-            levels.insert(0, (self.pair_successors[index], shares))
-        return levels
+        starts, seconds, successors, shares = self.starts, self.seconds, self.pair_successors, self.pair_shares
+        if starts is None or seconds is None or successors is None or shares is None or not seconds.shape[0]:
+            return levels
+        index, found = _find_pair(starts, seconds, before, token)
+        return [(successors[index], jnp.where(found[:, None], shares[index], 0.0)), *levels]
 
-    def _find_pair(self, before: Array, last: Array) -> tuple[Array, Array]:
-        """([B] row of the context (before, last), [B] whether it is known): a binary search below `before`."""
-        first = jnp.clip(before, 0, self.vocab_size - 1)
-        low, end = self.starts[first], self.starts[first + 1]
-        high = end
-        for _ in range(int(self.seconds.shape[0]).bit_length()):
-            middle = (low + high) // 2
-            smaller = self.seconds[jnp.minimum(middle, self.seconds.shape[0] - 1)] < last
-            searching = low < high
-            low, high = (
-                jnp.where(searching & smaller, middle + 1, low),
-                jnp.where(searching & ~smaller, middle, high),
-            )
-        index = jnp.minimum(low, self.seconds.shape[0] - 1)
-        return index, (before >= 0) & (low < end) & (self.seconds[index] == last)
+
+def _find_pair(starts: Array, seconds: Array, before: Array, last: Array) -> tuple[Array, Array]:
+    """([B] row of the context (before, last), [B] whether it is known): a binary search below `before`."""
+    first = jnp.clip(before, 0, starts.shape[0] - 2)
+    low, end = starts[first], starts[first + 1]
+    high = end
+    for _ in range(int(seconds.shape[0]).bit_length()):
+        middle = (low + high) // 2
+        smaller = seconds[jnp.minimum(middle, seconds.shape[0] - 1)] < last
+        searching = low < high
+        low, high = jnp.where(searching & smaller, middle + 1, low), jnp.where(searching & ~smaller, middle, high)
+    index = jnp.minimum(low, seconds.shape[0] - 1)
+    return index, (before >= 0) & (low < end) & (seconds[index] == last)
 
 
 trees.register(NGramTable)
@@ -123,7 +122,7 @@ def token_before(history: Array, index: Array, back: int, absent: int) -> Array:
 
 
 def build_table(
-    sequences: Iterable[Sequence[int]],
+    sequences: Iterable[Sequence[int] | np.ndarray],
     vocab_size: int,
     *,
     order: int = 2,
@@ -159,8 +158,8 @@ def build_table(
     inside[begins] = False  # a token that begins a sequence is nobody's successor
     follows = np.flatnonzero(inside)
     contexts, ids, shares = _shares(text[follows - 1], text[follows], vocab_size, successors, discount)
-    every = np.full((vocab_size, ids.shape[1]), -1, np.int32)
-    mass = np.zeros((vocab_size, ids.shape[1]), np.float32)
+    every: Any = np.full((vocab_size, ids.shape[1]), -1, np.int32)
+    mass: Any = np.zeros((vocab_size, ids.shape[1]), np.float32)
     every[contexts], mass[contexts] = ids, shares
     table = NGramTable((unigram / unigram.sum()).astype(np.float32), every, mass)
     if order == 2:
@@ -168,14 +167,16 @@ def build_table(
     follows = follows[inside[follows - 1]]
     pairs = text[follows - 2] * vocab_size + text[follows - 1]
     contexts, ids, shares = _shares(pairs, text[follows], vocab_size, successors, discount)
-    starts = np.searchsorted(contexts // vocab_size, np.arange(vocab_size + 1)).astype(np.int32)
+    starts: Any = np.searchsorted(contexts // vocab_size, np.arange(vocab_size + 1)).astype(np.int32)
     seconds = (contexts % vocab_size).astype(np.int32)
     return dataclasses.replace(
         table, starts=starts, seconds=seconds, pair_successors=ids, pair_shares=shares.astype(np.float32)
     )
 
 
-def _joined(sequences: Iterable[Sequence[int]], vocab_size: int, start_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _joined(
+    sequences: Iterable[Sequence[int] | np.ndarray], vocab_size: int, start_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """All sequences joined, each after `start_id`, and where each begins."""
     parts = [np.asarray(sequence, np.int64).ravel() for sequence in sequences]
     if not sum(part.size for part in parts):
@@ -193,7 +194,7 @@ def _joined(sequences: Iterable[Sequence[int]], vocab_size: int, start_id: int) 
 
 def _shares(
     contexts: np.ndarray, tokens: np.ndarray, vocab_size: int, most: int, discount: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Any, Any, Any]:
     """Known contexts [C] ascending, their `most` frequent successors [C, K] (ties to the lower id), shares [C, K]."""
     known, row = np.unique(contexts, return_inverse=True)
     # Pairs of (row of the context, token) fit 64 bits for any vocabulary, which (context, token) might not.

@@ -96,10 +96,10 @@ def block(
     if size == 0:
         return token(draft, lengths, law, target, accept_noise, residual_noise)
     ratio = _of_draft(target, draft) / probs.gather(law, draft)
-    reach = [jnp.ones(draft.shape[:1], jnp.float32)]
+    reached = [jnp.ones(draft.shape[:1], jnp.float32)]
     for i in range(size):
-        reach.append(jnp.minimum(1.0, reach[-1] * ratio[:, i]))
-    reach = jnp.stack(reach, axis=1)  # [B, G + 1]
+        reached.append(jnp.minimum(1.0, reached[-1] * ratio[:, i]))
+    reach = jnp.stack(reached, axis=1)  # [B, G + 1]
     spare = jnp.sum(jnp.maximum(reach[:, 1:size, None] * target[:, 1:size] - law[:, 1:], 0.0), axis=-1)
     denominator = spare + 1.0 - reach[:, 1:size]
     inner = jnp.where(reach[:, 1:size] >= 1.0, 1.0, spare / jnp.where(denominator > 0, denominator, 1.0))

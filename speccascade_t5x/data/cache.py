@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -38,6 +39,7 @@ class Cached:
     kept: bool
 
 
+@checks.arguments(inputs_len=(1,), targets_len=(1,), limit=(1,), seed=checks.SEED, examples_per_shard=(1,))
 def cache(
     output_dir: str | Path,
     task: str | None = None,
@@ -83,14 +85,10 @@ def cache(
       UserError: bad options, an unknown task or split, records that are damaged or of another split, features with
         different vocabularies, a folder that holds a corpus made with other options, or a full disk.
     """
-    names = (splits,) if isinstance(splits, str) else checks.sequence("splits", splits)
+    names = (splits,) if isinstance(splits, str) else splits
     if not names or len(set(names)) < len(names):
         raise UserError(f"splits={splits!r} must name one split or several different ones")
     lengths = {"inputs": inputs_len, "targets": targets_len}
-    for name, value in (lengths | {"limit": limit}).items():
-        if value is not None:
-            checks.whole(f"{name}_len" if name in lengths else name, value, 1)
-    checks.whole("examples_per_shard", examples_per_shard, 1)
     if task_lengths and None in lengths.values():
         raise UserError("task_lengths=True needs both feature lengths: set inputs_len and targets_len")
     job = _Job(Path(output_dir), lengths, limit, examples_per_shard, _settings(config_text), progress)
@@ -183,10 +181,9 @@ def _check_kept(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, 
         if found.get(name) != wanted.get(name):
             then, now = (values.get(name) for values in (found, wanted))
             if name == "settings":
-                then, now = (
-                    " ".join(line for line in one if line not in other)
-                    for one, other in ((then or [], now), (now, then or []))
-                )
+                before, after = then or [], now or []
+                then = " ".join(line for line in before if line not in after)
+                now = " ".join(line for line in after if line not in before)
             then, now = (str(value)[:200] or "nothing of it" for value in (then, now))
             raise UserError(
                 f"{folder} holds a corpus made with {name} {then}, not {now}: choose another output folder, or remove "
@@ -199,8 +196,8 @@ def _from_task(job: _Job, name: str, split: str, task_lengths: bool, seed: int) 
     from speccascade_t5x.data import seqio_tasks
 
     parts = seqio_tasks.parts(name)
-    lengths = dict(job.lengths) if task_lengths else None
-    source = {"kind": "task", "seed": seed} | ({"task_lengths": True} if task_lengths else {})
+    lengths = {feature: room for feature, room in job.lengths.items() if room} if task_lengths else None
+    source: dict[str, Any] = {"kind": "task", "seed": seed} | ({"task_lengths": True} if task_lengths else {})
     spoken = [_task_vocabulary(part) for part, _ in parts]
     streams = [seqio_tasks.stream(part, split, job.limit, lengths, seed) for part, _ in parts]
     mixture = parts[0][0] != name or len(parts) > 1
@@ -208,7 +205,10 @@ def _from_task(job: _Job, name: str, split: str, task_lengths: bool, seed: int) 
         vocabulary.check_same(spoken[0], spoken[i], (f"task {parts[0][0]!r}", f"task {parts[i][0]!r}"))
     for (part, _), own, examples in zip(parts, spoken, streams, strict=True):
         folder = job.output_dir / split
-        yield job.write(folder / storage.file_stem(part) if mixture else folder, examples, part, split, own, source)
+        with contextlib.closing(examples):
+            place = folder / storage.file_stem(part) if mixture else folder
+            made = job.write(place, examples, part, split, own, source)
+        yield made
     if mixture:
         mixing.write(job.output_dir / split, {storage.file_stem(part): rate for part, rate in parts})
 
@@ -220,7 +220,8 @@ def _task_vocabulary(task: str) -> vocabulary.Vocabulary:
     found = seqio_tasks.task_vocabularies(task)
     spoken = {name: seqio_tasks.as_vocabulary(found[name]) for name in shards.FEATURES if name in found}
     if len(spoken) == len(shards.FEATURES):
-        vocabulary.check_same(*spoken.values(), tuple(f"feature {name!r} of task {task!r}" for name in spoken))
+        names = (f"feature 'inputs' of task {task!r}", f"feature 'targets' of task {task!r}")
+        vocabulary.check_same(spoken["inputs"], spoken["targets"], names)
     if not spoken:
         raise UserError(
             f"task {task!r} has no feature 'inputs' or 'targets', so there is nothing to train on: name another task"
@@ -239,23 +240,26 @@ def _from_records(
     """Writes the outputs an `infer` job has recorded."""
     stem, files = _record_files(folder, task)
     split = _split_of(folder, stem, splits)
-    if spoken is None and task is None:
-        raise UserError("records need a vocabulary: name their task (TASK) or the pair that wrote them (PAIR)")
-    spoken = spoken or _task_vocabulary(task)
+    if spoken is None:
+        if task is None:
+            raise UserError("records need a vocabulary: name their task (TASK) or the pair that wrote them (PAIR)")
+        spoken = _task_vocabulary(task)
     # A first pass over all records meets every bad line before anything is written.
     left_out = sum(not _ends(output, spoken.eos_id) for _, output in _outputs(files))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
-    source = {"kind": "records", "sha256": digest.hexdigest()}
-    source |= {"unfinished_outputs": left_out, "unfinished_kept": unfinished}
+    source = {
+        "kind": "records", "sha256": digest.hexdigest(), "unfinished_outputs": left_out, "unfinished_kept": unfinished
+    }  # fmt: skip
 
     def examples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number, (text, output) in enumerate(_outputs(files)):
             if job.limit is not None and number >= job.limit:
                 return
             if unfinished or _ends(output, spoken.eos_id):
-                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, np.int64)
+                # Ids of any size, until they are checked.
+                yield np.array([*spoken.encode(text), spoken.eos_id]), np.array(output, object)
 
     return job.write(job.output_dir / split, examples(), task or stem, split, spoken, source)
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text.vocabulary import Vocabulary
+from speccascade_t5x.text.vocabulary import Vocabulary, ids_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,32 @@ def cut(ids: np.ndarray, room: int | None, eos_id: int | None) -> np.ndarray:
     if eos_id is not None and room:
         ids[-1] = eos_id
     return ids
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str, name: str) -> None:
+    """Checks ids from outside while they are as wide as they came.
+
+    Args:
+      ids: [S] whole numbers.
+      vocab_size: of the vocabulary they are of.
+      where: what a message calls the example.
+      name: of the feature.
+
+    Raises:
+      UserError: another rank, something else than whole numbers, or an id outside the vocabulary.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iuO"):
+        raise UserError(
+            f"{where} has {name} of shape {ids.shape} and type {ids.dtype} where a row of ids is read: give it one "
+            "text, and tokenise it"
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(
+            f"{where} has id {wrong} among its {name}, outside the vocabulary of {vocab_size} ids: name the vocabulary "
+            "its ids were made with"
+        )
 
 
 def fit(ids: np.ndarray, room: int | None, where: str, *, truncate: bool, eos_id: int | None) -> np.ndarray:
@@ -89,9 +115,7 @@ class PromptForm:
         Raises:
           UserError: the value is not a text, or the text is too long while `truncate` is off.
         """
-        if not isinstance(text, str):
-            raise UserError(f"{where} is not a text but {type(text).__name__}: give a string")
         eos_id = self.vocabulary.eos_id if self.eos else None
-        ids = np.array([*self.vocabulary.encode(text), *([] if eos_id is None else [eos_id])], np.int32)
+        ids = np.array([*ids_of(self.vocabulary, text, where), *([] if eos_id is None else [eos_id])], np.int32)
         inputs = fit(ids, self.max_len, where, truncate=self.truncate, eos_id=eos_id)
         return Example(index, inputs, text, targets_text=targets_text)

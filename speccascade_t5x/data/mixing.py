@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.data import shards
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import vocabulary
+from speccascade_t5x.text.vocabulary import Vocabulary
 
 MIXTURE = "mixture.json"
 FORMAT = "speccascade_t5x mixture"
 VERSION = 1
+_PART = schema.record({"folder": schema.file_name(), "rate": schema.number(0.0)})
+_CONTENT = schema.record({"parts": schema.list_of(_PART)})
 
 
 class Source(Protocol):
     """A source of examples, such as a `shards.Corpus` or a `Mixed`."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Equal if the examples and their order are."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the ids mean."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +57,7 @@ class Source(Protocol):
         """Indices of an epoch's examples, in the order they are seen."""
 
 
-class Mixed(Source):
+class Mixed:
     """Several corpora, each seen at its rate.
 
     All examples of a corpus are seen once, in an order of its own, before one of them is seen again.
@@ -85,12 +92,15 @@ class Mixed(Source):
         if not self._counts.all():
             raise UserError(f"an epoch of {total} examples has none of the corpus with the least rate: raise its rate")
         self.vocabulary = self._corpora[0].vocabulary
-        self.eos_id = self.vocabulary.eos_id
         content = [*(corpus.fingerprint for corpus in self._corpora), *self._counts.tolist()]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def eos_id(self) -> int:
+        return self.vocabulary.eos_id
 
     @functools.cached_property
     def input_lengths(self) -> np.ndarray:
@@ -131,7 +141,7 @@ def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Cor
     """
     few = limit is not None and limit < len(source)
     if isinstance(source, shards.Corpus):
-        return source.select(np.arange(limit)) if few else source
+        return source.select(np.arange(len(source))[:limit]) if few else source
     chosen = source.epoch(0, 0)[:limit] if few else range(len(source))
     return shards.from_examples(((source.inputs(i), source.targets(i)) for i in chosen), source.vocabulary)
 
@@ -142,8 +152,8 @@ def write(folder: str | Path, rates: Mapping[str, float]) -> Path:
     return storage.write_json(Path(folder) / MIXTURE, content)
 
 
-def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> shards.Corpus | Mixed:
-    """Reads the output of `speccascade cache`: a corpus, or a mixture of several.
+def read(folder: str | Path, spoken: Vocabulary | None = None) -> shards.Corpus | Mixed:
+    """Reads what `speccascade cache` wrote: a corpus, or a mixture of several.
 
     Args:
       folder: folder of a corpus (`manifest.json`) or of a mixture (`mixture.json`).
@@ -155,12 +165,5 @@ def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> sha
     path = Path(folder) / MIXTURE
     if not path.is_file():
         return shards.read(folder, spoken)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        found = [(part["folder"], part["rate"]) for part in content["parts"]]
-        known = content["format"] == FORMAT and content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a mixture file: write it again with `speccascade cache`") from error
-    if known is False or known > VERSION:
-        raise UserError(f"{path} is of another format or a newer version than {VERSION}: use the program that wrote it")
-    return Mixed([(shards.read(Path(folder) / name, spoken), rate) for name, rate in found])
+    content = schema.read_versioned(path, VERSION, "a mixture of `speccascade cache`", _CONTENT, format=FORMAT)
+    return Mixed([(shards.read(Path(folder) / part["folder"], spoken), part["rate"]) for part in content["parts"]])

@@ -13,6 +13,7 @@ right behind `start_id`; in packed rows segments count from 1, positions restart
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -27,11 +28,8 @@ Batch = dict[str, np.ndarray]
 Plan = list[tuple[tuple[int, int, int], Sequence[np.ndarray]]]
 
 
-class _Planned:
-    """The common part of packed and bucketed batches: plans by epoch, and steps counted through them.
-
-    Subclasses define `_plan`, which sorts the examples of an epoch into batches, and `_build`, which makes one batch.
-    """
+class _Planned(abc.ABC):
+    """What packed and bucketed batches share: plans by epoch, and steps counted through them."""
 
     def __init__(self, source: Source, seed: int, rooms: tuple[int, int], start_id: int, pad_id: int, *key: object):
         checks.whole("seed", seed, 0, 2**32 - 1)
@@ -55,6 +53,14 @@ class _Planned:
         held = int(self._taken[self._source.epoch(self._seed, 0)].sum())
         self.tokens_per_epoch = held
         self.padding_share = 1.0 - held / slots
+
+    @abc.abstractmethod
+    def _plan(self, order: np.ndarray, epoch: int) -> Plan:
+        """Sorts the examples of an epoch into batches."""
+
+    @abc.abstractmethod
+    def _build(self, shape: tuple[int, int, int], rows: Sequence[np.ndarray]) -> Batch:
+        """Makes one batch."""
 
     def _epoch_plan(self, epoch: int) -> Plan:
         if epoch not in self._planned:

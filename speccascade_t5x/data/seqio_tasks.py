@@ -9,21 +9,24 @@ looks them up.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import numbers
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from speccascade_t5x.common import checks
-from speccascade_t5x.data.examples import Example, cut, fit
+from speccascade_t5x.data import shards
+from speccascade_t5x.data.examples import Example, check_ids, cut, fit
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, check_same
 
 
 @contextlib.contextmanager
@@ -91,16 +94,14 @@ def examples(
       UserError: unknown task or split, a mixture, an empty dataset, a task without inputs, or an
         input longer than feature_lengths["inputs"] while `truncate` is False.
     """
+    features = _task(task_name).output_features
     dataset = _dataset(task_name, split, shard=shard)
-    if "inputs" not in dataset.element_spec:
+    if "inputs" not in features or "inputs" not in dataset.element_spec:
         raise UserError(f"task {task_name!r} has no feature 'inputs', so there is nothing to read: name another task")
     if limit is not None:
         dataset = dataset.take(limit)
-    features = _task(task_name).output_features
-    found = [
-        _example(index, raw, features, feature_lengths, truncate)
-        for index, raw in enumerate(dataset.as_numpy_iterator())
-    ]
+    with contextlib.closing(_rows(task_name, dataset, features)) as rows:
+        found = [_example(index, raw, features, feature_lengths, truncate) for index, raw in enumerate(rows)]
     if not found:
         raise UserError(
             f"task {task_name!r} has no example in split {split!r}"
@@ -108,6 +109,21 @@ def examples(
             + ": check its data, its row filters and the limit"
         )
     return found
+
+
+def corpus(
+    task_name: str, split: str, spoken: Vocabulary, limit: int | None = None, shard: tuple[int, int] | None = None
+) -> shards.Corpus:
+    """Reads a split whole, as `examples` does, into a corpus to learn from.
+
+    Raises:
+      UserError: what `examples` raises; examples without targets.
+    """
+    found = examples(task_name, split, {}, limit=limit, shard=shard)
+    pairs = [(example.inputs, example.targets) for example in found if example.targets is not None]
+    if len(pairs) < len(found):
+        raise UserError(f"task {task_name!r} has no targets to learn from: name another task")
+    return shards.from_examples(pairs, spoken)
 
 
 def stream(
@@ -131,14 +147,48 @@ def stream(
       UserError: at the call, for an unknown task or split, a mixture, or a task without inputs or targets; while
         iterating, for preprocessors that need `task_lengths`.
     """
+    features = _task(task_name).output_features
     dataset = _dataset(task_name, split, task_lengths, seed)
     for feature in ("inputs", "targets"):
-        if feature not in dataset.element_spec:
+        if feature not in features or feature not in dataset.element_spec:
             raise UserError(
                 f"task {task_name!r} has no feature {feature!r}, so there is nothing to train on: name another task"
             )
     dataset = dataset if limit is None else dataset.take(limit)
-    return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
+    return _pairs(_rows(task_name, dataset, features))
+
+
+def _pairs(rows: Generator[Mapping[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with contextlib.closing(rows):
+        for raw in rows:
+            yield raw["inputs"], raw["targets"]
+
+
+def _rows(
+    task_name: str, dataset: tf.data.Dataset, features: Mapping[str, seqio.Feature]
+) -> Generator[Mapping[str, Any]]:
+    """The examples of a data set as numpy arrays, those that will be read as ids checked.
+
+    It is closed, or read to its end: TensorFlow's threads, which may be in a generator of the task, then stop while
+    there still is an interpreter for them.
+
+    Raises:
+      UserError: the task's own code fails, or an example holds no ids of its vocabulary.
+    """
+    iterator, index = dataset.as_numpy_iterator(), 0
+    while True:
+        with _named(task_name, f"reading of example {index}"):
+            raw = next(iterator, None)
+        if raw is None:
+            return
+        for name in ("inputs", "targets"):
+            if name in raw and name not in features:
+                del raw[name]  # a text that is no feature
+            elif name in raw:
+                where = f"example {index} of task {task_name!r}"
+                check_ids(raw[name], features[name].vocabulary.vocab_size, where, name)
+        yield raw
+        index += 1
 
 
 def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator[str]:
@@ -155,10 +205,12 @@ def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator
     for part, _ in parts(name):
         features = _task(part).output_features
         dataset = _dataset(part, split)
-        for raw in (dataset if limit is None else dataset.take(limit)).as_numpy_iterator():
-            for feature in ("inputs", "targets"):
-                if feature in raw:
-                    yield _text(raw, feature, features)
+        dataset = dataset if limit is None else dataset.take(limit)
+        with contextlib.closing(_rows(part, dataset, features)) as rows:
+            for index, raw in enumerate(rows):
+                for feature in ("inputs", "targets"):
+                    if feature in raw:
+                        yield _text(raw, feature, features, f"example {index} of task {part!r}")
 
 
 def _dataset(
@@ -172,13 +224,14 @@ def _dataset(
     part = None if shard is None else seqio.ShardInfo(index=shard[0], num_shards=shard[1])
     task = check(task_name, split)
     try:
-        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
-    except (TypeError, KeyError) as error:
-        if lengths is not None:
+        with _named(task_name, "source or preprocessor"):
+            return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
+    except UserError as error:
+        if lengths is not None or not isinstance(error.__cause__, (TypeError, KeyError)):
             raise
         raise UserError(
-            f"the preprocessors of task {task_name!r} failed without feature lengths ({error!r}): where they shape "
-            "examples by them, give the task its lengths"
+            f"the preprocessors of task {task_name!r} failed without feature lengths ({error.__cause__!r}): where they "
+            "shape examples by them, give the task its lengths"
         ) from error
 
 
@@ -218,13 +271,13 @@ def _example(
     lengths: Mapping[str, int],
     truncate: bool,
 ) -> Example:
-    text = _text(raw, "inputs", features)
+    text = _text(raw, "inputs", features, f"example {index}")
     where = f"example {index} ({_opening(text)!r})"
     inputs = fit(raw["inputs"], lengths.get("inputs"), where, truncate=truncate, eos_id=_eos(features["inputs"]))
     if "targets" not in raw:
         return Example(index, inputs, text)
     targets = cut(raw["targets"], lengths.get("targets"), _eos(features["targets"]))
-    return Example(index, inputs, text, targets, _text(raw, "targets", features))
+    return Example(index, inputs, text, targets, _text(raw, "targets", features, where))
 
 
 def _opening(text: str, words: int = 6) -> str:
@@ -237,10 +290,15 @@ def _eos(feature: seqio.Feature) -> int | None:
     return feature.vocabulary.eos_id if feature.add_eos else None
 
 
-def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature]) -> str:
+def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature], where: str) -> str:
     kept = raw.get(f"{name}_pretokenized")
     if isinstance(kept, bytes):
-        return kept.decode("utf-8")
+        try:
+            return kept.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where} has {name} that are not UTF-8 ({error.reason}): decode them in a preprocessor"
+            ) from error
     return features[name].vocabulary.decode(raw[name].tolist())
 
 
@@ -262,15 +320,6 @@ def _task(name: str) -> seqio.Task:
     )
 
 
-def task_metrics(task_name: str) -> list[Callable[[list, list], Mapping[str, Any]]]:
-    """Returns the task's metric functions over predictions: (targets, predictions) -> dict.
-
-    Raises:
-      UserError: there is no such task.
-    """
-    return list(_task(task_name).predict_metric_fns)
-
-
 def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:
     """Returns the vocabulary of each feature of a task, by feature name.
 
@@ -278,6 +327,16 @@ def task_vocabularies(task_name: str) -> dict[str, seqio.Vocabulary]:
       UserError: there is no such task, or its vocabulary is not configured.
     """
     return {name: feature.vocabulary for name, feature in _task(task_name).output_features.items()}
+
+
+def check_vocabulary(task_name: str, spoken: Vocabulary) -> None:
+    """Checks that every feature of a task speaks a pair's vocabulary.
+
+    Raises:
+      UserError: one does not, or there is no such task.
+    """
+    for feature, named in task_vocabularies(task_name).items():
+        check_same(as_vocabulary(named), spoken, (f"feature {feature!r} of task {task_name!r}", "pair"))
 
 
 def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
@@ -329,12 +388,39 @@ def score(task_name: str, scored: Sequence[Example], predictions: Sequence[str])
         ]
         outputs = [task.postprocess_fn(p, example=f, is_target=False) for p, f in zip(predictions, fields, strict=True)]
     results: dict[str, Any] = {}
-    for metric in task.predict_metric_fns:
-        name = getattr(metric, "__name__", type(metric).__name__)
+    for metric in metric_fns(task_name):
+        name = _name_of(metric)
         with _named(task_name, f"metric {name!r}"):
             found = metric(targets, outputs)
             results |= metric_value(found if isinstance(found, Mapping) else {name: found})
     return results
+
+
+def metric_fns(task_name: str) -> list[Callable[..., Any]]:
+    """The task's metric functions that read predicted texts.
+
+    As `task.predict_metric_fns`, which fails where an argument has an array for a default.
+
+    Raises:
+      UserError: there is no such task, or a function takes other arguments than seqio gives.
+    """
+    found = []
+    for metric in _task(task_name)._metric_fn_constructor_args or ():
+        arguments = inspect.signature(metric).parameters.values()
+        needed = [each for each in arguments if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        names = tuple(each.name for each in needed)
+        if names == ("targets", "predictions"):
+            found.append(metric)
+        elif names not in (("targets", "scores"), ("targets", "predictions", "aux_values")):
+            raise UserError(
+                f"the metric {_name_of(metric)!r} of task {task_name!r} takes {names}: name its arguments targets and "
+                "predictions, and give any other a default"
+            )
+    return found
+
+
+def _name_of(metric: Callable[..., Any]) -> str:
+    return getattr(metric, "__name__", type(metric).__name__)
 
 
 @contextlib.contextmanager
@@ -345,8 +431,10 @@ def _named(task_name: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the {what} of task {task_name!r} failed with {told}: fix it and run again") from error
+        lines = str(error).strip().splitlines() or [""]
+        said = re.sub(r"^\{\{function_node \S+\}\} ", "", lines[0])
+        told = " ".join(f"{type(error).__name__}: {said}".split())[:300]
+        raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
 
 
 def metric_value(value: Any) -> Any:

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
+from speccascade_t5x.data.examples import check_ids
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
 
@@ -31,6 +32,11 @@ FEATURES = ("inputs", "targets")
 MANIFEST = "manifest.json"
 FORMAT = "speccascade_t5x tokenised corpus"
 VERSION = 1
+_LARGEST_MANIFEST = 64 * 2**20  # an entry of some hundred bytes a shard
+_SHARD = schema.record({"file": schema.file_name(), "sha256": schema.of(str), "bytes": schema.whole(most=2**50)})
+_CONTENT = schema.record(
+    {"vocabulary": schema.of(dict), "examples": schema.whole(most=2**50), "shards": schema.list_of(_SHARD)}
+)
 _MODEL_FILE = "vocabulary.model"
 _UNFINISHED = "unfinished"
 
@@ -123,7 +129,9 @@ def from_examples(examples: Iterable[tuple[np.ndarray, np.ndarray]], spoken: voc
     """
     parts = _Buffer(_id_type(spoken), spoken.vocab_size)
     for inputs, targets in examples:
-        parts.add({"inputs": inputs, "targets": targets})
+        example = {"inputs": inputs, "targets": targets}
+        parts.check(example)
+        parts.add(example)
     if not parts.count:
         raise UserError("there is no example to make a corpus of: check the data and the filters on it")
     arrays = parts.arrays()
@@ -172,6 +180,7 @@ def write(
     shards: list[dict[str, Any]] = []
     buffer = _Buffer(_id_type(spoken), spoken.vocab_size)
     for inputs, targets in examples:
+        buffer.check({"inputs": inputs, "targets": targets})  # before they are cut to int32
         buffer.add(tally.cut(inputs, targets))
         if buffer.count == examples_per_shard:
             shards.append(_write_shard(folder, len(shards), buffer))
@@ -205,24 +214,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
       UserError: there is no manifest, it is not one of a tokenised corpus, or it has a newer version.
     """
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         inner = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
         if inner:
-            raise UserError(f"the folder {folder} holds the corpora {', '.join(inner)}: name one of them") from error
-        what = "does not exist" if not Path(folder).is_dir() else f"has no {MANIFEST} of a tokenised corpus"
-        raise UserError(f"the folder {folder} {what}: write it with `speccascade cache`") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged (not JSON): write the corpus again with `speccascade cache`") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} does not describe a tokenised corpus of `speccascade cache`")
-    version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads up to {VERSION}: use a newer program")
-    return manifest
+            raise UserError(f"the folder {folder} holds the corpora {', '.join(inner)}: name one of them")
+        what = f"holds no complete tokenised corpus (no {MANIFEST})" if Path(folder).is_dir() else "does not exist"
+        raise UserError(f"the folder {folder} {what}: write it with `speccascade cache`")
+    what = "the manifest of a tokenised corpus"
+    return schema.read_versioned(path, VERSION, what, _CONTENT, format=FORMAT, largest=_LARGEST_MANIFEST)
 
 
 def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> Corpus:
@@ -292,15 +291,13 @@ class _Buffer:
         self.count = 0
         self._ids: dict[str, list[np.ndarray]] = {feature: [] for feature in FEATURES}
 
+    def check(self, example: Mapping[str, np.ndarray]) -> None:
+        for feature, ids in example.items():
+            check_ids(ids, self._vocab_size, "an example", feature)
+
     def add(self, example: Mapping[str, np.ndarray]) -> None:
         for feature, ids in example.items():
-            ids = np.asarray(ids)
-            if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
-                raise UserError(
-                    f"an example has id {ids.min() if ids.min() < 0 else ids.max()} among its {feature}, outside the "
-                    f"vocabulary of {self._vocab_size} ids: name the vocabulary its ids were made with"
-                )
-            self._ids[feature].append(ids.astype(self.dtype))
+            self._ids[feature].append(np.asarray(ids).astype(self.dtype))
         self.count += 1
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -316,10 +313,8 @@ def _id_type(spoken: vocabulary.Vocabulary) -> np.dtype:
 
 
 def _write_shard(folder: Path, number: int, buffer: _Buffer) -> dict[str, Any]:
-    """Writes and empties the buffer. Returns the shard's entry of the manifest, without the file name."""
-    content = io.BytesIO()
-    np.savez_compressed(content, **buffer.arrays())
-    data = content.getvalue()
+    """Writes and empties the buffer. Returns the shard's entry of the manifest, its file name still to come."""
+    data = storage.npz(buffer.arrays())
     storage.write_bytes(folder / _UNFINISHED / f"{number:05d}.npz", [data])
     entry = {"file": "", "examples": buffer.count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     buffer.clear()

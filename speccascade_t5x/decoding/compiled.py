@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speccascade_t5x.core import noise
 from speccascade_t5x.decoding import api, loop, placing, queue
@@ -178,7 +179,13 @@ class CompiledQueue(_Compiled):
     _queued = True
 
     def run(
-        self, program: Program, state: State, ids: Array, waiting: State, coming: Array, patience: int
+        self,
+        program: Program,
+        state: State,
+        ids: Array | np.ndarray,
+        waiting: State,
+        coming: np.ndarray,
+        patience: int,
     ) -> tuple[State, Array, queue.Ended]:
         """The loop until every waiting input has found a place, see `queue.run_queue`. Consumes `state`."""
         return self._loop(program, state, self._whole(ids), waiting, self._whole(coming), patience)

@@ -36,8 +36,8 @@ class Emission:
 
 def write_rows(buffer: Array, block: Array, columns: Array) -> Array:
     """Writes block [B, W] into buffer [B, N] from column columns[b] on."""
-    put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
-    return jax.vmap(put)(buffer, block.astype(buffer.dtype), columns)
+    put = jax.vmap(jax.lax.dynamic_update_slice)
+    return put(buffer, block.astype(buffer.dtype), (columns,))
 
 
 def trim(config: DecodeConfig, tokens: Array, committed: Array, grown: Array, width: int) -> tuple[Array, Array]:
@@ -71,7 +71,7 @@ def emit(program: Program, state: State, emission: Emission) -> tuple[State, Arr
     tiny = jnp.finfo(jnp.float32).tiny  # a distribution at temperature 1 may underflow where the sampled one did not
     log_prob = jnp.log(jnp.where(emission.prob_raw < tiny, tiny, emission.prob_raw))  # and NaN stays NaN
     trace = state.trace
-    if trace is not None:
+    if trace is not None and emission.trace is not None:
         columns = dataclasses.replace(emission.trace, log_prob=log_prob)
         trace = jax.tree.map(lambda old, new: write_rows(old, new, state.committed), trace, columns)
     deferred = jnp.sum(jnp.where(kept, emission.deferral, 0.0), axis=1)

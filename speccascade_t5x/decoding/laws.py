@@ -66,20 +66,19 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
 
 
 def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:
-    """Columns of the trace from the known distributions, [..., V] each; NaN for unknown ones and for those of NaN."""
-    known = q_raw if q_raw is not None else p_raw
+    """Columns of the trace from whichever laws are known ([..., V] each); NaN for the others, and for laws of NaN."""
+    known = next(law for law in (q_raw, p_raw) if law is not None)
     unknown = jnp.full(known.shape[:-1], jnp.nan, jnp.float32)
 
     def of(law: Array | None, measure) -> Array:
         return unknown if law is None else jnp.where(probs.is_broken(law), jnp.nan, measure(law))
 
-    peak = lambda law: jnp.max(law, axis=-1)  # noqa: E731
-    both = q is not None and p is not None
+    peak = functools.partial(jnp.max, axis=-1)
     return Trace(
         log_prob=unknown,
         max_q=of(q_raw, peak),
         max_p=of(p_raw, peak),
-        total_variation=of(p, lambda p: of(q, lambda q: divergences.total_variation(p, q))) if both else unknown,
+        total_variation=of(p, lambda p: of(q, lambda q: divergences.total_variation(p, q))),
         entropy_q=of(q_raw, divergences.entropy),
         entropy_p=of(p_raw, divergences.entropy),
         deferral=unknown,

@@ -79,7 +79,7 @@ def speculative_program(
 def token_cascade_program(
     drafter: Bound,
     verifier: Bound,
-    rule: rules.PrefixRule,
+    rule: rules.Rule,
     config: DecodeConfig,
     sampling: Sampling | None = None,
     oracle: bool = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Speculative:
         its test were free: Oracle[Diff]).
     """
 
-    solo: Literal["verifier", "drafter", "oracle"] = "verifier"
+    solo: str = "verifier"
     writings: ClassVar[int] = 1
 
     def begin(self, program: Program, first: Array) -> PyTree:
@@ -95,6 +95,8 @@ class Speculative:
     ) -> Counts:
         """The counters after a round in which the rows that were alive grew by `grown`."""
         drafts = program.config.draft_len
+        calls: Array | int
+        scored: Array | int
         calls, scored = {"verifier": (1, drafts + 1), "drafter": (0, 0)}.get(self.solo, (0, 0))
         if self.solo == "oracle":
             calls = scored = (deferral[:, 0] > 0).astype(jnp.int32)

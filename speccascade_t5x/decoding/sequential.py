@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,8 @@ class TokenCascade:
         broken |= turn & probs.is_broken(p_raw)[:, None]
         trace = None
         if program.config.trace:
-            here = lambda x: jnp.where(turn[:, :-1, None], x[:, None], jnp.nan)  # noqa: E731
-            trace = describe(proposal.q, here(p), proposal.q_raw, here(p_raw))
+            here, there = (jnp.where(turn[:, :-1, None], x[:, None], jnp.nan) for x in (p, p_raw))
+            trace = describe(proposal.q, here, proposal.q_raw, there)
             # Nothing is ever written in the last column: after a draft of full length the round ends.
             trace = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1)), constant_values=jnp.nan), trace)
             trace = dataclasses.replace(trace, deferral=turn.astype(jnp.float32))
@@ -85,8 +85,9 @@ class TokenCascade:
 
 def _without_bonus(program: Program) -> Program:
     """The program with a drafter that is not scored after a draft of full length: the verifier writes nothing there."""
-    model = dataclasses.replace(program.drafter.model, score_bonus=False, report_q=True)
-    return dataclasses.replace(program, drafter=dataclasses.replace(program.drafter, model=model))
+    drafter: Any = program.drafter  # a token cascade has one
+    model = dataclasses.replace(drafter.model, score_bonus=False, report_q=True)
+    return dataclasses.replace(program, drafter=dataclasses.replace(drafter, model=model))
 
 
 def _catch_up(program: Program, state: State, target: Array, wanted: Array) -> tuple[State, Array, Array, Array]:
@@ -144,7 +145,7 @@ class SequenceCascade:
 
     threshold: Array | float
     quantile: Array | float = 0.0
-    confidence: Literal["sum", "mean", "quantile"] = "mean"
+    confidence: str = "mean"
     writings: ClassVar[int] = 2
 
     def begin(self, program: Program, first: Array) -> PyTree:

@@ -18,6 +18,7 @@ import optax
 
 from speccascade_t5x import trees
 from speccascade_t5x.core import divergences
+from speccascade_t5x.core.rules import Pair
 from speccascade_t5x.interfaces import Array, UserError
 
 KINDS = ("identity", "temperature", "vector", "isotonic")
@@ -92,7 +93,7 @@ class PairCalibration:
 
     per_input: ClassVar[bool] = False  # one for all rows of a decode
 
-    def gap(self, pair: object, loss: str) -> Array:
+    def gap(self, pair: Pair, loss: str) -> Array:
         """The plug-in loss gap of calibrated inputs, [...]: max p - max q ("zero_one") or H(q) - H(p) ("log")."""
         if loss == "zero_one":
             return self.p.confidence(pair.p_raw) - self.q.confidence(pair.q_raw)
@@ -182,7 +183,8 @@ def fit_vector(batches: Batches, temperature: Calibration, steps: int = _VECTOR_
     A token that is never seen keeps the temperature's scale and no bias.
     """
     start = 1.0 / temperature.values["temperature"]
-    params = optimizer = state = None
+    params: dict[str, Array] = {}
+    optimizer = optax.adam(optax.cosine_decay_schedule(_VECTOR_RATE, steps))
 
     @jax.jit
     def step(params, state, logits, tokens):
@@ -201,14 +203,13 @@ def fit_vector(batches: Batches, temperature: Calibration, steps: int = _VECTOR_
     while done < steps:
         before = done
         for logits, tokens in batches():
-            if params is None:
+            if not params:
                 width = logits.shape[-1]
                 params = {"scale": jnp.full(width, start, jnp.float32), "bias": jnp.zeros(width)}
-                optimizer = optax.adam(optax.cosine_decay_schedule(_VECTOR_RATE, steps))
                 state = optimizer.init(params)
             if (tokens >= 0).any() and done < steps:
-                logits = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1)
-                params, state = step(params, state, jnp.maximum(logits, -70.0), jnp.asarray(tokens))
+                log_law = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1)
+                params, state = step(params, state, jnp.maximum(log_law, -70.0), jnp.asarray(tokens))
                 done += 1
         if done == before:
             raise UserError("there is no position to calibrate on: the fitting split is empty")
@@ -244,11 +245,11 @@ def fit_isotonic(confidence: np.ndarray, hits: np.ndarray) -> Calibration:
     knots = np.stack([values[first], values[last]], axis=1).ravel()
     heights = np.repeat(fitted.x[first], 2)
     # Always as many knots, so that no fit compiles a program of its own; a last one that is repeated changes nothing.
-    places = np.linspace(0, len(knots) - 1, _MOST_KNOTS).round().astype(int) if len(knots) > _MOST_KNOTS else None
-    places = np.minimum(np.arange(_MOST_KNOTS), len(knots) - 1) if places is None else places
-    knots, heights = knots[places], heights[places]
-    values = {"knots": jnp.asarray(knots, jnp.float32), "levels": jnp.asarray(heights, jnp.float32)}
-    return Calibration("isotonic", values)
+    places = np.minimum(np.arange(_MOST_KNOTS), len(knots) - 1)
+    if len(knots) > _MOST_KNOTS:
+        places = np.linspace(0, len(knots) - 1, _MOST_KNOTS).round().astype(int)
+    shape = {"knots": jnp.asarray(knots[places], jnp.float32), "levels": jnp.asarray(heights[places], jnp.float32)}
+    return Calibration("isotonic", shape)
 
 
 def reliability(confidence: np.ndarray, hits: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:

@@ -61,9 +61,6 @@ class FeatureSpec:
         return self.hidden_q + self.hidden_p
 
 
-CANDIDATE_NAMES = ("log_q", "log_p", "q", "p", "rank_q", "rank_p", "is_argmax_q", "is_argmax_p")
-
-
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The few tokens a token head scores: the most likely of either distribution.
@@ -133,14 +130,15 @@ def prefix_features(pair: Pair, spec: FeatureSpec, classes: Array | None = None)
     features = jnp.stack(columns, axis=-1)
     if not spec.classes:
         return features
-    return jnp.concatenate([features, class_mass(q, spec, classes), class_mass(p, spec, classes)], axis=-1)
+    kinds = _one_hot(classes, spec)
+    return jnp.concatenate([features, q @ kinds, p @ kinds], axis=-1)
 
 
-def class_mass(law: Array, spec: FeatureSpec, classes: Array | None) -> Array:
-    """[..., V] -> [..., classes]: the mass of each token class."""
+def _one_hot(classes: Array | None, spec: FeatureSpec) -> Array:
+    """[V] -> [V, classes]."""
     if classes is None:
         raise UserError("these features read token classes, but none were given: pass the class of each token")
-    return law @ jax.nn.one_hot(classes, spec.classes, dtype=jnp.float32)
+    return jax.nn.one_hot(classes, spec.classes, dtype=jnp.float32)
 
 
 def hidden_states(pair: Pair, spec: FeatureSpec) -> Array | None:
@@ -172,8 +170,7 @@ def candidates(pair: Pair, spec: FeatureSpec, classes: Array | None = None) -> C
     columns += [(ids == best[..., :1]).astype(jnp.float32) for best in (ids_q, ids_p)]
     features = jnp.stack(columns, axis=-1)
     if spec.classes:
-        kinds = jax.nn.one_hot(jnp.take(classes, ids), spec.classes, dtype=jnp.float32)
-        features = jnp.concatenate([features, kinds], axis=-1)
+        features = jnp.concatenate([features, jnp.take(_one_hot(classes, spec), ids, axis=0)], axis=-1)
     rest = 1.0 - jnp.sum(jnp.where(valid, at_p, 0.0), axis=-1)
     return Candidates(ids, valid, features, safe_log(at_p), safe_log(rest))
 

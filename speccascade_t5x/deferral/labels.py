@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ def expected_gap(truth: Array, q_raw: Array, p_raw: Array, loss: str) -> Array:
     return jnp.sum(truth * (safe_log(p_raw) - safe_log(q_raw)), axis=-1)
 
 
-def losses(columns: dict[str, np.ndarray], loss: str) -> tuple[np.ndarray, np.ndarray]:
+def losses(columns: Mapping[str, np.ndarray], loss: str) -> tuple[np.ndarray, np.ndarray]:
     """(loss of the drafter, loss of the verifier) at each label, from collected columns of the names in `Labels`."""
     if loss == "zero_one":
         return 1.0 - columns["hit_q"], 1.0 - columns["hit_p"]
@@ -59,7 +60,7 @@ def losses(columns: dict[str, np.ndarray], loss: str) -> tuple[np.ndarray, np.nd
     raise UserError(f"loss={loss!r} is unknown: use 'zero_one' or 'log'")
 
 
-def gap(columns: dict[str, np.ndarray], loss: str) -> np.ndarray:
+def gap(columns: Mapping[str, np.ndarray], loss: str) -> np.ndarray:
     """y_t = loss(x_t, q) - loss(x_t, p)."""
     of_q, of_p = losses(columns, loss)
     return of_q - of_p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeVar
 
 import jax.numpy as jnp
 
@@ -18,7 +19,10 @@ RULES = ("learned_gap", "learned_token", "calibrated_opt")
 TESTS = ("v1", "v2", "v3")
 
 
-def _present(part: Head | PairCalibration | None, rule: str) -> Head | PairCalibration:
+_Part = TypeVar("_Part", Head, PairCalibration)
+
+
+def _present(part: _Part | None, rule: str) -> _Part:
     if part is None:
         what = "a fitted calibration" if rule == "calibrated_opt" else "a fitted head"
         raise UserError(f"the rule {rule!r} needs {what}: fit one with `speccascade train_deferral`")
@@ -42,7 +46,7 @@ class LearnedGap(PrefixRule):
     source = f"{_SC}, optimal deferral rule, with a fitted loss gap"
 
     @property
-    def reads_hidden(self) -> bool:
+    def reads_hidden(self) -> bool:  # type: ignore[override]  # a class attribute of other rules
         """Whether the head reads the models' hidden states."""
         return self.head is not None and self.head.config.features.hidden > 0
 
@@ -75,7 +79,7 @@ class LearnedToken(TokenRule):
             raise UserError(f"test={self.test!r} is unknown: use one of {', '.join(TESTS)}")
 
     @property
-    def reads_hidden(self) -> bool:
+    def reads_hidden(self) -> bool:  # type: ignore[override]  # a class attribute of other rules
         """Whether the head reads the models' hidden states."""
         return self.head is not None and self.head.config.features.hidden > 0
 

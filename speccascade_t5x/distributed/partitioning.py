@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.checkpoints.tensors import Placement
@@ -88,22 +88,13 @@ class Topology:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        checks.whole("model", self.model, 1)
-        for name in ("devices", "data"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
-        if not isinstance(self.strict, bool):
-            raise UserError(f"strict={self.strict!r} is neither True nor False")
-        object.__setattr__(self, "rules", _checked_rules("rules", self.rules))
-        if self.drafter_rules is not None:
-            object.__setattr__(self, "drafter_rules", _checked_rules("drafter_rules", self.drafter_rules))
+        checks.fields(self, devices=(1,), data=(1,), model=(1,), submesh=(1,))
+        _check_rules("rules", self.rules)
+        _check_rules("drafter_rules", self.drafter_rules or ())
         if self.submesh is not None:
-            sides = checks.sequence("submesh", self.submesh)
-            for side in sides:
-                checks.whole("submesh", side, 1)
+            sides = self.submesh
             if len(sides) > 4 or math.prod(sides) != self.model:
-                raise UserError(f"submesh={sides} is not a block of model={self.model} devices: change its product")
-            object.__setattr__(self, "submesh", sides)
+                raise UserError(f"submesh={sides} is no block of model={self.model} devices: its product must be that")
 
     def mesh(self, among: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh ('data', 'model') of the first of some devices; None takes all devices of all hosts.
@@ -158,7 +149,7 @@ class Partitioning:
       strict: see `Topology`.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules = STANDARD_RULES
     drafter_rules: Rules = STANDARD_RULES
     strict: bool = False
@@ -351,16 +342,12 @@ def data_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=found[:count])
 
 
-def _checked_rules(option: str, rules: Any) -> Rules:
-    """Rules as tuples.
+def _check_rules(option: str, rules: Rules) -> None:
+    """Refuses rules that name no axis of a mesh.
 
     Raises:
       UserError: an entry is not a pair (logical axis, mesh axis).
     """
-    checked = []
-    for rule in checks.sequence(option, rules):
-        known = isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[0], str)
-        if not known or (rule[1] is not None and rule[1] not in AXES):
+    for rule in rules:
+        if rule[1] is not None and rule[1] not in AXES:
             raise UserError(f"{option} holds {rule!r}: a rule is (logical axis, 'data', 'model' or None)")
-        checked.append(tuple(rule))
-    return tuple(checked)

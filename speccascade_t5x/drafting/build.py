@@ -50,14 +50,14 @@ def cascade(
     count, sampling = len(models), sampling or Sampling()
     plan = k_matrix(k, count, copier is not None)
     rules = _checked_rules(rules, plan)
-    lenience = _lenience(lenience, rules, [plan.length(i + 1) > 0 for i in range(count)])
+    per_model = _lenience(lenience, rules, [plan.length(i + 1) > 0 for i in range(count)])
     _check_reads(reads, count)
     width = width or min(bound.model.vocab_size for bound in models)
     drafter = CascadeDrafter(
         sampling=sampling,
-        lenience=tuple(lenience),
+        lenience=tuple(per_model),
         rules=tuple(rules),
-        copier=copier and _fitted(copier, sampling, width, vocab_size),
+        copier=None if copier is None else _fitted(copier, sampling, width, vocab_size),
         models=tuple(bound.model for bound in models),
         plan=plan,
         width=width,
@@ -77,12 +77,13 @@ def _per_model(values: Sequence | None, count: int, name: str) -> list:
 
 
 def _lenience(
-    lenience: Array | float | Sequence[Array | float | None] | None, rules: list[Rule | None], drafts: list[bool]
+    given: Array | float | Sequence[Array | float | None] | None, rules: list[Rule | None], drafts: list[bool]
 ) -> list[Array | float | None]:
     """One checked entry per model; a single number applies to every edge and conflicts with a rule on any of them."""
-    if lenience is not None and (isinstance(lenience, jax.Array | np.ndarray) or np.ndim(lenience) == 0):
-        lenience = [lenience if below else None for below in drafts]
-    lenience = _per_model(lenience, len(rules), "lenience")
+    if given is None or isinstance(given, Sequence):
+        lenience = _per_model(given, len(rules), "lenience")
+    else:
+        lenience = [given if below else None for below in drafts]
     for i, value in enumerate(lenience):
         if value is None:
             continue

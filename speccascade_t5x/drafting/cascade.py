@@ -7,6 +7,7 @@ Every drafted token carries its distribution d, so the last review is exact what
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Job:
     """What stays the same while a round is drafted: parameters, prompt, and each row's first position [B]."""
 
     params: PyTree
-    prompt: Array | None
+    prompt: PyTree
     first: Array
 
 
@@ -163,16 +164,17 @@ class CascadeDrafter:
                 continue
             share += most
             goal = jnp.minimum(share, limit)
-            if drafter == len(self.models):
+            if drafter == len(self.models) and self.copier is not None:
                 part = noise[:, used : used + most * probs.DRAW]
-                carry, written = self._copy(job, carry, written, start, goal, most, part)
+                carry, written = self._copy(self.copier, job, carry, written, start, goal, most, part)
                 continue
             span = self.plan.review_noise(drafter)
             part = noise[:, used : used + most * span].reshape(batch, most, span).swapaxes(0, 1)
             used += most * span
 
             def review(state, uniforms, drafter=drafter, goal=goal):
-                return self._review(job, drafter, *state, start, goal, limit, uniforms)
+                carry, written = state
+                return self._review(job, drafter, carry, written, start, goal, limit, uniforms)
 
             def step(state, uniforms, review=review, goal=goal):
                 unfinished = jnp.any(state[1]["count"] < goal)
@@ -183,13 +185,14 @@ class CascadeDrafter:
         law, confidence = (written[name][:, :size] for name in ("law", "confidence"))
         return carry, Draft(tokens, written["count"], law, confidence, written["broken"])
 
+    @staticmethod
     def _copy(
-        self, job: _Job, carry: _Carry, written: PyTree, start: Array, goal: Array, most: int, noise: Array
+        copier: MaxGram, job: _Job, carry: _Carry, written: PyTree, start: Array, goal: Array, most: int, noise: Array
     ) -> tuple[_Carry, PyTree]:
         """The copying drafter fills the draft up to goal[b] tokens."""
         count, history = written["count"], carry["history"]
         end = start + count
-        tokens, lengths, law = self.copier.draft(job.params["copier"], job.prompt, history, end, most, noise)
+        tokens, lengths, law = copier.draft(job.params["copier"], job.prompt, history, end, most, noise)
         lengths = jnp.clip(goal - count, 0, lengths)
         written = {
             "count": count + lengths,
@@ -261,11 +264,12 @@ class CascadeDrafter:
         broken = law.broken_within(draft.lengths)
         if rule is not None:
             return carry, law.sampled, lambda tokens: probs.gather(law.raw, tokens), broken
-        sure = lambda tokens: raw_chance(logits, tokens, self.vocab_size)  # noqa: E731
-        if self.lenience[drafter] is None or not size:
+        sure = functools.partial(raw_chance, logits, vocab_size=self.vocab_size)
+        lenience = self.lenience[drafter]
+        if lenience is None or not size:
             return carry, law.sampled, sure, broken
         drafted = sure(jnp.pad(draft.tokens, ((0, 0), (0, 1))))[:, :-1]
-        return carry, lenient_target(draft, law, drafted, self.lenience[drafter], self.sampling), sure, broken
+        return carry, lenient_target(draft, law, drafted, lenience, self.sampling), sure, broken
 
     def _score(
         self, job: _Job, drafter: int, carry: _Carry, start: Array, lengths: Array, size: int, rows: Array

@@ -99,7 +99,7 @@ def rule_law(rule: Rule, lower: ModelLaw | None, upper: ModelLaw, sampling: Samp
     return ModelLaw(mixed, raw, sampled, upper.broken if lower is None else upper.broken | lower.broken)
 
 
-def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array, sampling: Sampling) -> Array:
+def lenient_target(draft: Draft, upper: ModelLaw, sure: Array, lenience: Array | float, sampling: Sampling) -> Array:
     """The target distribution of a lenient edge, [B, G + 1, V]; position i is the distribution after i drafted tokens.
 
     `sure` [B, G] is the raw probability of each drafted token under the upper model.

@@ -6,7 +6,7 @@ Source: Max-Gram of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -189,8 +189,8 @@ class MaxGram:
 
     def _fill(
         self, table: NGramTable, history: Array, end: Array, copied: Array, count: Array, noise: Array | None
-    ) -> tuple[Array, Array | None]:
-        """Continues a copy of `count` tokens from the table: tokens [B, size] and, if sampled, `law` [B, size, V]."""
+    ) -> tuple[Array, Array | Any]:
+        """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] or None)."""
         ends = end[:, None]
         earlier, last = token_before(history, ends, 1, -1)[:, 0], token_before(history, ends, 0, -1)[:, 0]
         size = copied.shape[1]

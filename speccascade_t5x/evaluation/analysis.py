@@ -18,7 +18,7 @@ from speccascade_t5x.evaluation import timing
 from speccascade_t5x.evaluation.cells import CellStore
 from speccascade_t5x.evaluation.grid import Condition
 from speccascade_t5x.evaluation.measure import NLL
-from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT, Scorer, Units
+from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT, Scorer
 from speccascade_t5x.evaluation.statistics import Bootstrap, Estimate, TimeRatio, TimeRatios
 from speccascade_t5x.interfaces import UserError
 
@@ -108,7 +108,8 @@ class Analyst:
     """
 
     def __init__(self, store: CellStore, scorer: Scorer | None, halves: Mapping[str, Sequence[int]], metric: str):
-        self.store, self.scorer, self.halves, self.metric = store, scorer, halves, metric
+        self.store, self.halves, self.metric = store, halves, metric
+        self.scorer: Any = scorer  # there wherever the metric is not the NLL
         self._boots: dict[int, Bootstrap] = {}
         self._weight: str | None = None
         self.unit_kind = "examples"
@@ -166,7 +167,8 @@ class Analyst:
                 undefined = Estimate(float("nan"), np.full(self._boot(len(places)).counts.shape[0], np.nan))
                 quality[half] = -nll[half] if half in nll else undefined
             else:
-                units = self._units([predictions[row["cell"]] for row in rows], half)
+                runs = [predictions[row["cell"]] for row in rows]
+                units = self.scorer.units(self.metric, runs, half, self._weight)
                 quality[half] = self._boot(units.numerators.shape[1]).ratio(units.numerators, units.denominators)
         return Point(
             name=name,
@@ -178,9 +180,6 @@ class Analyst:
             nll=nll,
             rates=_mean_rates([row["rates"]["all"] for row in rows]),
         )
-
-    def _units(self, runs: Sequence[Sequence[str]], half: str) -> Units:
-        return self.scorer.units(self.metric, runs, half, self._weight)
 
     def _timed(
         self, point: Point, verifier: Point, blocks: Sequence[Mapping[str, Any]], costs: Mapping[str, Any] | None

@@ -7,11 +7,9 @@ top-p); a cell is a point with one seed: what is decoded, and stored, at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +64,7 @@ class Arm:
     alphas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        checks.text("name", self.name)
+        checks.fields(self)
         if not _FILE_NAME.fullmatch(self.name):
             raise UserError(
                 f"the method name {self.name!r} names files as well: use letters, digits, blanks and -+=@:.,() only"
@@ -76,7 +74,7 @@ class Arm:
             raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
         make_settings(**self.options)
         if self.alphas is not None:
-            object.__setattr__(self, "alphas", tuple(map(float, checks.sequence("alphas", self.alphas))))
+            object.__setattr__(self, "alphas", tuple(map(float, self.alphas)))
             for alpha in self.alphas:
                 check_alpha(self, alpha)
 
@@ -93,7 +91,7 @@ class Arm:
         return self.options.get("rule", "lossless") if "rule" in methods.METHODS[self.method].reads else None
 
     @property
-    def range(self) -> tuple[float, float] | None:
+    def range(self) -> tuple[float, float] | Any:
         """Lowest and highest valid alpha; None where it takes no alpha."""
         if self.method == "sequence_cascade":
             return -math.inf, math.inf
@@ -127,28 +125,17 @@ def arm(text: str | Arm) -> Arm:
         chosen["method"] = rule
     else:
         if execution:
-            _known(execution, methods.METHODS, "execution")
-            chosen["method"] = execution
+            chosen["method"] = checks.one_of("execution", execution, methods.METHODS)
         if rule == "lossy_sd_optimal":
             chosen |= {"rule": "lossy_sd", "rule_options": {"residual": "optimal"}}
         else:
             names = [*rules.names(), "lossy_sd_optimal", *(m for m in methods.METHODS if m != "speculative")]
-            _known(rule, names, "method")
-            chosen["rule"] = rule
+            chosen["rule"] = checks.one_of("method", rule, names)
     if verification:
-        chosen["verification"] = _known(verification, ("token", "block"), "verification")
+        chosen["verification"] = checks.one_of("verification", verification, ("token", "block"))
     if drafter:
-        chosen["drafter"] = _known(drafter, drafters.DRAFTERS, "drafter")
+        chosen["drafter"] = checks.one_of("drafter", drafter, drafters.DRAFTERS)
     return Arm(text, chosen)
-
-
-def _known(name: str, names: Iterable[str], what: str) -> str:
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no {what} {name!r}: {hint}known are {', '.join(sorted(names))}")
-    return name
 
 
 def check_alpha(chosen: Arm, alpha: float) -> None:
@@ -162,7 +149,7 @@ def check_alpha(chosen: Arm, alpha: float) -> None:
     if not math.isfinite(alpha):
         raise UserError(f"alpha={alpha} of the method {chosen.name!r} is not finite")
     low, high = chosen.range
-    if not low <= alpha <= high:
+    if chosen.rule is not None and not low <= alpha <= high:
         cls = rules.get(chosen.rule)
         span = f"{rules.describe_range(cls)} ({cls.ends})"
         raise UserError(f"alpha={alpha:g} is outside the range of the method {chosen.name!r}: {span}")
@@ -253,12 +240,8 @@ def conditions(
       UserError: an empty list, or a value outside its range.
     """
     for name, values in (("draft_lens", draft_lens), ("temperatures", temperatures), ("top_ps", top_ps)):
-        if not checks.sequence(name, values):
+        if not values:
             raise UserError(f"{name} is empty: give it at least one value")
-    for length in draft_lens:
-        checks.whole("draft_lens", length, 1)
-    for value in itertools.chain(temperatures, top_ps):
-        checks.real("temperatures and top_ps", value, 0.0, 2.0)
     main = Condition(draft_lens[0], float(temperatures[0]), float(top_ps[0]))
     found = [main]
     found += [dataclasses.replace(main, draft_len=length) for length in draft_lens[1:]]
@@ -302,7 +285,11 @@ class Cell:
         Raises:
           UserError: an option outside its range.
         """
-        chosen = {"temperature": self.condition.temperature, "top_p": self.condition.top_p, "seed": self.seed}
+        chosen: dict[str, Any] = {
+            "temperature": self.condition.temperature,
+            "top_p": self.condition.top_p,
+            "seed": self.seed,
+        }
         chosen |= {"alpha": self.alpha} | dict(self.arm.options)
         if self.arm.reads_draft_len:
             chosen["draft_len"] = self.condition.draft_len
@@ -318,8 +305,7 @@ def check_base(base: Settings) -> None:
     for field in dataclasses.fields(Settings):
         if field.name not in (*_ARM, *_OWN):
             continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        if getattr(base, field.name) != default:
+        if getattr(base, field.name) != getattr(Settings(), field.name):
             raise UserError(
                 f"generate.Settings.{field.name} is chosen by the sweep itself: use its methods, alphas, draft_lens, "
                 "temperatures, top_ps and seeds instead"
@@ -350,6 +336,6 @@ def arms(
     if any(each.rule == TRUNCATED for each in wanted):
         found.setdefault(TRUNCATION, arm(TRUNCATION))
     for name, values in alphas.items():
-        _known(name, found, "method with alphas")
+        checks.one_of("method with alphas", name, found)
         found[name] = dataclasses.replace(found[name], alphas=tuple(checks.sequence(f"alphas of {name}", values)))
     return tuple(found.values())

@@ -102,7 +102,7 @@ class Measurement:
         self.halves, self.tell, self.metric = halves, tell, metric
         self.max_len = base.max_len or pair.feature_lengths["targets"]
         batches = Runner(pair, dataclasses.replace(base, method="verifier")).batches(dataset.prompts)
-        self.references = teacher_forced.references(pair, batches, dataset.targets_text, self.max_len)
+        self.references = teacher_forced.references(pair, batches, dataset.references, self.max_len)
         self.forced = teacher_forced.TeacherForced(pair, self.max_len)
         self._known: dict[str, Any] = {}
         self._began, self._measured, self._done, self._total = time.monotonic(), 0, 0, 0
@@ -189,7 +189,9 @@ class Measurement:
 
     def _score_singles(self, found: list[dict[str, Any]]) -> None:
         """Adds what each prediction is worth by itself, so that a report need not score it again."""
-        for place, record in enumerate(found if self.scorer else ()):
+        if self.scorer is None:
+            return
+        for place, record in enumerate(found):
             record["scores"] = self.scorer.single(place, record["prediction"])
 
     def _name(self, cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -376,8 +378,8 @@ def _refine(measurement: Measurement, choices: Choices, grids: dict[str, list[fl
         for each in choices.arms:
             if each.name not in grids or each.name in given or each.name in following:
                 continue
-            rows = [measurement.store.row(Cell(each, alpha, main, seed).id) for alpha in grids[each.name]]
-            rows = [row for row in rows if row]
+            cells = [Cell(each, alpha, main, seed).id for alpha in grids[each.name]]
+            rows = [row for row in map(measurement.store.row, cells) if row]
             quality = _qualities([row["metrics"][CHOOSE] for row in rows], choices.metric)
             if quality is None:
                 continue

@@ -5,19 +5,19 @@ Written by `speccascade sweep`, read by `speccascade infer --operating_point=FIL
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.common import checks, storage
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.evaluation import frontier
 from speccascade_t5x.evaluation.analysis import Group, Point
 from speccascade_t5x.evaluation.scoring import CHOOSE, REPORT
 from speccascade_t5x.interfaces import UserError
 
 FORMAT, VERSION = "speccascade_t5x.operating_points", 1
+_CONTENT = schema.record({"points": schema.list_of(schema.of(dict))})
 FILE = "operating_points.json"
 # Fields of Settings that make the operating point; the rest (seed, batch size, lengths) stays the user's.
 FIELDS = (
@@ -93,21 +93,15 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: it is missing, damaged, empty, or of a newer format.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        whole = found["format"] == FORMAT and isinstance(found["points"], list)
-        version = found["version"]
-    except FileNotFoundError:
-        raise UserError(f"there are no operating points {path}: `speccascade sweep` writes them") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them") from error
-    if not whole or not found["points"]:
+    if not path.exists():
+        raise UserError(f"there are no operating points {path}: `speccascade sweep` writes them")
+    found = schema.read_versioned(path, VERSION, "a file of operating points", _CONTENT, format=FORMAT)
+    if not found["points"]:
         raise UserError(f"{path} holds no operating points: `speccascade sweep` writes them, for points it has timed")
-    if version > VERSION:
-        raise UserError(f"{path} has format version {version}, this release reads up to {VERSION}: upgrade the package")
     return found
 
 
+@checks.arguments(latency_budget=(0.0,))
 def choose(
     path: str | Path,
     latency_budget: float | None = None,
@@ -139,7 +133,6 @@ def choose(
         asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
         raise UserError(f"{path} has no point under {asked or 'the main condition'}: it has {'; '.join(has)}")
     if latency_budget is not None:
-        checks.real("latency_budget", latency_budget, 0.0)
         fit = [point for point in points if _latency(point) <= latency_budget]
         if not fit:
             least = min(map(_latency, points))
@@ -153,7 +146,6 @@ def choose(
         if not alone:
             raise UserError(f"{path} lacks the verifier alone: give a latency budget or a quality floor")
         quality_floor = _quality(alone[0]) - offered.get("quality_tolerance", 0.0)
-    checks.real("quality_floor", quality_floor)
     fit = [point for point in points if _quality(point) >= quality_floor]
     if not fit:
         most = max(map(_quality, points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ def draw_all(folder: Path, groups: Sequence[Group], quality: str, reliability: M
     wanted: dict[str, tuple[bool, Callable[[Axes], None]]] = {}
     for i, group in enumerate(groups):
         timed = any(REPORT in point.speed_up for point in group.points)
-        wanted[f"frontier-{i}"] = (timed, lambda ax, group=group: _frontier(ax, group, quality, looks))
+        wanted[f"frontier-{i}"] = (timed, functools.partial(_frontier, group=group, quality=quality, looks=looks))
     wanted |= {
         "quality-by-calls": (True, lambda ax: _by_calls(ax, main, quality, looks)),
         "acceptance-by-position": (True, lambda ax: _positions(ax, main, looks)),
@@ -169,7 +170,7 @@ def _theory(ax: Axes, groups: Sequence[Group], looks: Mapping[str, Any]) -> None
     for arm, points in seen.items():
         values = [point.speed_up[REPORT] for point in points]
         y = [one.value for one in values]
-        x = [point.predicted for point in points]
+        x = [point.predicted or 0.0 for point in points]
         ax.errorbar(x, y, yerr=_bars(values), ls="", label=arm, elinewidth=0.5, ms=4, **looks.get(arm, {}))
     high = max(max(ax.get_xlim()), max(ax.get_ylim()))
     ax.plot([0, high], [0, high], color="grey", lw=0.8, ls=":")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -176,7 +177,8 @@ class Scorer:
             pseudo = np.stack([self._pseudo_values(metric, predictions, places) for predictions in runs])
             return Units(pseudo, np.ones_like(pseudo), "groups of examples")
         weights = self._weights(weight)
-        numerators = np.stack([self._numerators(metric, predictions, weights)[places] for predictions in runs])
+        found: list[Any] = [self._numerators(metric, predictions, weights) for predictions in runs]
+        numerators = np.stack([each[places] for each in found])
         return Units(numerators, np.broadcast_to(weights[places], numerators.shape), "examples")
 
     def _pseudo_values(self, metric: str, predictions: Sequence[str], places: Sequence[int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -88,6 +89,8 @@ class Estimate:
         return {name: float(x) if np.isfinite(x) else None for name, x in named.items()} | {"units": self.units}
 
     def _with(self, other: Estimate | float, how: np.ufunc) -> Estimate:
+        draws: Any
+        units: int | None
         value, draws, units = other, other, None
         if isinstance(other, Estimate):
             value, draws, units = other.value, other.draws, other.units
@@ -217,9 +220,7 @@ class TimeRatios:
         return TimeRatio(float(np.exp(centre)), draws, self.level, self.units, logs=logs)
 
 
-def paired_difference(
-    ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
-) -> Estimate:
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     """mean(ours) - mean(theirs) over the same examples, with its paired interval.
 
     Args:
@@ -232,12 +233,12 @@ def paired_difference(
     sizes = np.asarray(ours).shape[-1], np.asarray(theirs).shape[-1]
     if sizes[0] != sizes[1]:
         raise UserError(f"a paired difference needs the same examples, got {sizes[0]} and {sizes[1]}")
-    boot = Bootstrap(sizes[0], draws, seed, level)
+    boot = Bootstrap(sizes[0])
     return boot.mean(ours) - boot.mean(theirs)
 
 
-def holm(values: Sequence[Estimate], level: float = LEVEL) -> list[bool]:
-    """Which of a family of figures differ from 0, the chance of any false one being at most 1 - level.
+def holm(values: Sequence[Estimate]) -> list[bool]:
+    """Which of a family of figures differ from 0, the chance of any false one being at most 1 - LEVEL.
 
     Each is tested by t = value / standard deviation of its resamples, with its units less one degrees of freedom.
 
@@ -251,7 +252,7 @@ def holm(values: Sequence[Estimate], level: float = LEVEL) -> list[bool]:
         chances.append(found if np.isfinite(found) else 1.0)
     differs = [False] * len(chances)
     for rank, place in enumerate(np.argsort(chances, kind="stable")):
-        if chances[place] > (1.0 - level) / (len(chances) - rank):
+        if chances[place] > (1.0 - LEVEL) / (len(chances) - rank):
             break
         differs[place] = True
     return differs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +48,10 @@ class SweepResult:
     tolerance: float = 0.0
 
 
+@checks.arguments(
+    seeds=checks.SEED, draft_lens=(1,), temperatures=(0.0, 2.0), top_ps=(0.0, 1.0), limit=(1,), alpha_points=(1,),
+    refine=(0,), timing_items=(2,), timing_repeats=(1,), timed_points=(1,), traces=(0,), quality_tolerance=(0.0,),
+)  # fmt: skip
 def sweep(
     pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
@@ -116,13 +119,6 @@ def sweep(
         raise UserError("name either a task or an input file to sweep on (TASK or INPUT), and not both")
     if output_dir is None:
         raise UserError("a sweep needs an output folder: set OUTPUT_DIR, or give --output_dir")
-    for name, value, least in (
-        *(("alpha_points", alpha_points, 1), ("refine", refine, 0), ("timing_items", timing_items, 2)),
-        *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
-        *(() if limit is None else (("limit", limit, 1),)),
-    ):
-        checks.whole(name, value, least)
-    checks.real("quality_tolerance", quality_tolerance, 0.0)
     _check_seeds(seeds)
     if report_only:
         _check_report(output_dir, calibrate)
@@ -168,15 +164,13 @@ def sweep(
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     """All of them: the cells of the first would be there before the second is read."""
-    for seed in checks.sequence("seeds", seeds):
-        checks.whole("seeds", seed, 0, 2**32 - 1)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
     """Arms that are not measured are skipped, but the name of no arm is an error."""
-    for name in checks.sequence("varied", varied):
+    for name in varied:
         if name not in {each.name for each in arms}:
             grid.arm(name)
 
@@ -236,10 +230,8 @@ def _dataset(
 ) -> tuple[datasets.Dataset, Scorer | None, dict[str, list[int]]]:
     runner = Runner(pair, dataclasses.replace(base, method="verifier"))
     dataset = datasets.read(runner.prompt_form, task, split, source, limit)
-    if any(text is None for text in dataset.targets_text):
-        raise UserError(f"{dataset.name} has examples without targets: a sweep needs a reference for each")
-    halves = scoring.halves(len(dataset.prompts))
-    scorer = Scorer(dataset.score, dataset.targets_text) if dataset.score else None
+    references, halves = dataset.references, scoring.halves(len(dataset.prompts))
+    scorer = Scorer(dataset.score, references) if dataset.score else None
     return dataset, scorer, halves
 
 
@@ -249,7 +241,7 @@ def _metric(metric: str | None, dataset: datasets.Dataset, scorer: Scorer | None
     Raises:
       UserError: the task has no such metric; the message names those it has.
     """
-    offered = [] if scorer is None else list(scorer.scores(dataset.targets_text))
+    offered = [] if scorer is None else list(scorer.scores(dataset.references))
     if metric is None:
         return offered[0] if offered else NLL
     if metric != NLL and metric not in offered:
@@ -305,8 +297,9 @@ def _measure_times(measurement: Measurement, choices: Choices, items: int, repea
 
 def _size_ratio(pair: LoadedPair) -> float:
     """Parameters of the drafter over the verifier's: a cost that is the same on every machine and every restart."""
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(bound.params)) for bound in (pair.drafter, pair.verifier)]
-    return sizes[0] / sizes[1]
+    models = (*pair.drafters[:1], pair.verifier)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(bound.params)) for bound in models]
+    return sizes[0] / sizes[-1]
 
 
 def matter(
@@ -357,7 +350,7 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
         blocks.append(block)
         index += 1
     costs_file = store.folder / "costs.json"
-    costs = json.loads(costs_file.read_text("utf-8")) if costs_file.exists() else None
+    costs = storage.from_json(costs_file.read_text("utf-8")) if costs_file.exists() else None
     groups = analyst.groups(choices.conditions, blocks, costs)
     if not groups:
         raise UserError(
@@ -395,7 +388,7 @@ def _reliability(measurement: Measurement) -> dict[str, Any]:
     """Reliability of both models on the references; kept on disk, as models and references do not change."""
     path = measurement.store.folder / "reliability.json"
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        return storage.from_json(path.read_text("utf-8"))
     forced = teacher_forced.TeacherForced(measurement.pair, measurement.max_len)
     alone = dataclasses.replace(measurement.base, method="verifier")
     (figures,) = forced.score(measurement.references, [alone])

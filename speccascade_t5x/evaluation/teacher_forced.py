@@ -8,7 +8,8 @@ emitted. No token is drawn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class Texts:
     """
 
     batches: tuple[batching.Batch, ...]
-    ids: dict[int, Sequence[int]]
+    ids: Mapping[int, Sequence[int]]
 
 
 def references(pair: LoadedPair, batches: Sequence[batching.Batch], targets: Sequence[str], max_len: int) -> Texts:
@@ -101,19 +102,16 @@ class TeacherForced:
                 _check_finite(batch, figures["prob"], inside)
                 for name, values in figures.items():
                     into = found[i].setdefault(name, np.full((total, self.max_len), np.nan, np.float32))
-                    for row in np.flatnonzero(batch.valid):
+                    for row in np.flatnonzero(batch.valid).tolist():
                         into[batch.example_ids[row]] = np.where(inside[row], values[row], np.nan)
         return found
 
     def _logits(self, batch: batching.Batch, tokens: np.ndarray) -> tuple[Array, Array | None]:
-        both = []
-        for bound in (self.pair.verifier, self.pair.drafter):
-            if bound is None:
-                both.append(None)
-                continue
+        def of(bound: Bound) -> Array:
             inputs = bound.model.inputs(jnp.asarray(batch.encoder_input_tokens))
-            both.append(self._score(bound.model, bound.params, inputs, jnp.asarray(tokens), self.max_len))
-        return both[0], both[1]
+            return self._score(bound.model, bound.params, inputs, jnp.asarray(tokens), self.max_len)
+
+        return of(self.pair.verifier), None if self.pair.drafter is None else of(self.pair.drafter)
 
     def _figures(
         self, settings: Settings, program: decoding.Program, logits_p: Array, logits_q: Array | None, tokens: Array
@@ -168,13 +166,13 @@ def _figures(
     p_raw, q_raw = probs.raw(logits_p, vocab_size), probs.raw(logits_q, vocab_size)
     q = probs.tempered(logits_q, sampling.temperature, vocab_size, q_raw)
     pair = Pair(q=q_raw, p=p_raw, q_raw=q_raw, p_raw=p_raw, position=jnp.arange(tokens.shape[1])[None])
-    # rule_laws reads no more of a program than these.
-    program = decoding.Program(Bound(None, None), rule, sampling, None, None, shape.config, shape.width)
+    unread: Any = None  # by rule_laws
+    program = decoding.Program(unread, rule, sampling, unread, unread, shape.config, shape.width)
     laws = rule_laws(program, pair, logits_p, q, plain=False)
     drafted = probs.truncate(q, sampling)
     target = drafted if shape.drafter_alone else laws.target
     deferral = jnp.zeros_like(laws.deferral) if shape.drafter_alone else laws.deferral
-    peak = lambda law: jnp.max(law, axis=-1)  # noqa: E731
+    peak = functools.partial(jnp.max, axis=-1)
     return {
         "prob": jnp.where(laws.broken, jnp.nan, probs.gather(target, tokens)),
         "q": probs.gather(q_raw, tokens),

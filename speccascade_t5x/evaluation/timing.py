@@ -102,7 +102,9 @@ class Stopwatch:
 
     def _block(self, items: Sequence[int], index: int) -> dict[str, Any]:
         names = list(self.points)
-        found = {name: {"one_s": [], "one_tokens": [], "batch_s": [], "batch_tokens": []} for name in names}
+        found: dict[str, dict[str, list]] = {
+            name: {"one_s": [], "one_tokens": [], "batch_s": [], "batch_tokens": []} for name in names
+        }
         turn = index * len(items) * self.repeats
         for repeat in range(self.repeats):
             points = self._round(repeat)

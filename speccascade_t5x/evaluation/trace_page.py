@@ -65,9 +65,9 @@ def write(measurement: Measurement, group: Group, items: int) -> Path:
         "last one, the others as a dot. All methods used the same seed.</p>"
     )
     for place in places:
-        dataset = measurement.dataset
+        example = measurement.dataset.prompts[place]
         parts.append(f"<h2>Item {place}</h2>")
-        given = {"input": dataset.inputs_text[place], "reference": dataset.targets_text[place]}
+        given = {"input": example.inputs_text, "reference": example.targets_text or ""}
         lines = [(name, page.escape(text)) for name, text in given.items()]
         lines += [(f"{point.arm} alone", columns[point.name][place]) for point in alone]
         parts.append(f'<div class="beside">{_grid(lines)}</div>')

@@ -10,7 +10,7 @@ from typing import Any
 
 from speccascade_t5x.data.examples import Example, PromptForm
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.text import text_input, vocabulary
+from speccascade_t5x.text import text_input
 
 # Fields of a record that come from decoding; inputs and targets come from the data.
 _DECODED = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
@@ -32,14 +32,16 @@ class Dataset:
     score: Callable[..., dict[str, float]] | None = None
 
     @property
-    def inputs_text(self) -> list[str]:
-        """The text of each example."""
-        return [example.inputs_text for example in self.prompts]
+    def references(self) -> list[str]:
+        """The reference of each example.
 
-    @property
-    def targets_text(self) -> list[str | None]:
-        """The reference of each example, or None."""
-        return [example.targets_text for example in self.prompts]
+        Raises:
+          UserError: an example has none.
+        """
+        found = [example.targets_text for example in self.prompts if example.targets_text is not None]
+        if len(found) < len(self.prompts):
+            raise UserError(f"{self.name} has examples without targets: a sweep needs a reference for each")
+        return found
 
     def record(self, index: int, decoded: Mapping[str, Any]) -> dict[str, Any]:
         """The record of example `index`: its texts, and the fields that come from decoding."""
@@ -68,7 +70,7 @@ def check_source(task: str | None, split: str, input: str | None) -> None:
         from speccascade_t5x.data import seqio_tasks
 
         seqio_tasks.check(task, split)
-    elif input != "-":
+    elif input is not None and input != "-":
         text_input.check(input)
 
 
@@ -94,24 +96,23 @@ def read(form: PromptForm, task: str | None, split: str, input: str | None, limi
     return Dataset("stdin" if input == "-" else Path(input).stem, prompts)
 
 
-def from_texts(form: PromptForm, texts: Iterable[str], first: int = 0) -> Dataset:
-    """Texts as a data set, numbered from `first`.
+def from_texts(form: PromptForm, texts: Iterable[str]) -> Dataset:
+    """Texts as a data set, numbered from 0.
 
     Raises:
       UserError: one is not a text, or too long while the form does not truncate.
     """
-    return Dataset("texts", [form.encode(first + i, text, f"text {i}") for i, text in enumerate(texts)])
+    return Dataset("texts", [form.encode(i, text, f"text {i}") for i, text in enumerate(texts)])
 
 
 def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Dataset:
     """Reads a seqio task and checks that it has the form's vocabulary."""
     from speccascade_t5x.data import seqio_tasks
 
-    for feature, spoken in seqio_tasks.task_vocabularies(task).items():
-        ours = seqio_tasks.as_vocabulary(spoken)
-        vocabulary.check_same(ours, form.vocabulary, (f"feature {feature!r} of task {task!r}", "pair"))
+    seqio_tasks.check_vocabulary(task, form.vocabulary)
     examples = seqio_tasks.examples(task, split, {"inputs": form.max_len}, limit=limit, truncate=form.truncate)
     with_targets = all(example.targets_text is not None for example in examples)
+    seqio_tasks.metric_fns(task)  # one that cannot be called is told before anything is decoded
 
     def score(predictions: Sequence[str], places: Sequence[int] | None = None) -> dict[str, float]:
         return seqio_tasks.score(task, examples if places is None else [examples[i] for i in places], predictions)

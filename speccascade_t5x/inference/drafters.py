@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ MODEL_FREE = ("max_gram", "prompt_lookup", "ngram")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A drafter a user can name.
+    """A drafter, or an execution, that a user can name.
 
     Attributes:
-      what: one human-readable line.
-      reads: the fields of Settings that it uses, beyond draft_len.
-      source: its publication.
+      what: one line for people.
+      reads: the fields of Settings that have a meaning for it, beyond those all of its kind read.
+      source: where it comes from.
     """
 
     what: str
@@ -123,7 +124,7 @@ def build(
         return models[0] if models else verifier, config
     width = min(bound.model.vocab_size for bound in (verifier, *(models if kind == "cascade" else ())))
     prompt = getattr(verifier.model, "input_name", None)
-    common = {"vocab_size": config.vocab_size, "prompt": prompt, "min_ngram": settings.min_ngram}
+    common: dict[str, Any] = {"vocab_size": config.vocab_size, "prompt": prompt, "min_ngram": settings.min_ngram}
     if kind == "prompt_lookup":
         longest = 3 if settings.max_ngram is None else settings.max_ngram
         bound = drafting.prompt_lookup(config.draft_len, width, longest, sampling=sampling, **common)
@@ -158,9 +159,6 @@ def _edge_rules(edges: Sequence[Sequence | None] | None) -> list[rules.Rule | No
     """The rules between drafters."""
     if edges is None:
         return None
-    for edge in edges:
-        if edge is not None and len(edge) != 2:
-            raise UserError(f"edge_rules has the entry {edge!r}: write (rule, alpha), or None for no rule")
     made = [edge and rules.by_name(*edge) for edge in edges]
     return [jax.tree.map(jnp.float32, rule) for rule in made]
 

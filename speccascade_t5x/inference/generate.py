@@ -16,6 +16,8 @@ import numpy as np
 
 from speccascade_t5x import checkpoints, decoding
 from speccascade_t5x.checkpoints import Bundle, load_bundle
+from speccascade_t5x.checkpoints.opened import Placing
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import accounting, noise
 from speccascade_t5x.data import batching
 from speccascade_t5x.data.examples import Example, PromptForm
@@ -27,7 +29,7 @@ from speccascade_t5x.drafting import NGramTable
 from speccascade_t5x.inference import datasets, methods, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Bound, UserError
-from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, stop_ids
 
 _Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
@@ -92,8 +94,13 @@ class LoadedPair:
         self.feature_lengths = dict(bundle.feature_lengths)
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
-        self._compiled: dict[tuple, CompiledDecoder | CompiledQueue] = {}
-        self._numbered = 0  # number of texts numbered so far
+        self._compiled: dict[tuple, Any] = {}  # by kind and shapes
+        self._numbered = 0  # texts that have been given a number
+
+    @property
+    def drafters(self) -> list[Bound]:
+        """Every drafter model, from the largest."""
+        return [] if self.drafter is None else [self.drafter, *self.smaller]
 
     def generate(self, texts: Sequence[str], ids: Sequence[int] | None = None, **settings: Any) -> list[dict[str, Any]]:
         """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
@@ -144,10 +151,8 @@ class LoadedPair:
                 raise UserError(f"the id {each!r} must be a whole number from 0 to 2**31 - 1")
         return np.array(found, np.int32)
 
-    def compiled(
-        self, program: decoding.Program, inputs: Any, kind: type[_Kind] = CompiledDecoder
-    ) -> tuple[_Kind, float]:
-        """The compiled decode for these shapes, and the seconds of compiling it (0 if it was compiled before)."""
+    def compiled(self, program: decoding.Program, inputs: Any, kind: type[_Kind]) -> tuple[_Kind, float]:
+        """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
         key = (kind, shape_key(program, inputs))
         if key in self._compiled:
             return self._compiled[key], 0.0
@@ -204,14 +209,14 @@ class Runner:
         Raises:
           UserError: a model produced NaN.
         """
-        compiled = self.compiled(batch)
+        compiled = self.compiled(batch, CompiledDecoder)
         begin = time.perf_counter()
         output = jax.device_get(compiled.finish(compiled.run(self.program, self.start(compiled, batch))))
         self.timing.decode_s += time.perf_counter() - begin
         places = np.flatnonzero(batch.valid).tolist()
         return {int(batch.example_ids[place]): self.record(output, place, batch.example_ids[place]) for place in places}
 
-    def compiled(self, batch: batching.Batch, kind: type[_Kind] = CompiledDecoder) -> _Kind:
+    def compiled(self, batch: batching.Batch, kind: type[_Kind]) -> _Kind:
         """The decoder for batches of this shape; compiling it is counted in `timing`."""
         compiled, seconds = self.pair.compiled(self.program, self._inputs(batch), kind)
         self.timing.compile_s += seconds
@@ -236,7 +241,7 @@ class Runner:
         """
         samples = self.settings.num_samples
         each = [self._record(output, place * samples + s, int(index)) for s in range(samples)]
-        return each[0] if samples == 1 else _transpose(each)
+        return each[0] if samples == 1 else {name: [one[name] for one in each] for name in each[0]}
 
     def _inputs(self, batch: batching.Batch) -> Any:
         return self.pair.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
@@ -267,6 +272,7 @@ class Runner:
         return record
 
 
+@checks.arguments()
 def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     """Loads a bundle (see `checkpoints.save_bundle`) for decoding.
 
@@ -281,10 +287,12 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
     if topology is None:
         return LoadedPair(load_bundle(path))
     mesh = hosts.partitioning(topology)
-    placing = {"verifier": mesh.placement, "drafter": functools.partial(mesh.placement, drafter=True)}
+    placing: dict[str, Placing] = {"verifier": mesh.placement}
+    placing["drafter"] = functools.partial(mesh.placement, drafter=True)
     return LoadedPair(load_bundle(path, placing=placing), partitioning=mesh)
 
 
+@checks.arguments(extra_ids=(0,), max_input_len=(1,), max_len=(1,), draft_len=(0,))
 def from_checkpoints(
     *,
     verifier: str | Path,
@@ -317,21 +325,21 @@ def from_checkpoints(
     Raises:
       UserError: a checkpoint that is missing or damaged, or logits narrower than the vocabulary; no such mesh.
     """
+    pieces: Vocabulary
     if vocabulary == "bytes":
         pieces = ByteVocabulary(125 if extra_ids is None else extra_ids)
     else:
         pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
     if smaller and drafter is None:
         raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
-    named = {"verifier": verifier, "drafter": drafter} | {f"smaller drafter {i}": at for i, at in enumerate(smaller)}
-    mesh = topology and hosts.partitioning(topology)
-    placing = {name: mesh and functools.partial(mesh.placement, drafter=name != "verifier") for name in named}
-    models = {
-        name: None if path is None else checkpoints.load(path, placing=placing[name], allow_drivers=allow_drivers)
-        for name, path in named.items()
-    }
-    for name, bound in models.items():
-        if bound is not None and bound.model.vocab_size < pieces.vocab_size:
+    named = {"verifier": verifier} | ({} if drafter is None else {"drafter": drafter})
+    named |= {f"smaller drafter {i}": path for i, path in enumerate(smaller)}
+    mesh = None if topology is None else hosts.partitioning(topology)
+    models = {}
+    for name, path in named.items():
+        placing = None if mesh is None else functools.partial(mesh.placement, drafter=name != "verifier")
+        models[name] = bound = checkpoints.load(path, placing=placing, allow_drivers=allow_drivers)
+        if bound.model.vocab_size < pieces.vocab_size:
             raise UserError(
                 f"the {name} has {bound.model.vocab_size} logits but the vocabulary {pieces.vocab_size} pieces: "
                 "give the vocabulary it was trained with"
@@ -339,7 +347,7 @@ def from_checkpoints(
     lengths = {"inputs": max_input_len, "targets": max_len}
     defaults = {"draft_len": draft_len, "start_id": models["verifier"].model.start_id, "prompt_eos": prompt_eos}
     return LoadedPair(
-        checkpoints.Bundle(Path(verifier), models["verifier"], models["drafter"], pieces, lengths, defaults, ""),
+        checkpoints.Bundle(Path(verifier), models["verifier"], models.get("drafter"), pieces, lengths, defaults, ""),
         smaller=[models[f"smaller drafter {i}"] for i in range(len(smaller))],
         partitioning=mesh,
     )
@@ -355,7 +363,7 @@ def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfi
         start_id=defaults["start_id"],
         vocab_size=vocabulary.vocab_size,
         verification=settings.verification,
-        stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in settings.stop_sequences),
+        stop_sequences=stop_ids(vocabulary, settings.stop_sequences),
         num_samples=settings.num_samples,
         trace=settings.trace,
     )
@@ -363,12 +371,6 @@ def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfi
 
 def _program(pair: LoadedPair, settings: Settings) -> decoding.Program:
     """The Program of these settings."""
-    drafters = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
     default = pair.decode_defaults["draft_len"]
     config = program_config(pair, settings)
-    return methods.program(settings, pair.verifier, drafters, config, default, pair.table, pair.deferral)
-
-
-def _transpose(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Merges one record per sample into one record of lists."""
-    return {name: [record[name] for record in records] for name in records[0]}
+    return methods.program(settings, pair.verifier, pair.drafters, config, default, pair.table, pair.deferral)

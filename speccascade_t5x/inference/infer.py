@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ class InferResult:
     timing: dict[str, Any]
 
 
+@checks.arguments(limit=(1,), batches_per_chunk=(1,), host_patience_s=(0.0,))
 def infer(
     pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
@@ -95,9 +95,6 @@ def infer(
     datasets.check_source(task, split, input)
     if task is not None and output_dir is None:
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
-    checks.whole("batches_per_chunk", batches_per_chunk, 1)
-    if limit is not None:
-        checks.whole("limit", limit, 1)
     methods.check(settings)
     pair = loaded(pair)
     runner = Runner(pair, settings)  # rejects what this pair cannot do before any data is read
@@ -146,8 +143,8 @@ def infer(
             failure, metrics = error, _metrics(dataclasses.replace(dataset, score=None), settings, in_order)
         writer.write_metrics(metrics)
         timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
-        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so there is no new timing
-            timing = json.loads(timed.read_text("utf-8"))
+        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
+            timing = storage.from_json(timed.read_text("utf-8"))
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
             writer.write_timing(timing)
@@ -268,7 +265,7 @@ def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
     if "level_calls_per_token" not in metrics:
         return {}
     pair = runner.pair
-    models = [pair.drafter, *pair.smaller][: len(metrics["level_calls_per_token"])]
+    models = pair.drafters[: len(metrics["level_calls_per_token"])]
     per_token = {
         "committed": 1.0,
         "verifier_calls": metrics["verifier_calls_per_token"],

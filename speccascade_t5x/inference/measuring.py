@@ -15,6 +15,7 @@ import numpy as np
 from speccascade_t5x import decoding
 from speccascade_t5x.core import accounting, noise, probs
 from speccascade_t5x.data import batching
+from speccascade_t5x.decoding.compiled import CompiledDecoder
 from speccascade_t5x.inference.generate import LoadedPair
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, Bound
 
@@ -70,7 +71,7 @@ def timed(
         for batch in batches:
             for i, program in enumerate(programs):
                 inputs = program.verifier.model.inputs(jnp.asarray(batch.encoder_input_tokens))
-                decoder, _ = pair.compiled(program, inputs)
+                decoder, _ = pair.compiled(program, inputs, CompiledDecoder)
                 state = jax.block_until_ready(decoder.start(program, inputs, key, jnp.asarray(batch.example_ids)))
                 begin = time.perf_counter()
                 state = jax.block_until_ready(decoder.run(program, state))
@@ -106,7 +107,8 @@ def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[floa
       sources: source of each output token, row by row. Tokens cut off by a row's end are not counted.
       draft_len: G of the decode.
     """
-    tried, stood = Counter(), Counter()
+    tried: Counter[int] = Counter()
+    stood: Counter[int] = Counter()
     for source in sources:
         position = 0
         for writer in source:

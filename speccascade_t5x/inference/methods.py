@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from speccascade_t5x import decoding, deferral, drafting
 from speccascade_t5x.core import rules
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.inference import drafters
+from speccascade_t5x.inference.drafters import Kind
 from speccascade_t5x.inference.settings import Settings
-from speccascade_t5x.interfaces import Bound, UserError
+from speccascade_t5x.interfaces import Array, Bound, UserError
 
 # These change how a distribution is sampled, not the distribution: they may stay set while methods are compared.
 _HARMLESS = ("draft_len", "plan", "verification")
@@ -21,23 +22,8 @@ _HARMLESS = ("draft_len", "plan", "verification")
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An execution a user can name.
-
-    Attributes:
-      what: one human-readable line.
-      reads: the fields of Settings that it uses, beyond those that every method uses.
-      source: its publication.
-    """
-
-    what: str
-    reads: tuple[str, ...]
-    source: str
-
-
 METHODS = {
-    "speculative": Method(
+    "speculative": Kind(
         "drafter and verifier by speculative execution of a rule; draft_len=auto does what `speccascade plan` found",
         (
             *("rule", "alpha", "rule_options", "draft_len", "plan", "verification", "draft_stop", "stop_threshold"),
@@ -45,25 +31,25 @@ METHODS = {
         ),
         "Faster Cascades via Speculative Decoding, GenSpecSample; block verification: Sun et al. 2024",
     ),
-    "verifier": Method("the verifier alone, token by token", (), "baseline"),
-    "drafter": Method("the drafter alone, token by token", (), "baseline"),
-    "bild": Method(
+    "verifier": Kind("the verifier alone, token by token", (), "baseline"),
+    "drafter": Kind("the drafter alone, token by token", (), "baseline"),
+    "bild": Kind(
         "BiLD as published, with sampling: drafts end at the fallback test; alpha is the rollback threshold in nats, "
         "rule_options={'fallback': ...} the confidence",
         ("alpha", "rule_options", "draft_len", "verification"),
         "Kim et al. 2023",
     ),
-    "token_cascade": Method(
+    "token_cascade": Kind(
         "the drafter writes a token, or the verifier where the rule defers; rules chow and chow_log",
         ("rule", "alpha", "draft_len"),
         "Faster Cascades via Speculative Decoding, TokenCascade",
     ),
-    "oracle": Method(
+    "oracle": Kind(
         "a token cascade of any prefix rule, charged for the verifier only where it defers",
         ("rule", "alpha"),
         "Faster Cascades via Speculative Decoding, Oracle[Diff]",
     ),
-    "sequence_cascade": Method(
+    "sequence_cascade": Kind(
         "the drafter writes the whole output; alpha is the log-probability below which the verifier rewrites it",
         ("alpha", "confidence", "quantile"),
         "Faster Cascades via Speculative Decoding, SeqCascade; confidences: Gupta et al. 2024",
@@ -115,25 +101,26 @@ def program(
     """
     method = settings.method
     check(settings)
-    drafter = models[0] if models else None
-    if method not in ("verifier", "speculative") and drafter is None:
+    drafter = models[0] if models else verifier
+    if method not in ("verifier", "speculative") and not models:
         raise UserError(f"method={method!r} needs a drafter, but this bundle holds a verifier alone")
     sampling = settings.sampling()
     if method in ("verifier", "drafter"):
         model = verifier if method == "verifier" else drafter
         return decoding.autoregressive_program(model, config, sampling, role=method)
-    chosen = settings.draft_len
-    if chosen is None:
-        chosen = _BILD_DRAFT_LEN if method == "bild" else default_draft_len
-    config = dataclasses.replace(config, draft_len=chosen)
+    draft_len: Any = settings.draft_len
+    if draft_len is None:
+        draft_len = _BILD_DRAFT_LEN if method == "bild" else default_draft_len
+    config = dataclasses.replace(config, draft_len=draft_len)
     if method == "bild":
         alpha = _BILD_ROLLBACK if settings.alpha is None else settings.alpha
-        rule = rules.by_name("bild", alpha, **settings.rule_options)
-        stop = drafting.Confidence(jnp.float32(rule.fallback))
-        return decoding.speculative_program(drafter, verifier, rule, config, sampling, stop)
+        bild: Any = rules.by_name("bild", alpha, **settings.rule_options)
+        stop = drafting.Confidence(jnp.float32(bild.fallback))
+        return decoding.speculative_program(drafter, verifier, bild, config, sampling, stop)
     if method == "sequence_cascade":
+        threshold: Any = settings.alpha
         return decoding.sequence_cascade_program(
-            drafter, verifier, config, sampling, settings.alpha, settings.confidence, settings.quantile
+            drafter, verifier, config, sampling, threshold, settings.confidence, settings.quantile
         )
     rule = _rule(settings, fitted)
     if method == "speculative":
@@ -164,20 +151,19 @@ def _check_options(settings: Settings) -> None:
             continue
         if not any(field.name in method.reads for method in METHODS.values()) or field.name in reads:
             continue
-        if getattr(settings, field.name) != _default(field):
+        if getattr(settings, field.name) != getattr(Settings(), field.name):
             able = ", ".join(name for name, method in METHODS.items() if field.name in method.reads)
             raise UserError(
                 f"method={settings.method!r} does not read {field.name}: leave it out, or use one of {able}"
             )
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
-
-
 def _draft_stop(settings: Settings) -> drafting.DraftStop | None:
     """The stop test of the drafter."""
-    tests = {"confidence": drafting.Confidence, "entropy": drafting.Entropy}
+    tests: dict[str, Callable[[Array], drafting.DraftStop]] = {
+        "confidence": drafting.Confidence,
+        "entropy": drafting.Entropy,
+    }
     if settings.draft_stop is None:
         if settings.stop_threshold is not None:
             raise UserError("stop_threshold is read by draft_stop only: set draft_stop to 'confidence' or 'entropy'")

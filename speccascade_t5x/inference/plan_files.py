@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import schema, storage
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
 
 FORMAT = "speccascade_t5x.plan"
 VERSION = 1
+_CONTENT = schema.record({"candidates": schema.list_of(schema.of(dict)), "conditions": schema.of(dict)})
 FILE = "plan.json"
 # Fields of Settings on which acceptance or cost depends: a plan made with other values does not apply to a run.
 CONDITIONS = (
@@ -50,18 +51,11 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: it is missing, damaged, or of a newer format.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        plan = json.loads(path.read_text("utf-8"))
-        known = plan["format"] == FORMAT and plan["version"]
-        whole = isinstance(plan["candidates"], list) and isinstance(plan["conditions"], dict) and plan["candidates"]
-    except FileNotFoundError:
-        raise UserError(f"there is no plan {path}: make one with `speccascade plan --output_dir=FOLDER`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a plan: make one with `speccascade plan`") from error
-    if not known or not whole:
-        raise UserError(f"{path} is not a plan: make one with `speccascade plan`")
-    if known > VERSION:
-        raise UserError(f"{path} has format version {known}, this release reads up to {VERSION}: upgrade the package")
+    if not path.exists():
+        raise UserError(f"there is no plan {path}: make one with `speccascade plan --output_dir=FOLDER`")
+    plan = schema.read_versioned(path, VERSION, "a plan of `speccascade plan`", _CONTENT, format=FORMAT)
+    if not plan["candidates"]:
+        raise UserError(f"{path} holds no candidates: make a plan with `speccascade plan`")
     return plan
 
 

@@ -38,33 +38,20 @@ class RecordWriter:
       output_dir: folder of the files; created if missing.
       task: name of the task, or of the input.
       config_text: the resolved settings of the run. Records of other settings are never mixed in.
-      num_chunks: total number of chunks that `write_chunk` will write.
-      shard: number of the file that this process writes (its host number).
-      num_shards: number of such files that make up the output.
+      num_chunks: how many chunks `write_chunk` will be called with, in all.
 
     Raises:
       UserError: the folder holds records of other settings; the message shows what differs.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        task: str,
-        config_text: str,
-        num_chunks: int,
-        *,
-        shard: int = 0,
-        num_shards: int = 1,
-    ):
-        if num_chunks < 1 or not 0 <= shard < num_shards:
-            raise UserError(f"{num_chunks} chunks cannot be written as shard {shard} of {num_shards}")
+    def __init__(self, output_dir: str | Path, task: str, config_text: str, num_chunks: int):
         self.output_dir = Path(output_dir)
         self.num_chunks = num_chunks
         self._stem = storage.file_stem(task)
-        self._shard = f"{shard:05d}-of-{num_shards:05d}"
+        self._shard = "00000-of-00001"  # one process writes the records of all
         self._chunk_dir = self.output_dir / f"{self._stem}-predict.chunks" / self._shard
         self.path = self.output_dir / f"{self._stem}-predict.jsonl-{self._shard}"
-        settings = config_text.rstrip("\n") + f"\n# {num_chunks} chunks, {num_shards} shards\n"
+        settings = storage.as_utf8(config_text.rstrip("\n")) + f"\n# {num_chunks} chunks, 1 shards\n"
         self._claim(settings)
         for leftover in self.output_dir.glob(f".{_escape(self.path.name)}.*.partial"):
             leftover.unlink(missing_ok=True)  # a killed `finish`

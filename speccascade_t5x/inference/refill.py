@@ -25,6 +25,7 @@ from speccascade_t5x.decoding import Output, State
 from speccascade_t5x.decoding.compiled import CompiledQueue
 from speccascade_t5x.decoding.queue import NOBODY
 from speccascade_t5x.inference.generate import Runner
+from speccascade_t5x.interfaces import Array
 
 # Time of a pause of the loop (a copy of rows) in rounds, for the packaged pair on two CPU cores.
 # Until the first outputs have come, the loop pauses once one in FIRST_PAUSE inputs has ended.
@@ -66,8 +67,9 @@ class _Queue:
         """See `decode`."""
         runner, program = self.runner, self.runner.program
         begin = time.perf_counter()
+        ids: Array | np.ndarray
         state, ids = self._read(self.batches[0])
-        waiting = None
+        waiting: Any = None  # read only once it is there: a queue has two batches at least
         for batch in self.batches[1:]:
             del waiting  # before the next takes memory
             waiting, coming = self._read(batch)
@@ -78,9 +80,9 @@ class _Queue:
             begin = time.perf_counter()
         nobody = np.full_like(coming, NOBODY)
         state, ids, _ = self.compiled.run(program, state, ids, waiting, nobody, len(nobody))
-        output, ids = jax.device_get((self.compiled.finish(state), ids))
+        output, places = jax.device_get((self.compiled.finish(state), ids))
         runner.timing.decode_s += time.perf_counter() - begin
-        yield self._records(output, ids)
+        yield self._records(output, places)
 
     def _read(self, batch: Batch) -> tuple[State, np.ndarray]:
         """The state of a batch, and the example in each of its rows."""

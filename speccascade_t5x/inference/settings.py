@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,16 @@ import jax.numpy as jnp
 from speccascade_t5x import decoding
 from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
+
+_RANGES = {
+    **dict.fromkeys(("top_p", "min_p", "quantile"), (0.0, 1.0)),
+    **dict.fromkeys(("max_ngram", "min_ngram", "max_input_len", "max_len", "num_samples", "batch_size"), (1,)),
+    **dict.fromkeys(("draft_len", "k_matrix", "top_k"), (0,)),
+    "temperature": (0.0, 2.0),
+    "lenience": (1.0, checks.MOST_REAL),
+    "buckets": (1,),
+    "seed": checks.SEED,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,46 +99,17 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("method", "rule", "verification", "drafter", "ngram_fill", "confidence"):
-            checks.text(name, getattr(self, name))
-        for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0), ("quantile", 1.0)):
-            checks.real(name, getattr(self, name), 0.0, high)
+        checks.fields(self, **_RANGES)
         if self.top_p == 0.0:
             raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
-        checks.whole("seed", self.seed, 0, 2**32 - 1)  # range of the seed of a random key
-        for name, least in (("top_k", 0), ("min_ngram", 1), ("num_samples", 1), ("batch_size", 1)):
-            checks.whole(name, getattr(self, name), least)
         if isinstance(self.draft_len, str) and self.draft_len != "auto":
             raise UserError(f"draft_len={self.draft_len!r} is unknown: use a whole number, or 'auto' with a plan")
-        for name, least in (("draft_len", 0), ("max_ngram", 1), ("max_input_len", 1), ("max_len", 1)):
-            if getattr(self, name) not in (None, "auto"):
-                checks.whole(name, getattr(self, name), least)
-        for name, low in (("alpha", -math.inf), ("stop_threshold", -math.inf), ("lenience", 1.0)):
-            if getattr(self, name) is not None:
-                checks.real(name, getattr(self, name), low)
-        for name in ("k_matrix", "edge_rules"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _nested(name, getattr(self, name)))
-        if not isinstance(self.rule_options, Mapping):
-            raise UserError(f"rule_options={self.rule_options!r} is not a dictionary")
-        for name in ("truncate", "trace"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r} is neither True nor False")
-        object.__setattr__(self, "stop_sequences", checks.sequence("stop_sequences", self.stop_sequences))
-        if self.buckets is not None:
-            object.__setattr__(self, "buckets", checks.sequence("buckets", self.buckets))
 
     def sampling(self) -> decoding.Sampling:
         """The traced options, strongly typed so that no value compiles a program of its own."""
         return decoding.Sampling(
             jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), jnp.float32(self.min_p)
         )
-
-
-def _nested(name: str, rows: Any) -> tuple:
-    """Rows of an option as tuples; an entry of edge_rules may be None."""
-    rows = checks.sequence(name, rows)
-    return tuple(row if row is None and name == "edge_rules" else checks.sequence(name, row) for row in rows)
 
 
 def make_settings(**choices: Any) -> Settings:

@@ -25,6 +25,7 @@ from speccascade_t5x.inference import methods
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 from speccascade_t5x.models import T5, init_params, logical_axes
+from speccascade_t5x.text.vocabulary import stop_ids
 
 # Settings that the configuration of a T5X script decides: batches, lengths and their features.
 _T5X_DECIDES = ("max_len", "max_input_len", "batch_size", "buckets", "truncate", "trace", "plan")
@@ -217,7 +218,7 @@ class PairModel:
             start_id=self.models["verifier"].start_id,
             vocab_size=vocabulary.vocab_size,
             verification=self.settings.verification,
-            stop_sequences=tuple(tuple(vocabulary.encode(text)) for text in self.settings.stop_sequences),
+            stop_sequences=stop_ids(vocabulary, self.settings.stop_sequences),
             num_samples=samples,
         )
         return methods.program(self.settings, bound["verifier"], [bound["drafter"]], config, _DRAFT_LEN)
@@ -248,8 +249,9 @@ def from_checkpoint(
     Raises:
       UserError: no pair is there, or an error of `PairModel`.
     """
+    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel refuses what is no encoder-decoder
     return PairModel(
-        **t5x_pair.models(path),
+        **found,
         input_vocabulary=input_vocabulary,
         output_vocabulary=input_vocabulary if output_vocabulary is None else output_vocabulary,
         feature_converter_cls=feature_converter_cls,

@@ -29,7 +29,7 @@ def meeting(
       key_segments: [B, S] likewise.
     """
     mask = queries[:, :, None] & keys[:, None, :]
-    if query_segments is None:
+    if query_segments is None or key_segments is None:
         return mask
     return mask & (query_segments[:, :, None] == key_segments[:, None, :])
 

@@ -51,6 +51,8 @@ class PrefixDecoder(transformer.Decoder):
 class DecoderOnlyModule(transformer.Network):
     """The whole network. Parameters sit where T5X puts them."""
 
+    config: DecoderOnlyConfig
+
     def setup(self) -> None:
         self.decoder = PrefixDecoder(self.config, self.config.num_layers)
 
@@ -104,7 +106,7 @@ class DecoderOnlyModule(transformer.Network):
         prefix = jnp.arange(tokens.shape[1]) < lengths[:, None]
         _, stored = self.decoder(self.embedder()(tokens), self._mask(tokens.shape[1], prefix))
         pads = ((0, 0), (0, 0), (0, max(room - 1, 0)), (0, 0))
-        cache = {"self": jax.tree.map(lambda x: jnp.pad(jnp.repeat(x, repeats, axis=0), pads), stored)}
+        cache: PyTree = {"self": jax.tree.map(lambda x: jnp.pad(jnp.repeat(x, repeats, axis=0), pads), stored)}
         if self.config.inputs_bidirectional_attention:
             cache["prompt"] = jnp.repeat(lengths, repeats)
         return cache

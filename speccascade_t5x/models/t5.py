@@ -99,6 +99,8 @@ class Encoder(transformer.Stack):
 class T5Module(transformer.Network):
     """The whole network. Parameters sit where T5X puts them."""
 
+    config: T5Config
+
     def setup(self) -> None:
         config = self.config
         self.token_embedder = transformer.embed(config)

@@ -17,48 +17,6 @@ from speccascade_t5x.drafting import KMatrix
 from speccascade_t5x.interfaces import UserError
 
 
-def ewif(acceptance: float, draft_len: int, cost: float) -> float:
-    """Expected walltime improvement of one drafter, (1 - a^(G+1)) / ((1 - a)(G c + 1)): i.i.d. acceptance, v = 1.
-
-    Source: Leviathan et al. 2023, Theorem 3.8.
-
-    Args:
-      acceptance: a = E[sum_v min(p, d)].
-      draft_len: G.
-      cost: c, a step of the drafter over a step of the verifier.
-    """
-    return _geometric(acceptance, draft_len + 1) / (draft_len * cost + 1.0)
-
-
-def vertical_ewif(
-    acceptance: float, inner_acceptance: float, rounds: int, copied: int, cost: float, copy_cost: float = 0.0
-) -> float:
-    """Expected walltime improvement of a vertical cascade: `rounds` reviews of `copied` tokens per draft.
-
-    (1 - a phi(a)^n) / ((1 - a)(1 + n c1 + n k c2)), with phi the generating function of the tokens of one inner round.
-    Source: the vertical cascade of "Cascade Speculative Drafting" (Chen et al., NeurIPS 2024).
-
-    Args:
-      acceptance: a, of the drafter's tokens by the verifier.
-      inner_acceptance: b, of the small drafter's tokens by the drafter.
-      rounds: n.
-      copied: k.
-      cost: c1, a step of the drafter over one of the verifier.
-      copy_cost: c2, a step of the small drafter over one of the verifier.
-    """
-    a, b = acceptance, inner_acceptance
-    phi = 1.0 + (a - 1.0) * _geometric(a * b, copied + 1)
-    spent = 1.0 + rounds * cost + rounds * copied * copy_cost
-    if a == 1.0:  # the limit: every token drafted counts
-        return (1.0 + rounds * _geometric(b, copied + 1)) / spent
-    return (1.0 - a * phi**rounds) / ((1.0 - a) * spent)
-
-
-def _geometric(ratio: float, terms: int) -> float:
-    """1 + ratio + ..., with the given number of terms."""
-    return float(terms) if ratio == 1.0 else (1.0 - ratio**terms) / (1.0 - ratio)
-
-
 def round_law(curve: Sequence[float], draft_len: int) -> np.ndarray:
     """Distribution of the number of tokens that a round with one drafter adds: [G + 2], entry n the probability of n.
 
@@ -282,12 +240,12 @@ def fit_reviews(rows: Sequence[tuple[float, float]], left: Sequence[float]) -> t
       rows: (reviews, reviewed tokens) per round of each probe.
       left: the remaining time of its round.
     """
-    rows, left = np.asarray(rows, float), np.asarray(left, float)
-    best, found = float(left @ left), np.zeros(2)
+    terms, rest = np.asarray(rows, float), np.asarray(left, float)
+    best, found = float(rest @ rest), np.zeros(2)
     for columns in ([0, 1], [0], [1]):
         solution = np.zeros(2)
-        solution[columns] = np.linalg.lstsq(rows[:, columns], left, rcond=None)[0]
-        error = rows @ solution - left
+        solution[columns] = np.linalg.lstsq(terms[:, columns], rest, rcond=None)[0]
+        error = terms @ solution - rest
         if (solution >= 0.0).all() and error @ error < best:
             best, found = float(error @ error), solution
     return float(found[0]), float(found[1])

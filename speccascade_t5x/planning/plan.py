@@ -87,6 +87,7 @@ class Plan:
     path: Path | None
 
 
+@checks.arguments(limit=(1,), measure=(0,), acceptance=(0.0, 1.0), costs=(0.0,))
 def plan(
     pair: LoadedPair | Callable[[], LoadedPair] | None,
     settings: Settings,
@@ -129,11 +130,13 @@ def plan(
     )
     methods.check(settings)
     reads = rules.by_name(settings.rule, settings.alpha, **settings.rule_options).reads_drafter
-    if acceptance is not None:
+    if acceptance is not None and costs is not None:
         known, spent = _given(acceptance, costs)
         return _finish(tuple(rank(known, spent, len(costs), reads)), None, None, settings, output_dir)
+    if pair is None:
+        raise UserError("there is no pair to measure: name one (PAIR), or give acceptance and costs")
     pair = loaded(pair)
-    models = 0 if pair.drafter is None else 1 + len(pair.smaller)
+    models = len(pair.drafters)
     if not models and reads:
         raise UserError(f"the rule {settings.rule!r} reads a drafter, but this bundle holds a verifier alone")
     runner = Runner(pair, settings if models else dataclasses.replace(settings, drafter="max_gram"))
@@ -163,9 +166,7 @@ def _check(
     task: str | None,
     input: str | None,
 ) -> None:
-    """Rejects what cannot be planned."""
-    checks.whole("measure", measure, 0)
-    checks.whole("limit", limit, 1)
+    """Refuses what cannot be planned."""
     if (acceptance is None) != (costs is None):
         raise UserError("acceptance and costs belong together: give both, or neither to have them measured")
     if settings.method != "speculative":
@@ -282,11 +283,10 @@ def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 
 def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tuple[Acceptance, Costs]:
-    """The user's figures, checked."""
-    rows = [checks.sequence("acceptance", row) for row in checks.sequence("acceptance", acceptance)]
+    """Figures a user gave, checked."""
     levels = len(costs) + 2
-    shape = [len(row) for row in rows]
-    if shape == [levels - 2 - i for i in range(len(rows))] and len(rows) == levels - 2:
+    shape = [len(row) for row in acceptance]
+    if shape == [levels - 2 - i for i in range(len(acceptance))] and len(acceptance) == levels - 2:
         levels -= 1  # no Max-Gram
     elif shape != [levels - 1 - i for i in range(levels - 1)]:
         whole, bare = (list(range(size, 0, -1)) for size in (levels - 1, levels - 2))
@@ -294,11 +294,7 @@ def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tup
             f"acceptance has rows of {shape} figures, but {len(costs)} drafter model(s) and Max-Gram need rows of "
             f"{whole}, or {bare} without Max-Gram"
         )
-    for value in (value for row in rows for value in row):
-        checks.real("acceptance", value, 0.0, 1.0)
-    for value in costs:
-        checks.real("costs", value, 0.0)
-    curves = {(i, i + 1 + j): (float(value),) for i, row in enumerate(rows) for j, value in enumerate(row)}
+    curves = {(i, i + 1 + j): (float(value),) for i, row in enumerate(acceptance) for j, value in enumerate(row)}
     return Acceptance(curves), Costs.relative([float(cost) for cost in costs])
 
 
@@ -316,7 +312,8 @@ def _finish(
     ranked = tuple(sorted(ranked, key=lambda c: (c.chosen_by is None, -(c.chosen_by or c.gain))))
     alone = next(c for c in ranked if c.draft_len == 0)
     best = ranked[0]
-    gain = best.gain if best.measured is None else min(best.chosen_by, best.measured)
+    chosen_by, measured = best.chosen_by, best.measured
+    gain = best.gain if chosen_by is None or measured is None else min(chosen_by, measured)
     if gain <= alone.gain and best is not alone:
         ranked = (alone, *(c for c in ranked if c is not alone))
     speculate = ranked[0].draft_len > 0 and gain > 1.0

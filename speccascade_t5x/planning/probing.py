@@ -88,7 +88,7 @@ class Probes:
         self.settings = dataclasses.replace(
             settings, drafter="model", k_matrix=None, lenience=None, draft_len=PROBE_LEN
         )
-        self.models = [] if pair.drafter is None else [pair.drafter, *pair.smaller]
+        self.models = pair.drafters
         self.levels = [pair.verifier, *self.models]
         self.copier = len(self.levels)
         self.rule = rules.by_name(settings.rule, settings.alpha, **settings.rule_options)
@@ -137,7 +137,7 @@ class Probes:
             settings = dataclasses.replace(settings, rule="lossless", alpha=None, rule_options={})
         return drafters.build(settings, upper, models, self.pair.table, rule, self.config)
 
-    def copying(self) -> Bound:
+    def copying(self) -> Any:
         """Max-Gram as the probes use it."""
         return self.programs[0, self.copier].drafter
 
@@ -175,7 +175,7 @@ def measure(
     shown = {_label(key, count): _shown(run) for key, run in runs.items()}
     corrections: dict[str, float] = {}
     for probe in cascades:
-        curves = acceptance if probe.lenience is None else lenient
+        curves = acceptance if probe.lenience is None or lenient is None else lenient
         expected = predict_cascade(probe.plan, curves, costs, alone.lengths, reads)
         corrections[kind_of("cascade", probe.k, probe.lenience)] = _gain(probe.run, alone) / expected.gain
         shown[_label((probe.k, probe.lenience), count)] |= {

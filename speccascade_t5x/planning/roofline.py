@@ -26,7 +26,6 @@ from jax.sharding import AbstractMesh
 
 from speccascade_t5x.checkpoints import flat_params
 from speccascade_t5x.distributed.partitioning import AXES, STANDARD_RULES, Partitioning, Rules
-from speccascade_t5x.interfaces import PyTree
 from speccascade_t5x.models import T5, T5Config, param_shapes
 from speccascade_t5x.planning.cost_model import round_law, tokens_per_round
 from speccascade_t5x.tpu.hardware import Chip
@@ -137,12 +136,9 @@ def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
 
 def _per_chip(config: T5Config, place: Place, drafter: bool) -> dict[str, int]:
     """Name -> values of each parameter on one chip."""
-    found, where = flat_params.flatten(param_shapes(config)), flat_params.flatten(_places(config, place, drafter))
+    found = flat_params.flatten(param_shapes(config))
+    where = flat_params.flatten(place.partitioning.params(T5(config), drafter))
     return {name: math.prod(where[name].shard_shape(leaf.shape)) for name, leaf in found.items()}
-
-
-def _places(config: T5Config, place: Place, drafter: bool) -> PyTree:
-    return place.partitioning.params(T5(config), drafter)
 
 
 def _in_step(name: str, config: T5Config) -> bool:
@@ -334,7 +330,7 @@ def _bound(decode: Decode, place: Place, batch: int, draft_len: int) -> str:
     arithmetic = times.weights if times.weights > reading else 0.0
     spent = {"arithmetic": arithmetic, "network": times.network}
     spent["memory"] = times.total - arithmetic - times.network
-    return max(spent, key=spent.get)
+    return max(spent, key=lambda name: spent[name])
 
 
 def expected_tokens(curve: Sequence[float], draft_lens: Sequence[int]) -> dict[int, float]:
@@ -363,7 +359,7 @@ def break_even(cost: float, draft_len: int) -> float | None:
 
 def stops_paying(predicted: Sequence[Predicted]) -> int | None:
     """The smallest batch from which on no draft length gains any more; None where the largest still does."""
-    pays = {}
+    pays: dict[int, bool] = {}
     for each in predicted:
         if each.draft_len and each.fits:
             pays[each.batch] = pays.get(each.batch, False) or each.gain > 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.core import rules
@@ -43,6 +42,7 @@ class SlicePlan:
         return max(choices, key=lambda each: (each.fits, each.tokens_per_s))
 
 
+@checks.arguments(acceptance=(0.0, 1.0), draft_lens=(1,), batch_sizes=(1,), input_len=(1,), max_len=(1,), model=(1,))
 def slice_plan(
     architectures: tuple[T5Config, T5Config],
     pair: str,
@@ -90,17 +90,12 @@ def slice_plan(
         model = slice_cells.fewest_sharing(on.chips, chip.hbm_bytes, [drafter, verifier])
     own_rules = axis_rules if drafter_rules is None else with_batch_of(drafter_rules, axis_rules)
     place = roofline.Place(chip, hardware.groups(on, model), model, axis_rules, own_rules)
-    for name, values, least in (("draft_lens", draft_lens, 1), ("batch_sizes", batch_sizes, 1)):
-        for value in checks.sequence(name, values):
-            checks.whole(name, value, least)
     if (acceptance is None) == (plan is None):
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
-    if acceptance is not None:
-        for value in checks.sequence("acceptance", acceptance):
-            checks.real("acceptance", value, 0.0, 1.0)
-        tokens = roofline.expected_tokens(acceptance, draft_lens)
-    else:
+    if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
+    else:
+        tokens = roofline.expected_tokens(acceptance, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
     predicted = tuple(roofline.predict(decode, place, tokens, batch_sizes))
@@ -108,7 +103,9 @@ def slice_plan(
     if output_dir is None:
         return found
     folder = Path(output_dir)
-    storage.write_json(folder / FILE, {"pair": pair, "topology": on.name, "model": model, **_content(found)})
+    content = {"pair": pair, "topology": on.name, "model": model, "stops_at": found.stops_at}
+    content |= {"predicted": [dataclasses.asdict(each) for each in predicted]}
+    storage.write_json(folder / FILE, content)
     return dataclasses.replace(found, path=storage.write_text(folder / TABLE, markdown(found)))
 
 
@@ -126,10 +123,6 @@ def _from_plan(path: str, draft_lens: Sequence[int]) -> tuple[dict[int, float], 
         known = ", ".join(str(length) for length in sorted(ranked) if length) or "none"
         raise UserError(f"the plan {path} ranks a drafter of draft lengths {known}: give some of these as draft_lens")
     return tokens, content["conditions"]["rule"], content["conditions"]["alpha"]
-
-
-def _content(found: SlicePlan) -> dict[str, Any]:
-    return {"stops_at": found.stops_at, "predicted": [dataclasses.asdict(each) for each in found.predicted]}
 
 
 _HEAD = ("batch", "draft_len", "tokens/round", "round ms", "tokens/s", "gain", "pays above", "GiB/chip", "bound")

@@ -10,7 +10,7 @@ import codecs
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,10 @@ class Vocabulary(Protocol):
         """The id of padding: 0, as in seqio and T5X."""
 
     @property
+    def unk_id(self) -> int:
+        """The id of what no other id stands for."""
+
+    @property
     def pieces(self) -> tuple[str, ...]:
         """The name of every id, in order."""
 
@@ -54,9 +58,13 @@ class Vocabulary(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 over kind, size and pieces: equal if ids have the same meaning."""
+        content = [self.kind, self.vocab_size, list(self.pieces)]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def spec(self) -> dict[str, Any]:
-        """The argument of `from_spec`, as JSON types."""
+        """What `from_spec` needs, as JSON types."""
+        size, fingerprint = self.vocab_size, self.fingerprint()
+        return {"kind": self.kind, "extra_ids": self.extra_ids, "size": size, "fingerprint": fingerprint}
 
 
 class ByteVocabulary(Vocabulary):
@@ -93,6 +101,10 @@ class ByteVocabulary(Vocabulary):
         return PAD_ID
 
     @property
+    def unk_id(self) -> int:
+        return 2
+
+    @property
     def pieces(self) -> tuple[str, ...]:
         extra = tuple(f"<extra_id_{i}>" for i in reversed(range(self.extra_ids)))
         return self._SPECIAL + tuple(f"<0x{byte:02X}>" for byte in range(256)) + extra
@@ -118,12 +130,6 @@ class ByteVocabulary(Vocabulary):
             byte = i - len(self._SPECIAL)
             texts.append(reader.decode(bytes([byte])) if 0 <= byte < 256 and not ended else "")
         return texts
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self)
-
-    def spec(self) -> dict[str, Any]:
-        return _spec(self)
 
 
 class SentencePieceVocabulary(Vocabulary):
@@ -161,6 +167,10 @@ class SentencePieceVocabulary(Vocabulary):
     @property
     def pad_id(self) -> int:
         return PAD_ID  # whatever the model says: seqio and T5X pad with 0
+
+    @property
+    def unk_id(self) -> int:
+        return self._processor.unk_id()
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
@@ -209,12 +219,6 @@ class SentencePieceVocabulary(Vocabulary):
                 texts.append(self.pieces[i].replace(_SPACE, " "))
         return texts
 
-    def fingerprint(self) -> str:
-        return _fingerprint(self)
-
-    def spec(self) -> dict[str, Any]:
-        return _spec(self)
-
 
 def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> Vocabulary:
     """The vocabulary a `spec()` describes.
@@ -245,6 +249,45 @@ def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> 
     return vocabulary
 
 
+def ids_of(vocabulary: Vocabulary, text: str, what: str) -> list[int]:
+    """Ids of a text from outside, without EOS.
+
+    Args:
+      vocabulary: ours, or seqio's.
+      text: to encode.
+      what: the text in messages.
+
+    Raises:
+      UserError: no text, or one with half of a surrogate pair, which no vocabulary can encode.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{what} is not a text but {type(text).__name__}: give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not Unicode ({error.reason}): it holds half a character") from error
+    return list(vocabulary.encode(text))
+
+
+def stop_ids(vocabulary: Vocabulary, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Ids of texts that end an output.
+
+    Raises:
+      UserError: a text without ids, or one with characters that are unknown to the vocabulary: every other unknown
+        character would end an output as well.
+    """
+    found = []
+    for text in texts:
+        what = f"the stop sequence {text!r}"
+        ids = ids_of(vocabulary, text, what)
+        if not ids:
+            raise UserError(f"{what} has no ids in this vocabulary, so it can end no output: leave it out")
+        if vocabulary.unk_id in ids:
+            raise UserError(f"{what} holds a character that this vocabulary does not have: leave it out")
+        found.append(tuple(ids))
+    return tuple(found)
+
+
 def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")) -> None:
     """Checks that two vocabularies give every id the same meaning.
 
@@ -273,20 +316,6 @@ def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter"
         f"the {names[0]} has a vocabulary of {len(ours)} pieces ({a.kind}) and the {names[1]} one of "
         f"{len(theirs)} ({b.kind}), and {detail}; a pair must share one vocabulary"
     )
-
-
-def _fingerprint(vocabulary: Vocabulary) -> str:
-    content = [vocabulary.kind, vocabulary.vocab_size, list(vocabulary.pieces)]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
-
-
-def _spec(vocabulary: Vocabulary) -> dict[str, Any]:
-    return {
-        "kind": vocabulary.kind,
-        "extra_ids": vocabulary.extra_ids,
-        "size": vocabulary.vocab_size,
-        "fingerprint": vocabulary.fingerprint(),
-    }
 
 
 def held_sentinels(path: str | Path) -> int:

@@ -93,7 +93,7 @@ class Compiler:
         except jax.errors.JaxRuntimeError as error:
             found |= self._failed(error, held)
         else:
-            found |= self._memory(done, held) | self._costs(done.as_text())
+            found |= self._memory(done, held) | self._costs(done.as_text() or "")
         spent = {"compile_s": time.perf_counter() - begin, "cpu_s": time.process_time() - worked}
         return found | {name: round(seconds, 2) for name, seconds in spent.items()}
 
@@ -132,7 +132,7 @@ class Compiler:
 
     def _memory(self, done: jax.stages.Compiled, held: dict[str, int]) -> dict[str, Any]:
         """Bytes per chip. `idle` are parameters that this program does not read and that stay all the same."""
-        stats = done.memory_analysis()
+        stats: Any = done.memory_analysis()
         arguments, aliased = stats.argument_size_in_bytes, stats.alias_size_in_bytes
         resident = held["parameters"] + held.get("state", 0)
         memory = {

@@ -100,7 +100,7 @@ class _Reader:
                 self.entry = begin["name"] if begin["entry"] else self.entry
             elif _LINE.match(line):
                 current.append(line)
-        self.cost = functools.cache(self._cost)
+        self.cost = functools.cache(lambda name: self._sum(self.computations.get(name, [])))
 
     def program(self) -> Program:
         """The entry, apart from its one loop of rounds."""
@@ -110,9 +110,6 @@ class _Reader:
         inside = self.cost(self._called(rounds[0])["body"]) + self.cost(self._called(rounds[0])["condition"])
         others = [line for line in self.computations[self.entry] if line is not rounds[0]]
         return Program(self._sum(others), inside)
-
-    def _cost(self, name: str) -> Cost:
-        return self._sum(self.computations.get(name, []))
 
     def _sum(self, lines: list[str]) -> Cost:
         total = Cost()

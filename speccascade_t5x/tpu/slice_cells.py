@@ -43,14 +43,14 @@ class Options:
       drafter_rules: those of drafters; None takes `rules`.
     """
 
-    batch_size: int | None = None
+    batch_size: int | Any = None
     input_len: int = 512
     max_len: int = 128
     draft_len: int = 5
     rule: str = "lossless"
     alpha: float | None = None
     num_samples: int = 1
-    model: int | None = None
+    model: int | Any = None
     train_batch_size: int = 64
     targets_len: int = 128
     microbatches: int = 1
@@ -59,14 +59,8 @@ class Options:
     drafter_rules: Rules | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_len", "max_len", "num_samples", "train_batch_size", "targets_len"):
-            checks.whole(name, getattr(self, name), 1)
-        checks.whole("draft_len", self.draft_len, 0)
-        checks.whole("microbatches", self.microbatches, 1)
-        for name in ("batch_size", "model"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
-        object.__setattr__(self, "programs", checks.sequence("programs", self.programs))
+        sizes = ("batch_size", "input_len", "max_len", "num_samples", "train_batch_size", "targets_len", "microbatches")
+        checks.fields(self, draft_len=(0,), model=(1,), **dict.fromkeys(sizes, (1,)))
         for name in self.programs:
             if name not in PROGRAMS:
                 raise UserError(f"there is no program {name!r} to compile: known are {', '.join(PROGRAMS)}")
@@ -111,7 +105,9 @@ class Cell:
     def from_json(cls, content: Mapping[str, Any]) -> Cell:
         """The inverse of `to_json`."""
         models = {name: T5Config(**content[name]) for name in ("drafter", "verifier")}
-        own = {name: tuple(value) if isinstance(value, list) else value for name, value in content["options"].items()}
+        own: dict[str, Any] = {}
+        for name, value in content["options"].items():
+            own[name] = tuple(value) if isinstance(value, list) else value
         return cls(content["pair"], topology=content["topology"], options=Options(**own), **models)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from speccascade_t5x.interfaces import Array, UserError
 NORMALIZERS = ("none", "real_tokens", "all_tokens", "sequences")
 DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation")
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]  # arrays, of numpy or jax, or their shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,7 @@ class LossConfig:
     normalizer: str | float = "none"
 
     def __post_init__(self) -> None:
-        checks.real("z_loss", self.z_loss, 0.0)
-        checks.real("label_smoothing", self.label_smoothing, 0.0, 0.999)
+        checks.fields(self, z_loss=(0.0,), label_smoothing=(0.0, 0.999), normalizer=(0.0,))
         if isinstance(self.normalizer, str):
             if self.normalizer not in NORMALIZERS:
                 raise UserError(f"normalizer={self.normalizer!r} is unknown: use a number or {', '.join(NORMALIZERS)}")
@@ -65,10 +65,9 @@ class DistillConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        checks.fields(self, weight=(0.0, 1.0), temperature=(1e-3,))
         if self.divergence not in DIVERGENCES:
             raise UserError(f"divergence={self.divergence!r} is unknown: use {', '.join(DIVERGENCES)}")
-        checks.real("weight", self.weight, 0.0, 1.0)
-        checks.real("temperature", self.temperature, 1e-3)
 
 
 def loss_weights(batch: Batch) -> Array:
@@ -85,21 +84,21 @@ def normalized_weights(batch: Batch, normalizer: str | float) -> Array:
     Computed before a batch is cut into microbatches, so that accumulated gradients are those of the batch.
     """
     weights = loss_weights(batch)
+    if not isinstance(normalizer, str):
+        return weights / normalizer
     if normalizer == "none":
         return weights
     if normalizer == "real_tokens":
         return weights / jnp.maximum(jnp.sum(weights), 1e-6)
     if normalizer == "all_tokens":
         return weights / math.prod(weights.shape)
-    if normalizer == "sequences":
-        segments = batch.get("decoder_segment_ids")
-        if segments is None:
-            segments = jnp.ones_like(weights, jnp.int32)
-        same = segments[:, :, None] == segments[:, None, :]
-        totals = jnp.einsum("BTS,BS->BT", same.astype(jnp.float32), weights)
-        shares = jnp.where(weights > 0, weights / jnp.maximum(totals, 1e-6), 0.0)
-        return shares / jnp.maximum(jnp.sum(shares), 1e-6)
-    return weights / normalizer
+    segments = batch.get("decoder_segment_ids")
+    if segments is None:
+        segments = jnp.ones_like(weights, jnp.int32)
+    same = segments[:, :, None] == segments[:, None, :]
+    totals = jnp.einsum("BTS,BS->BT", same.astype(jnp.float32), weights)
+    shares = jnp.where(weights > 0, weights / jnp.maximum(totals, 1e-6), 0.0)
+    return shares / jnp.maximum(jnp.sum(shares), 1e-6)
 
 
 def cross_entropy(

@@ -30,6 +30,7 @@ from speccascade_t5x.interfaces import Array, PyTree, UserError
 SCHEDULES = ("constant", "rsqrt", "cosine")
 _LEAST_RATE = 1e-8  # T5X never returns a smaller one
 _HIGHEST_RANK = 2
+_ABOVE_0 = (1e-30,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,12 @@ class Schedule:
     final_share: float = 0.0
 
     def __post_init__(self) -> None:
+        least = 1 if self.name == "rsqrt" else 0
+        checks.fields(self, base=(0.0,), warmup_steps=(least,), total_steps=(1,), final_share=(0.0, 1.0))
         if self.name not in SCHEDULES:
             raise UserError(f"the schedule {self.name!r} is unknown: use {', '.join(SCHEDULES)}")
-        checks.real("Schedule.base", self.base, 0.0)
-        checks.whole("Schedule.warmup_steps", self.warmup_steps, 1 if self.name == "rsqrt" else 0)
-        checks.real("Schedule.final_share", self.final_share, 0.0, 1.0)
         if self.total_steps is not None:
-            checks.whole("Schedule.total_steps", self.total_steps, self.warmup_steps + 1)
+            checks.whole("total_steps", self.total_steps, self.warmup_steps + 1)
 
     def rate(self, steps: int) -> Callable[[Array], Array]:
         """step -> learning rate (float32), for a run of `steps` steps.
@@ -118,6 +118,12 @@ class Adafactor:
     weight_decay: float | None = None
     global_norm_clip: float | None = None
 
+    def __post_init__(self) -> None:
+        checks.fields(
+            self, decay_rate=(0.0,), step_offset=(0,), clipping_threshold=_ABOVE_0, min_dim_to_factor=(1,),
+            momentum=(0.0, 1.0), weight_decay=(0.0,), global_norm_clip=_ABOVE_0,
+        )  # fmt: skip
+
     def transformation(self, steps: int, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for a run of `steps` steps.
 
@@ -161,6 +167,10 @@ class AdamW:
     eps: float = 1e-9
     weight_decay: float = 0.01
     global_norm_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        below_1 = (0.0, 1.0 - 2.0**-24)
+        checks.fields(self, b1=below_1, b2=below_1, eps=(0.0,), weight_decay=(0.0,), global_norm_clip=_ABOVE_0)
 
     def transformation(self, steps: int, params: PyTree) -> optax.GradientTransformation:
         """The optax transformation for a run of `steps` steps."""

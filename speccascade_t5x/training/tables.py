@@ -33,6 +33,7 @@ class Built:
     stored_bytes: int
 
 
+@checks.arguments(order=(2, 3), successors=(1,), limit=(1,))
 def tables(
     pair: str | Path,
     output_dir: str | Path,
@@ -64,15 +65,14 @@ def tables(
     """
     if (task is None) == (cached is None):
         raise UserError("name either a task or a folder of tokenised shards to count (TASK or CACHED), and not both")
-    if limit is not None:
-        checks.whole("limit", limit, 1)
-    checks.whole("successors", successors, 1)
-    checks.real("discount", discount)
     source, target = loading.bundle_folder(pair), Path(output_dir)
     manifest = bundles.read_manifest(source)
     spoken = bundles.load_vocabulary(source, manifest)
     width = bundles.open_member(source, "verifier", manifest).model.vocab_size
-    found = _of_task(task, split, spoken, limit) if task else _of_shards(cached, spoken, limit)
+    if task is not None:
+        found, counted = _of_task(task, split, spoken, limit), f"task {task}, {split}"
+    elif cached is not None:
+        found, counted = _of_shards(cached, spoken, limit), f"shards {Path(cached).name}"
     sequences = [sequence for sequence in found if len(sequence)]
     table = build_table(
         sequences, width, order=order, successors=successors, discount=discount, start_id=manifest["decode"]["start_id"]
@@ -81,7 +81,7 @@ def tables(
         "order": order,
         "successors": successors,
         "discount": discount,
-        "source": f"task {task}, {split}" if task else f"shards {Path(cached).name}",
+        "source": counted,
         "sequences": len(sequences),
         "tokens": int(sum(map(len, sequences))),
     }

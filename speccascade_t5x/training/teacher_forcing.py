@@ -36,9 +36,9 @@ def logits(config: T5Config, params: PyTree, batch: losses.Batch, dropout_key: A
 
 def evaluate(bound: Bound, batches: Iterable[Mapping[str, np.ndarray]], teacher: Bound | None = None) -> dict:
     """Teacher-forced figures over batches, see `losses.means`: {"nll", "accuracy", ...} per counted token."""
-    program = jax.jit(functools.partial(step, bound.model.config, teacher and teacher.model.config))
-    params, other = (bound.params, teacher and teacher.params)
-    return run(program, params, other, map(features, batches))
+    config, params = (None, None) if teacher is None else (teacher.model.config, teacher.params)
+    program = jax.jit(functools.partial(step, bound.model.config, config))
+    return run(program, bound.params, params, map(features, batches))
 
 
 def run(program: Callable, params: PyTree, teacher_params: PyTree, batches: Iterable[losses.Batch]) -> dict:

@@ -23,7 +23,7 @@ from speccascade_t5x.checkpoints import flat_params, remote
 from speccascade_t5x.common import checks, storage, text_table
 from speccascade_t5x.data import mixing, packing, shards
 from speccascade_t5x.distributed import hosts
-from speccascade_t5x.distributed.partitioning import Topology
+from speccascade_t5x.distributed.partitioning import Partitioning, Topology
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models.t5 import T5, T5Config, param_shapes
 from speccascade_t5x.text import vocabulary
@@ -69,15 +69,12 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = ("inputs_len", "targets_len", "batch_size", "buckets", "eval_limit", "tokens_per_batch")
+        checks.fields(self, seed=checks.SEED, cached=(0.0,), **dict.fromkeys(sizes, (1,)))
         if (self.cached is None) == (self.task is None):
             raise UserError("name either tokenised shards or a task to train on (CACHED or TASK), and not both")
         if self.batching not in BATCHINGS:
             raise UserError(f"batching={self.batching!r} is unknown: use {' or '.join(BATCHINGS)}")
-        for name in ("inputs_len", "targets_len", "batch_size", "buckets"):
-            checks.whole(name, getattr(self, name), 1)
-        for name in ("eval_limit", "tokens_per_batch"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
 
     def source(self, exchange: Path) -> mixing.Source:
         """The training examples.
@@ -90,9 +87,9 @@ class Data:
         """
         if self.task is not None:
             return _shared_corpus(self.task, self.split, exchange)
-        if isinstance(self.cached, str):
-            return mixing.read(self.cached)
-        return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
+        if isinstance(self.cached, Mapping):
+            return mixing.Mixed([(shards.read(folder), rate) for folder, rate in self.cached.items()])
+        return mixing.read(str(self.cached))
 
     def evaluation(self) -> shards.Corpus | None:
         """The examples to evaluate on, or None."""
@@ -111,6 +108,7 @@ class Data:
         return packing.Bucketed(source, room, *lengths, self.buckets, self.seed, multiple_of)
 
 
+@checks.arguments(devices=(1,))
 def train(
     model: T5Config,
     data: Data,
@@ -150,7 +148,7 @@ def train(
         raise UserError("devices and topology are both given: name one")
     output_dir, here = Path(output_dir), hosts.current()
     layout = train_loop.data_mesh(devices) if topology is None else topology.partitioning()
-    mesh = layout if topology is None else layout.mesh
+    mesh = layout.mesh if isinstance(layout, Partitioning) else layout
     share = mesh.shape["data"]
     source, held_out = data.source(output_dir / "tokenised"), data.evaluation()
     _check_vocabularies(model, source, held_out)
@@ -163,12 +161,12 @@ def train(
         eval_batches = packing.InOrder(held_out, rows, data.inputs_len, data.targets_len)
     told = observer if observer and here.first else train_loop.Observer()
     with storage.one_writer(output_dir, "training", here.first):
-        curves = Curves(output_dir, config_text, told) if here.first else told
+        curves = Curves(output_dir, config_text, told) if here.first else None
         result = train_loop.train_loop(
             model, batches, config, output_dir=output_dir, start_from=begin, eval_batches=eval_batches,
-            teacher=instructor, observer=curves, mesh=layout, stop=stop,
+            teacher=instructor, observer=curves or told, mesh=layout, stop=stop,
         )  # fmt: skip
-        summary = _summary(result, batches, curves.read() if here.first else [], mesh.size)
+        summary = _summary(result, batches, curves.read() if curves else [], mesh.size)
         if here.first:
             storage.write_json(output_dir / "train-summary.json", summary)
             storage.write_text(output_dir / "train-summary.md", _page(output_dir.name, summary))
@@ -276,8 +274,7 @@ def _task_corpus(task: str, split: str, limit: int | None, shard: tuple[int, int
 
     spoken = [seqio_tasks.as_vocabulary(found) for found in seqio_tasks.task_vocabularies(task).values()]
     vocabulary.check_same(spoken[0], spoken[-1], (f"inputs of task {task!r}", "targets"))
-    found = seqio_tasks.examples(task, split, {}, limit=limit, shard=shard)
-    return shards.from_examples(((example.inputs, example.targets) for example in found), spoken[0])
+    return seqio_tasks.corpus(task, split, spoken[0], limit, shard)
 
 
 def _check_vocabularies(model: T5Config, source: mixing.Source, held_out: shards.Corpus | None) -> None:

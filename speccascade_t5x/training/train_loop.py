@@ -134,7 +134,7 @@ def train_loop(
         store = Checkpoints(output_dir, run.identity(start_from), config.keep)
     try:
         stops = hosts.StopInTraining(hosts.current(), stop, ahead=2 * _AHEAD + 1)
-        return run.train(store, start_from, None if eval_batches is None else list(eval_batches), stops)
+        return run.train(store, start_from, list(eval_batches or ()), stops)
     finally:
         if store is not None:
             store.close()
@@ -149,7 +149,8 @@ def lower_step(model: T5Config, batch: losses.Batch, config: TrainConfig, mesh: 
       config: as for `train_loop`, without distillation.
       mesh: the mesh; its devices need not exist on this machine.
     """
-    return _Run(model, lambda step: batch, config, None, mesh, Observer()).lower(batch)
+    unread: Any = None
+    return _Run(model, unread, config, None, mesh, Observer()).lower(batch)
 
 
 class _Run:
@@ -166,11 +167,11 @@ class _Run:
     ):
         self.model, self.batches, self.config, self.teacher = model, batches, config, teacher
         self.rules = mesh if isinstance(mesh, Partitioning) else None
-        mesh = mesh if self.rules is None else mesh.mesh
-        self.update = Update(model, config, teacher and teacher.model.config)
-        self.share, self.observer = mesh.shape["data"], observer
-        self.whole = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec("data"))
+        devices = mesh.mesh if isinstance(mesh, Partitioning) else mesh
+        self.update = Update(model, config, None if teacher is None else teacher.model.config)
+        self.share, self.observer = devices.shape["data"], observer
+        self.whole = NamedSharding(devices, PartitionSpec())
+        self.split = NamedSharding(devices, PartitionSpec("data"))
         self.teacher_params = None
         if teacher is not None:
             self.teacher_params = placing.put(teacher.params, self._where(teacher.params, teacher.model))
@@ -197,7 +198,7 @@ class _Run:
         self,
         store: Checkpoints | None,
         start_from: PyTree | TrainState | None,
-        eval_batches: list | None,
+        eval_batches: list,
         stops: Callable[[int], bool],
     ) -> TrainResult:
         config, state = self.config, self._begin(store, start_from)
@@ -230,7 +231,7 @@ class _Run:
                 self._report(jax.device_get(sums), step, seconds, store, result)
                 if evaluates:
                     self._evaluate(state.params, eval_batches, result)
-                if saves:
+                if store is not None and saves:
                     self._save(store, state, step)
                 sums, clock, pause = self._zeros(), time.perf_counter(), 0.0
             if told:
@@ -250,7 +251,7 @@ class _Run:
 
     def _advance(self, state: TrainState) -> Any:
         """The jitted step."""
-        places = {} if self.rules is None else {"out_shardings": (self._where(state), self.whole)}
+        places: dict[str, Any] = {} if self.rules is None else {"out_shardings": (self._where(state), self.whole)}
         return jax.jit(self.update.step, donate_argnums=0, **places)
 
     def _begin(self, store: Checkpoints | None, start_from: PyTree | TrainState | None) -> TrainState:
@@ -351,5 +352,5 @@ def fingerprint(tree: Any) -> str:
     digest = hashlib.sha256(repr(tree.model).encode() if isinstance(tree, Bound) else b"")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]

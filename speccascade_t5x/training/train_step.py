@@ -48,10 +48,8 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        checks.whole("seed", self.seed, 0, 2**32 - 1)
-        checks.whole("eval_every", self.eval_every, 0)
-        for name in ("steps", "microbatches", "log_every", "checkpoint_every", "keep"):
-            checks.whole(name, getattr(self, name), 1)
+        counts = ("steps", "microbatches", "log_every", "checkpoint_every", "keep")
+        checks.fields(self, seed=checks.SEED, eval_every=(0,), **dict.fromkeys(counts, (1,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Update:
         updates, opt_state = self.optimizer(state.params).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)))
-        tokens = sum(jnp.sum(batch[name] > 0) for name in ("encoder_input_tokens", "decoder_target_tokens"))
+        tokens = jnp.sum(batch["encoder_input_tokens"] > 0) + jnp.sum(batch["decoder_target_tokens"] > 0)
         found |= {"tokens": tokens.astype(jnp.float32), "grad_norm": norm, "steps": jnp.float32(1)}
         new = {name: sums[name] + value for name, value in found.items()}
         fine = jnp.isfinite(found["loss"]) & jnp.isfinite(norm)
@@ -125,8 +123,10 @@ class Update:
         if pieces == 1:
             return gradient(params, batch, key, teacher_params)
         # Row r goes to piece r mod `pieces`, so that every device keeps its rows.
-        cut = lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
         keys = jax.random.split(key, pieces)
+
+        def cut(x: Array) -> Array:
+            return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total: PyTree, piece: tuple) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, gradient(params, *piece, teacher_params)), None
@@ -141,6 +141,6 @@ class Update:
         dropout_key = key if self.model.dropout_rate else None
         logits = teacher_forcing.logits(self.model, params, batch, dropout_key)
         others = None
-        if self.config.distill is not None:
+        if self.config.distill is not None and self.teacher is not None:
             others = teacher_forcing.logits(self.teacher, teacher_params, batch)
         return losses.objective(logits, batch, batch["weights"], self.config.loss, others, self.config.distill)

@@ -5,6 +5,7 @@ A file that was mutated gives a UserError of one line, or is read; never a trace
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -34,19 +35,18 @@ from speccascade_t5x.deferral import head as heads
 from speccascade_t5x.deferral.fitted import Fitted
 from speccascade_t5x.drafting import build_table
 from speccascade_t5x.interfaces import UserError
-from speccascade_t5x.models.t5 import T5Config
 from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 if __package__:
-    from .tiny import make_model, write_npz
+    from .tiny import TINY, make_model, write_npz
 else:
     sys.path[0] = str(Path(__file__).parents[1])
-    from checkpoints.tiny import make_model, write_npz
+    from checkpoints.tiny import TINY, make_model, write_npz
 
 FORMATS = ("npz", "t5x", "orbax", "huggingface", "bundle", "t5x_pair")
 MOST_SECONDS = 10.0
 MOST_BYTES = 256 * 2**20  # beyond what the process held; the folders have less than a megabyte
-SMALL = T5Config(384, 8, 2, 1, 1, 2, 8, ("gelu", "linear"))
+SMALL = dataclasses.replace(TINY, num_decoder_layers=1, head_dim=2, mlp_dim=8)
 HOSTILE = [
     None,
     True,

@@ -18,7 +18,7 @@ import pytest
 
 from speccascade_t5x import checkpoints
 from speccascade_t5x.checkpoints import bundle as bundles
-from speccascade_t5x.checkpoints import flat_params, orbax_tree
+from speccascade_t5x.checkpoints import flat_params, orbax_tree, tensors
 from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary
 
@@ -123,7 +123,7 @@ def test_large_tensors_are_split_over_files(tmp_path):
     orbax_tree.save(tmp_path / "large", params)
     sizes = [file.stat().st_size for file in (tmp_path / "large").rglob("*") if file.is_file()]
     assert max(sizes) < 14 * 10**6 and sum(sizes) > 20 * 2**20
-    restored = orbax_tree.restore(tmp_path / "large", params)
+    restored = tensors.to_devices(orbax_tree.open_tensors(tmp_path / "large"), "large", None)
     assert all((restored[name] == params[name]).all() for name in params)
 
 
@@ -139,12 +139,7 @@ def test_sentencepiece_vocabulary_travels(tmp_path):
         checkpoints.load_bundle(path, verify=False)
 
 
-def test_vocabularies_of_the_members_must_be_the_same(tmp_path):
-    ours, theirs = (sentencepiece_model(tmp_path / word, word) for word in ("alpha", "beta"))
-    with pytest.raises(UserError, match="drafter has .* 6 .*verifier one of 6 .*id 3 is 'beta' in one and 'alpha'"):
-        save(tmp_path / "pair", vocabulary=ours, drafter_vocabulary=theirs)
-    with pytest.raises(UserError, match="drafter has a vocabulary of 6 .*verifier one of 259"):
-        save(tmp_path / "pair", drafter_vocabulary=ours)
+def test_logits_of_the_members_must_cover_the_vocabulary(tmp_path):
     narrow = make_model(dataclasses.replace(SMALL, vocab_size=128))
     with pytest.raises(UserError, match="has 259 pieces but the verifier 384 and the drafter 128 logits"):
         save(tmp_path / "pair", drafter=narrow)

@@ -41,7 +41,7 @@ def test_every_kind_of_problem_is_named():
         "tensor 'c' of shape (1,) is missing",
         "tensor 'e' is not part of the architecture",
     ]
-    with pytest.raises(UserError, match=r"^file does not fit .*'a/k'.*; and 1 more\.$"):
+    with pytest.raises(UserError, match=r"^file does not fit .*'a/k'.*; and 1 more$"):
         flat_params.require_match(expected, found, "file")
     flat_params.require_match({"b": leaf(4)}, {"b": leaf(4)}, "file")
 

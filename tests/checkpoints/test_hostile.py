@@ -329,6 +329,13 @@ def test_streams_numpy_never_writes_are_not_unpacked(tmp_path, method):
     refused(lambda: checkpoints.load(tmp_path), "params.npz is damaged or not an npz file: .* numpy does not use")
 
 
+def test_a_table_whose_levels_keep_different_numbers_of_successors_is_read(pair):
+    table = build_table([[5, 6, 7, 1], [5, 6, 8, 1], [9, 6, 10, 1], [9, 6, 11, 1]], 384, order=3)
+    assert table.successors.shape[1] != table.pair_successors.shape[1]
+    bundle.store_table(pair, pair, table, {})
+    assert checkpoints.load_bundle(pair).table.pair_successors.shape == table.pair_successors.shape
+
+
 def rewrite(pair, **changes):
     path = pair / ngram_files.FILE
     with np.load(path) as file:

@@ -118,8 +118,8 @@ def test_header_that_promises_more_than_the_file_holds(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5x_native", "t5x_v1_0"])
-def test_reference_models(shared, name):
-    folder = shared / "fixtures" / name
+def test_reference_models(fixtures, name):
+    folder = fixtures / name
     model = checkpoints.load(folder)
     with np.load(folder / "params.npz") as archive:
         for key, value in flat_params.flatten(model.params).items():

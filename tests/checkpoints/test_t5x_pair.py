@@ -46,6 +46,18 @@ def test_a_pair_is_not_taken_for_a_model(written):
         checkpoints.load(written[0])
 
 
+def test_it_becomes_a_bundle_and_a_pair_again(written, tmp_path):
+    export(written[0], tmp_path / "bundle", "bundle", vocabulary="bytes")
+    export(tmp_path / "bundle", tmp_path / "again", "t5x_pair")
+    export(written[0], tmp_path / "copy", "t5x_pair")
+    ours = t5x_pair.load(written[0])
+    for folder in ("again", "copy"):
+        for role, found in t5x_pair.load(tmp_path / folder).items():
+            assert_same(found, ours[role])
+    with pytest.raises(UserError, match="has its own members; leave the drafter out"):
+        export(written[0], tmp_path / "x", "t5x_pair", drafter=tmp_path / "bundle")
+
+
 def test_it_is_described(written):
     folder, verifier, drafter = written
     found = describe.describe(folder, verify=True)

@@ -36,7 +36,7 @@ def test_it_tells_the_essentials(fixtures, capsys, name, kind, step, family):
 
 
 def test_the_packaged_bundle_as_json(capsys):
-    code, out, err = run(capsys, paths.pretrained_dir() / "restore_de_pair", "--json", "--verify")
+    code, out, err = run(capsys, "restore_de_pair", "--json", "--verify")
     assert code == 0 and err == ""
     found = json.loads(out)
     assert found["kind"] == "bundle" and list(found["models"]) == ["verifier", "drafter"]

@@ -18,11 +18,6 @@ def test_this_checkout_is_known():
     assert paths.pretrained_dir() == Path(speccascade_t5x.__file__).parent / "pretrained"
 
 
-def test_gin_files_are_searched_here_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert paths.gin_search_paths() == [tmp_path, ROOT / "gin_configs"]
-
-
 def test_tasks_come_from_the_checkout_under_one_name():
     tasks = importlib.import_module("speccascade_t5x.tasks")
     assert Path(tasks.__file__) == ROOT / "tasks" / "__init__.py"

@@ -122,12 +122,16 @@ def test_a_mixture_file_that_is_none(tasks, tmp_path):
     cache(tmp_path, "blend", "train")
     file = tmp_path / "train" / "mixture.json"
     content = json.loads(file.read_text())
-    for change, message in (({"version": 2}, "a newer version"), ({"format": "x"}, "another format")):
+    for change, message in (({"version": 2}, "format version 2"), ({"format": "x"}, "is not a mixture")):
         file.write_text(json.dumps(content | change))
         with pytest.raises(UserError, match=message):
             mixing.read(tmp_path / "train")
+    outside = {"parts": [{"folder": "../numbers", "rate": 1.0}]}
+    file.write_text(json.dumps(content | outside))
+    with pytest.raises(UserError, match="must be a plain file name"):
+        mixing.read(tmp_path / "train")
     file.write_text("[]")
-    with pytest.raises(UserError, match="is not a mixture file"):
+    with pytest.raises(UserError, match="where an object is expected"):
         mixing.read(tmp_path / "train")
 
 
@@ -196,7 +200,7 @@ def test_a_task_that_needs_its_lengths(tasks, tmp_path):
     [
         ({"task": "numbres"}, "no task or mixture 'numbres': did you mean 'numbers'"),
         ({"task": None}, r"name a task or a mixture to cache \(TASK\)"),
-        ({"splits": "dev"}, "no split 'dev'; it has train, validation"),
+        ({"splits": "dev"}, "no split 'dev': use one of train, validation"),
         ({"splits": ()}, "must name one split or several"),
         ({"splits": ("train", "train")}, "must name one split or several"),
         ({"task": "no_targets"}, "no feature 'targets', so there is nothing to train on"),

@@ -17,6 +17,7 @@ from speccascade_t5x.data import seqio_tasks
 from speccascade_t5x.data.seqio_tasks import seqio, tf
 from speccascade_t5x.inference import records
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text.vocabulary import ByteVocabulary
 
 LENGTHS = {"inputs": 8, "targets": 6}
 
@@ -112,13 +113,15 @@ def test_a_task_without_targets(tasks):
     assert example.targets_text is None
     with pytest.raises(UserError, match="example 0 of task 'inputs_only' has no target"):
         seqio_tasks.score("inputs_only", [example], ["A"])
+    with pytest.raises(UserError, match="task 'inputs_only' has no targets to learn from"):
+        seqio_tasks.corpus("inputs_only", "test", ByteVocabulary(0))
 
 
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
         ("tinny", "test", "no task 'tinny': did you mean 'tiny'"),
-        ("tiny", "dev", "no split 'dev'; it has test"),
+        ("tiny", "dev", "no split 'dev': use one of test"),
         ("blend", "test", "'blend' is a mixture of long, tiny"),
         ("empty", "test", "task 'empty' has no example in split 'test'"),
         ("targets_only", "test", "has no feature 'inputs'"),
@@ -130,13 +133,13 @@ def test_what_cannot_be_read_is_said(tasks, name, split, message):
 
 
 def test_metrics_and_vocabularies_of_a_task(tasks):
-    assert seqio_tasks.task_metrics("tiny") == [exact]
+    assert seqio_tasks.metric_fns("tiny") == [exact]
     assert {k: v.eos_id for k, v in seqio_tasks.task_vocabularies("tiny").items()} == {
         "inputs": 1,
         "targets": 1,
     }
     with pytest.raises(UserError, match="no task 'nothing'"):
-        seqio_tasks.task_metrics("nothing")
+        seqio_tasks.metric_fns("nothing")
 
 
 def test_score_runs_the_metrics_after_the_postprocessor(tasks):
@@ -216,6 +219,10 @@ def test_a_metric_that_fails_is_named():
     with pytest.raises(UserError, match="metric 'shaky' of task 'odd' failed with ZeroDivisionError: division by zero"):
         score_with(shaky)
     assert score_with(lambda targets, predictions: 0.25) == {"<lambda>": 0.25}  # no mapping: called after its function
+    weights = np.ones(2)
+    assert score_with(lambda targets, predictions, w=weights: {"m": w}) == {"m": [1.0, 1.0]}  # seqio fails on this
+    with pytest.raises(UserError, match=r"metric '<lambda>' of task 'odd' takes \('truth', 'guess'\): name its argum"):
+        score_with(lambda truth, guess: 0.25)
 
 
 def score_with(metric) -> dict:

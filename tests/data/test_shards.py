@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_no_corpus_and_the_next_one_the_same_bytes(tmp_pa
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), str(at)], cwd=ROOT, timeout=120)
     assert killed.returncode == -9
     assert (tmp_path / "a").is_dir()
-    with pytest.raises(UserError, match="has no manifest.json of a tokenised corpus"):
+    with pytest.raises(UserError, match="holds no complete tokenised corpus"):
         shards.read(tmp_path / "a")
     wanted = [(np.array([3 + i, 1]), np.array([4 + i, 1])) for i in range(20)]
     for name in "ab":
@@ -184,11 +184,13 @@ def edit(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "format version 2, this program reads up to 1"),
-        (lambda m: m.update(format="else"), "does not describe a tokenised corpus"),
+        (lambda m: m.update(version=2), "format version 2 but this release"),
+        (lambda m: m.update(format="else"), "is not the manifest of a tokenised corpus"),
         (lambda m: m.update(shards=[]), "is empty"),
         (lambda m: m.update(examples=0), "is empty"),
-        (lambda m: m.update(vocabulary={}), "has no usable vocabulary"),
+        (lambda m: m.update(vocabulary={}), "does not say what its ids mean"),
+        (lambda m: m.pop("shards"), "has no member 'shards'"),
+        (lambda m: m["shards"][0].update(file="../other.npz"), r"shards\[0\].file must be a plain file name"),
     ],
 )
 def test_a_manifest_of_another_kind(folder, change, message):
@@ -208,7 +210,7 @@ def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(UserError, match="does not exist: write it with `speccascade cache`"):
         shards.read(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"is damaged \(not JSON\)"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         shards.read(tmp_path)
 
 

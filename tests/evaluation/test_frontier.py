@@ -220,7 +220,7 @@ def test_a_file_that_is_none(tmp_path):
         operating_points.read(tmp_path)
     for text in ("{}", json.dumps({"format": operating_points.FORMAT, "points": [{}]})):
         (tmp_path / operating_points.FILE).write_text(text)
-        with pytest.raises(UserError, match="holds no operating points"):
+        with pytest.raises(UserError, match="is not a file of operating points"):
             operating_points.read(tmp_path)
 
 

@@ -65,6 +65,7 @@ def test_an_alpha_outside_its_range_names_the_range():
         grid.arms(["chow"], {"chow": [0.5, 1.5]})
     with pytest.raises(UserError, match="takes no alpha, but alpha=0.1"):
         grid.arms(["lossless"], {"lossless": [0.1]})
+    grid.check_alpha(grid.arm("sequence_cascade"), -12.5)  # a log-probability, of no rule
     with pytest.raises(UserError, match="there is no method with alphas 'opt'"):
         grid.arms(["chow"], {"opt": [0.1]})
     with pytest.raises(UserError, match="sets temperature, which no method of a sweep may"):

@@ -127,16 +127,6 @@ def test_records_of_unknown_origin_are_not_overwritten(tmp_path):
     assert path.read_text() == "precious\n"
 
 
-def test_shards_do_not_touch_each_other(tmp_path):
-    first, second = (RecordWriter(tmp_path, "task", CONFIG, 1, shard=i, num_shards=2) for i in range(2))
-    second.write_chunk(0, [{"i": 1}])
-    first.write_chunk(0, [{"i": 0}])
-    first.finish()
-    assert second.done_chunks() == [0]
-    assert second.finish().name == "task-predict.jsonl-00001-of-00002"
-    assert [list(w.read_all()) for w in (first, second)] == [[{"i": 0}], [{"i": 1}]]
-
-
 def test_json_of_array_values_is_plain_and_repeatable():
     value = {"a": np.float32(0.1), "b": np.arange(3), "c": jnp.array([0.5]), "d": np.int64(3)}
     expected = '{"a": 0.10000000149011612, "b": [0, 1, 2], "c": [0.5], "d": 3}'

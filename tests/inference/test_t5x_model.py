@@ -112,6 +112,22 @@ def test_prediction_is_that_of_the_loop_under_the_same_rule(params):
     assert (np.asarray(other) != np.asarray(tokens)).any()
 
 
+@pytest.mark.parametrize("raw", [False, True], ids=["typed", "raw"])
+def test_rows_of_t5xs_own_generator_are_independent(params, raw):
+    """T5X sets unsafe_rbg on TPUs, under which vmapped draws take every row's noise from row 0's key."""
+    model, features = make(), batch()
+    same = np.repeat(features["encoder_input_tokens"][:1], ROWS, axis=0)
+    with jax.default_prng_impl("unsafe_rbg"):
+        key = jax.random.PRNGKey(7) if raw else jax.random.key(7)
+        tokens = np.asarray(model.predict_batch(params, features | {"encoder_input_tokens": same}, key))
+        assert len(np.unique(tokens, axis=0)) == ROWS
+        alone = model.predict_batch(params, {name: x[:1] for name, x in features.items()}, key)
+        np.testing.assert_array_equal(alone[0], tokens[0])
+        assert jax.eval_shape(lambda: model.get_initial_variables(key, {}))["params"].keys() == params.keys()
+        seeded = model.predict_batch(params, features)
+    np.testing.assert_array_equal(seeded, model.predict_batch(params, features))  # of the settings' seed
+
+
 def test_samples_come_by_rising_score(params):
     predict = make().predict_batch_with_aux
     tokens, aux = predict(params, batch(), num_decodes=4, return_all_decodes=True)

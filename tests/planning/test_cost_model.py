@@ -113,37 +113,12 @@ def test_tokens_per_round_with_one_drafter(lengths):
     assert cost_model.tokens_per_round(law, lengths) == pytest.approx(found, rel=0.03)
 
 
-@pytest.mark.parametrize(("a", "draft_len", "cost"), [(0.8, 5, 0.2), (0.3, 2, 0.0), (1.0, 4, 0.5)])
-def test_leviathans_form(a, draft_len, cost):
-    law = cost_model.round_law((a,), draft_len)
-    assert cost_model.ewif(a, draft_len, cost) == pytest.approx((law @ np.arange(len(law))) / (draft_len * cost + 1))
-    powers = sum(a**i for i in range(draft_len + 1))
-    assert cost_model.ewif(a, draft_len, cost) == pytest.approx(powers / (draft_len * cost + 1))
-
-
-@pytest.mark.parametrize(("a", "b", "n", "k"), [(0.8, 0.6, 3, 4), (0.5, 0.9, 1, 2), (1.0, 0.5, 2, 3), (0.7, 1.0, 2, 2)])
-def test_the_vertical_form_against_simulation(a, b, n, k):
-    """n inner rounds of k free tokens each, however long the draft gets."""
-    rng, total = np.random.default_rng(3), 0
-    for _ in range(ROUNDS):
-        length = sum(next((i for i in range(k) if rng.random() >= b), k) + 1 for _ in range(n))
-        total += next((i for i in range(length) if rng.random() >= a), length) + 1
-    spent = 1 + n * 0.2 + n * k * 0.01
-    assert cost_model.vertical_ewif(a, b, n, k, 0.2, 0.01) == pytest.approx(total / ROUNDS / spent, rel=0.04)
-
-
 def test_times_between_and_beyond_the_measured_blocks():
     times = {1: 1.0, 4: 1.6, 8: 2.0}
     assert cost_model.block_time(times, 4) == 1.6
     assert cost_model.block_time(times, 2) == pytest.approx(1.2)
     assert cost_model.block_time(times, 12) == pytest.approx(2.4)
     assert cost_model.block_time({1: 3.0}, 9) == 3.0
-
-
-def test_the_vertical_form_by_hand():
-    """a = b = 1/2, one round of one copied token: phi = 1 - (1 - 1/16) / (2 (1 - 1/4)) = 3/8 at c1 = 0.2, c2 = 0.1."""
-    # Tokens: the draft is 1 or 2 long, each with 1/2: 1 + 1/2 + (1/2) (1/4) = 13/8.
-    assert cost_model.vertical_ewif(0.5, 0.5, 1, 1, 0.2, 0.1) == pytest.approx((13 / 8) / 1.3)
 
 
 def test_both_published_conventions_by_hand():

@@ -11,7 +11,6 @@ from speccascade_t5x.inference import generate, measuring, plan_files
 from speccascade_t5x.inference.settings import Settings, make_settings
 from speccascade_t5x.interfaces import SOURCE_ACCEPTED, SOURCE_BONUS, SOURCE_RESIDUAL, UserError
 from speccascade_t5x.planning import cost_model, plan, probing
-from speccascade_t5x.planning.cost_model import ewif
 
 KINDS = ("model", "max_gram", *(f"{k} cascade{more}" for k in ("vertical", "mixed") for more in ("", ", lenient")))
 A, R, B = SOURCE_ACCEPTED, SOURCE_RESIDUAL, SOURCE_BONUS
@@ -26,7 +25,8 @@ def test_plain_candidates_gain_what_leviathans_form_says():
     found = {c.label: c for c in given([[0.8]], [0.2]).candidates}
     for length in plan.LENGTHS:
         candidate = found[f"model, draft_len {length}"]
-        assert candidate.gain == pytest.approx(ewif(0.8, length, 0.2))
+        # Leviathan et al. 2023, Theorem 3.8: (1 - a^(G+1)) / ((1 - a)(G c + 1)).
+        assert candidate.gain == pytest.approx((1 - 0.8 ** (length + 1)) / (0.2 * (0.2 * length + 1)))
         tokens = candidate.tokens_per_round
         assert candidate.calls_per_token == pytest.approx((1 / tokens, length / tokens))
     assert len(found) == 1 + len(plan.LENGTHS)  # no Max-Gram was given
@@ -229,9 +229,16 @@ def test_auto_refuses_what_says_nothing_about_this_run(written, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             plan_files.follow(make_settings(**auto | change), pair)
-    for text in ("{", "[]", '{"format": "speccascade_t5x.plan", "version": 1}'):
+    header = '{"format": "speccascade_t5x.plan", "version": 1'
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[]", "where an object is expected"),
+        ('{"format": "x", "version": 1}', "is not a plan of `speccascade plan`"),
+        (header + "}", "has no member 'candidates'"),
+        (header + ', "candidates": [], "conditions": {}}', "holds no candidates"),
+    ]:
         written.write_text(text, "utf-8")
-        with pytest.raises(UserError, match="is not a plan"):
+        with pytest.raises(UserError, match=message):
             plan_files.read(written)
 
 

@@ -20,20 +20,21 @@ class Pair:
     """Everything a rule may read at one or many positions.
 
     Attributes:
-      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter).
+      q: [..., V] drafter's distribution after temperature, untruncated (None for rules that read no drafter; the type
+        spares every other rule a check).
       p: [..., V] verifier's, likewise.
       q_raw: [..., V] drafter's distribution at temperature 1 (None likewise).
-      p_raw: [..., V] verifier's.
+      p_raw: [..., V] verifier's (p and p_raw are None for the tests of a drafter alone).
       greedy: True where temperature is 0; bool, traced or not, scalar or [B].
       position: [...] output position, for rules that read it.
       hidden_q: [..., D] drafter's last hidden state, for learned rules.
       hidden_p: [..., D] verifier's.
     """
 
-    q: Array | None
-    p: Array
-    q_raw: Array | None
-    p_raw: Array
+    q: Array | Any
+    p: Array | Any
+    q_raw: Array | Any
+    p_raw: Array | Any
     greedy: Array | bool = False
     position: Array | None = None
     hidden_q: Array | None = None
@@ -73,7 +74,7 @@ class Rule:
     reads_drafter: ClassVar[bool] = True
     reads_hidden: ClassVar[bool] = False
     truncates_inputs: ClassVar[bool] = False
-    alpha_range: ClassVar[tuple[float, float] | None] = None
+    alpha_range: ClassVar[tuple[float, float] | Any] = None
     ends: ClassVar[str] = ""
     source: ClassVar[str] = ""
 
@@ -214,7 +215,7 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
     Traceback (most recent call last):
     speccascade_t5x.interfaces.UserError: the rule 'lossless' takes no alpha, but alpha=0.3 was given: leave it out
     """
-    cls = get(name)
+    cls: Any = get(name)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -227,7 +228,8 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
         raise UserError(f"the rule {name!r} needs an alpha ({describe_range(cls)}; {cls.ends})")
     low, high = cls.alpha_range
     for value in np.ravel(alpha):
-        if not low <= float(value) <= high:
+        checks.real("alpha", value)
+        if not low <= value <= high:
             raise UserError(
                 f"alpha={value} is outside the range of the rule {name!r}: {describe_range(cls)} ({cls.ends})"
             )

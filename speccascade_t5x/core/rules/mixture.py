@@ -93,7 +93,7 @@ class LossySD(AlphaRule):
         def at_zero() -> Array:
             return jnp.where(self._stands(pair)[..., None], pair.q, pair.p)
 
-        return _where_greedy(pair, at_zero, self._sampled(pair))
+        return _where_greedy(pair, at_zero, self._blend(pair.q, pair.p, self._share(pair)))
 
     def target_at(self, pair: Pair, tokens: Array) -> Array:
         if pair.greedy is not False:
@@ -119,9 +119,6 @@ class LossySD(AlphaRule):
         """min(q, p / l): the drafter's mass that is kept."""
         smallest = jnp.finfo(jnp.float32).tiny  # alpha = 1: p / l is then large wherever p is positive
         return jnp.minimum(q, p / jnp.maximum(self._lenience(p.ndim), smallest))
-
-    def _sampled(self, pair: Pair) -> Array:
-        return self._blend(pair.q, pair.p, self._share(pair))
 
     def _share(self, pair: Pair) -> Array:
         """[..., 1] how much of the residual makes pi sum to 1: a factor of max(0, p - q), or 1/b."""

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from speccascade_t5x.common import checks, storage
-from speccascade_t5x.core import probs
+from speccascade_t5x.common import checks, schema, storage
 from speccascade_t5x.data import shards
 from speccascade_t5x.deferral.features import FeatureSpec
 from speccascade_t5x.distributed.partitioning import data_mesh
@@ -39,13 +38,13 @@ from speccascade_t5x.training.deferral.pair_scores import (
     fingerprint,
     flat,
     pair_of,
-    scored_logits,
     token_classes,
 )
 
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
 FORMAT = "speccascade_t5x deferral columns"
 VERSION = 1
+_CONTENT = schema.record({"files": schema.map_of(schema.of(str))})
 
 # Called after each batch with (examples done, examples in all).
 Progress = Callable[[int, int], None]
@@ -96,7 +95,6 @@ def collect(
     whole = {
         "drafter": fingerprint(scored.drafter),
         "verifier": fingerprint(scored.verifier),
-        "truth": scored.truth and fingerprint(scored.truth),
         "temperature": scored.temperature,
         "vocabulary": scored.vocabulary.fingerprint(),
         "data": corpus.fingerprint,
@@ -116,18 +114,13 @@ def collect(
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     models = {
         name: Bound(bound.model, jax.device_put(bound.params, everywhere))
-        for name in ("drafter", "verifier", "truth")
-        if (bound := getattr(scored, name)) is not None
+        for name, bound in (("drafter", scored.drafter), ("verifier", scored.verifier))
     }
 
     @jax.jit
-    def run(models: dict[str, Bound], inputs: Array, targets: Array) -> dict[str, Array]:
-        placed, truth = dataclasses.replace(scored, **models), None
-        if scored.truth is not None:
-            logits, _ = scored_logits(placed.truth, inputs, targets)
-            truth = probs.raw(logits[..., : scored.width], scored.vocabulary.vocab_size)
-        pair = pair_of(placed, spec, inputs, targets)
-        return columns_of(pair, spec, classes, targets, candidates, scores, truth)
+    def run(models: dict[str, Any], inputs: Array, targets: Array) -> dict[str, Array]:
+        pair = pair_of(dataclasses.replace(scored, **models), spec, inputs, targets)
+        return columns_of(pair, spec, classes, targets, candidates, scores)
 
     done = 0
     for number, part in enumerate(parts):
@@ -140,7 +133,8 @@ def collect(
                 done += int((batch.ids >= 0).sum())
                 if progress:
                     progress(done, len(chosen))
-            _write(path, {name: np.concatenate([each[name] for each in kept]) for name in kept[0]})
+            columns = {name: np.concatenate([each[name] for each in kept]) for name in kept[0]}
+            storage.write_bytes(path, [storage.npz(columns, compress=False)])
         else:
             done += sum(int((batch.ids >= 0).sum()) for batch in part)
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("part-*.npz"))}
@@ -157,12 +151,11 @@ def read(folder: str | Path) -> dict[str, np.ndarray]:
       UserError: it is not complete, or a part is missing or damaged.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no complete collection of deferral columns: collect it again") from error
-    if manifest.get("format") != FORMAT or manifest.get("version", 0) > VERSION:
-        raise UserError(f"{folder / MANIFEST} does not describe deferral columns that this release can read")
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} holds no complete collection of deferral columns: collect it again")
+    manifest = schema.read_versioned(
+        folder / MANIFEST, VERSION, "a manifest of deferral columns", _CONTENT, format=FORMAT
+    )
     parts = []
     for name, digest in manifest["files"].items():
         try:
@@ -204,18 +197,9 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             raise UserError(f"{folder} holds other files: choose another folder for the deferral columns")
         storage.write_json(path, wanted)
         return
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove {folder} and collect again") from error
+    found = schema.read(path)
     differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if differ:
         raise UserError(
             f"{folder} holds deferral columns of another {', '.join(differ)}: choose another folder, or remove this one"
         )
-
-
-def _write(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)
-    storage.write_bytes(path, [buffer.getbuffer()])

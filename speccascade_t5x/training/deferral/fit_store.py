@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,7 @@ def write_calibrations(path: Path, found: Mapping[str, PairCalibration]) -> None
         for side in "qp"
         for name, value in getattr(both, side).values.items()
     }
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    storage.write_bytes(path, [buffer.getvalue()])
+    storage.write_bytes(path, [storage.npz(arrays, compress=False)])
 
 
 def read_calibrations(path: Path) -> dict[str, PairCalibration]:

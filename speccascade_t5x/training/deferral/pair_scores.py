@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,14 @@ class Scored:
 
     Attributes:
       drafter, verifier: bound LanguageModels.
-      vocabulary: the vocabulary of both.
-      temperature: the temperature of sampling, at which D_TV(p, q) is measured; everything else is measured at 1.
-      truth: the model from which tokens are sampled, if it is known: exact gaps are then collected too.
+      vocabulary: of both.
+      temperature: at which tokens will be sampled: D_TV(p, q) is measured there, everything else at 1.
     """
 
     drafter: Bound
     verifier: Bound
     vocabulary: vocabulary.Vocabulary
     temperature: float = 1.0
-    truth: Bound | None = None
 
     @property
     def width(self) -> int:
@@ -141,7 +140,8 @@ def scored_logits(
 
 def pair_of(scored: Scored, spec: FeatureSpec, inputs: Array, targets: Array) -> Pair:
     """The rules' Pair at every position of a teacher-forced batch, [B, T, ...]."""
-    found, hidden = {}, {}
+    found: dict[str, Array] = {}
+    hidden: dict[str, Any] = {}
     for name, bound, width in (("q", scored.drafter, spec.hidden_q), ("p", scored.verifier, spec.hidden_p)):
         found[name], captured = scored_logits(bound, inputs, targets, ("hidden",) if width else ())
         hidden[f"hidden_{name}"] = captured.get("hidden")
@@ -154,8 +154,9 @@ def pair_from_logits(q: Array, p: Array, scored: Scored) -> Pair:
     size = scored.vocabulary.vocab_size
     raw_q, raw_p = (probs.raw(logits, size) for logits in (q, p))
     position = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    sampled = (probs.tempered(x, scored.temperature, size, raw) for x, raw in ((q, raw_q), (p, raw_p)))
-    return Pair(*sampled, raw_q, raw_p, position=position)
+    at = scored.temperature
+    tempered_q, tempered_p = probs.tempered(q, at, size, raw_q), probs.tempered(p, at, size, raw_p)
+    return Pair(tempered_q, tempered_p, raw_q, raw_p, position=position)
 
 
 def columns_of(

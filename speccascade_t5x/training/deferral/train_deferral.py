@@ -14,6 +14,7 @@ The same command continues a killed run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,19 +73,17 @@ class Data:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        sizes = ("inputs_len", "targets_len", "batch_size", "batches_per_part", "limit")
+        checks.fields(self, shares=(0.0, 1.0), seed=checks.SEED, **dict.fromkeys(sizes, (1,)))
         if (self.cached is None) == (self.task is None):
             raise UserError("name either tokenised shards or a task to collect on (CACHED or TASK), and not both")
         if set(self.shares) != {"fit", "held_out", "test"}:
             raise UserError("shares must name fit, held_out and test")
-        for name in ("inputs_len", "targets_len", "batch_size", "batches_per_part"):
-            checks.whole(name, getattr(self, name), 1)
-        if self.limit is not None:
-            checks.whole("limit", self.limit, 1)
 
     def source(self) -> tuple[str, str]:
         """(task, split) of the examples."""
-        if self.task is not None:
-            return self.task, self.split
+        if self.cached is None:
+            return str(self.task), self.split
         manifest = shards.read_manifest(self.cached)
         return str(manifest.get("name")), str(manifest.get("split"))
 
@@ -100,14 +99,9 @@ class Data:
             return mixing.first(found, self.limit)
         from speccascade_t5x.data import seqio_tasks
 
-        for feature, named in seqio_tasks.task_vocabularies(self.task).items():
-            vocabulary.check_same(
-                seqio_tasks.as_vocabulary(named), spoken, (f"feature {feature!r} of {self.task!r}", "pair")
-            )
-        found = seqio_tasks.examples(self.task, self.split, {}, limit=self.limit)
-        if any(example.targets is None for example in found):
-            raise UserError(f"task {self.task!r} has no targets, so there are no labels to fit a head on")
-        return shards.from_examples(((example.inputs, example.targets) for example in found), spoken)
+        task = str(self.task)
+        seqio_tasks.check_vocabulary(task, spoken)
+        return seqio_tasks.corpus(task, self.split, spoken, self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +122,9 @@ class HeadOptions:
     top: int = 4
     width: int = 64
     layers: int = 2
+
+    def __post_init__(self) -> None:
+        checks.fields(self, top=(1,), width=(1,), layers=(0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +168,7 @@ class Observer(fitting.Observer):
         """A note that a reader of the results should know."""
 
 
+@checks.arguments(temperature=(0.0, 2.0), devices=(1,))
 def train_deferral(
     pair: str | Path,
     data: Data,
@@ -206,7 +204,6 @@ def train_deferral(
     unknown = sorted(set(calibrations) - set(CALIBRATIONS))
     if unknown:
         raise UserError(f"the calibration {unknown[0]!r} is unknown: use {', '.join(CALIBRATIONS)}")
-    checks.real("temperature", temperature, 0.0, 2.0)
     source = loading.bundle_folder(pair)
     loaded = bundles.load_bundle(source)
     if loaded.drafter is None:
@@ -230,10 +227,12 @@ def train_deferral(
                 "examples": {name: len(chosen) for name, chosen in job.splits.items()},
             }
         }  # fmt: skip
+        drafter, verifier = (deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier"))
         fitted = Fitted(
             {config.kind: fits[0].head},
             fitted_calibrations,
-            *(deferral_files.member_fingerprint(manifest, name) for name in ("drafter", "verifier")),
+            drafter,
+            verifier,
             loaded.vocabulary.fingerprint(),
             json.loads(storage.to_json(about)),
         )
@@ -282,8 +281,7 @@ class _Job:
         self.classes = pair_scores.token_classes(scored.vocabulary, scored.width)
 
     def collect(self, name: str, calibrations: Mapping[str, PairCalibration] | None = None) -> dict[str, np.ndarray]:
-        """Columns of a split, from disk if they are complete there."""
-        tell = lambda done, examples: self.observer.collecting(name, done, examples)  # noqa: E731
+        """Columns of a split, from disk where they are whole."""
         folder = collection.collect(
             self.scored,
             self.corpus,
@@ -297,7 +295,7 @@ class _Job:
             batch_size=-(-self.data.batch_size // self.mesh.size) * self.mesh.size,
             batches_per_part=self.data.batches_per_part,
             mesh=self.mesh,
-            progress=tell,
+            progress=functools.partial(self.observer.collecting, name),
         )
         return collection.read(folder)
 
@@ -309,23 +307,26 @@ class _Job:
         identity = {
             "head": dataclasses.asdict(self.config),
             "fit": plain,
-            "columns": {name: self._identity(name) for name in ("fit", "held_out")},
+            "columns": {
+                split: json.loads((self.folder / "columns" / split / collection.IDENTITY).read_text("utf-8"))
+                for split in ("fit", "held_out")
+            },
         }
         place, keep = self.folder / name, self.fit_config.keep
-        stores = lambda seed: fit_store.OrbaxStore(place / f"seed-{seed}", identity, keep)  # noqa: E731
+
+        def stores(seed: int) -> fit_store.OrbaxStore:
+            return fit_store.OrbaxStore(place / f"seed-{seed}", identity, keep)
+
         curves = fit_store.Curves(self.folder / METRICS_FILE, self.observer)
         return fitting.fit_head(self.config, self.fit_config, columns, self.classes, store=stores, observer=curves)
-
-    def _identity(self, split: str) -> dict[str, Any]:
-        return json.loads((self.folder / "columns" / split / collection.IDENTITY).read_text("utf-8"))
 
     def calibrate(self, kinds: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, PairCalibration]:
         """Fits calibrations on the data of the head, or reads those that an earlier part of this run has fitted."""
         place = self.folder / CALIBRATION_FILE
         if place.is_file():
-            found = fit_store.read_calibrations(place)
-            if set(found) == set(kinds):
-                return found
+            known = fit_store.read_calibrations(place)
+            if set(known) == set(kinds):
+                return known
         sides: dict[str, dict[str, Calibration]] = {}
         lengths = (self.data.inputs_len, self.data.targets_len)
         chosen = np.union1d(self.splits["fit"], self.splits["held_out"]).tolist()
@@ -344,9 +345,9 @@ class _Job:
                 confidence = columns["features"][:, self.config.features.names.index(f"max_{side}")]
                 found["isotonic"] = calibration.fit_isotonic(confidence, columns[f"hit_{side}"])
             sides[side] = found
-        found = {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in kinds}
-        fit_store.write_calibrations(place, found)
-        return found
+        fitted = {kind: PairCalibration(sides["q"][kind], sides["p"][kind]) for kind in kinds}
+        fit_store.write_calibrations(place, fitted)
+        return fitted
 
 
 def calibrated_scores(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:
@@ -376,8 +377,8 @@ def _summary(
 ) -> dict[str, Any]:
     temperatures = {}
     if "temperature" in calibrations:
-        both = calibrations["temperature"]
-        temperatures = {side: float(getattr(both, side).values["temperature"]) for side in "qp"}
+        of_pair = calibrations["temperature"]
+        temperatures = {side: float(getattr(of_pair, side).values["temperature"]) for side in "qp"}
     both = columns_lib.joined(columns["fit"], columns["held_out"])
     gap, said = labels.gap(both, job.config.loss), columns_lib.heard(both, job.config)
     shown = ("seed", "left_out", "first", "kept_at", "steps", "stopped_early")
