@@ -23,8 +23,8 @@ GROUPS = {
         "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
     },
     "Measure": {
-        "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
-        "sweep": "measure methods x alphas on a task: frontier, operating points, report",
+        "plan": "predict which draft length, drafter and K matrix pay off, from measured acceptance and step costs",
+        "sweep": "measure methods at several alphas on a task: frontier, operating points, report",
     },
     "Checkpoints": {
         "inspect": "describe a checkpoint of any kind",
@@ -32,8 +32,8 @@ GROUPS = {
         "prune": "cut the vocabulary of a T5 down to the pieces that a task uses most",
     },
     "TPU": {
-        "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
-        "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying there",
+        "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, and what does not fit",
+        "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying off there",
     },
 }
 VERBS = {verb: purpose for verbs in GROUPS.values() for verb, purpose in verbs.items()}
@@ -76,7 +76,7 @@ def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> in
 
 
 def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    # Native libraries log while they load; what matters of it is said in our own words.
+    # Native libraries log while they load; the verbs report what matters of it themselves.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     streams.settle()

@@ -21,7 +21,7 @@ import numpy as np
 
 from speccascade_t5x.interfaces import UserError
 
-# What other decoders offer and no method here can grant.
+# Options of other decoders that no method here supports.
 _UNSUPPORTED = {
     *("num_beams", "beam_size", "beams", "length_penalty", "early_stopping"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
@@ -37,13 +37,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def refuse_unsupported(name: str) -> None:
-    """Refuses beam search, penalties and logit bias by name.
+    """Rejects beam search, penalties and logit bias by name.
 
     Raises:
       UserError: `name` is one of their options.
     """
     if name in _UNSUPPORTED:
-        raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+        raise UserError(f"{name} is not supported: leave it out, as outputs are sampled from a rule's distribution")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -106,7 +106,7 @@ def text(name: str, value: Any) -> None:
 
 
 def sequence(name: str, value: Any) -> tuple:
-    """`value` as a tuple; one text is no sequence of texts here.
+    """`value` as a tuple; one text is not a sequence of texts here.
 
     Raises:
       UserError: it is neither a list nor a tuple.
