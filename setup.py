@@ -43,6 +43,7 @@ EDGES = [
 TEST = [
     "build>=1.2,<2",
     "chex>=0.1.91,<0.2",
+    "hypothesis>=6.100,<7",
     "mypy>=2.4,<3",
     "pdoc>=15,<17",  # the API reference
     "pytest>=8.3,<10",

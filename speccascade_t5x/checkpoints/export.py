@@ -31,7 +31,7 @@ from speccascade_t5x.checkpoints.bundle import Bundle
 from speccascade_t5x.checkpoints.comparing import compare, compare_tables
 from speccascade_t5x.checkpoints.kinds import Found, identify
 from speccascade_t5x.checkpoints.opened import Opened
-from speccascade_t5x.common import storage
+from speccascade_t5x.common import checks, storage
 from speccascade_t5x.interfaces import Bound, PyTree, UserError
 
 FORMATS = ("bundle", "orbax", "t5x", "huggingface", "t5x_pair")
@@ -69,6 +69,9 @@ class Report:
     drift: float | None
 
 
+@checks.arguments(
+    step=(0,), max_file_mb=(0.01,), max_shard_mb=(0.01,), extra_ids=(0,), max_input_len=(1,), max_len=(1,)
+)
 def export(
     source: str | Path,
     target: str | Path,
@@ -346,7 +349,7 @@ def _require_state(opened: Opened, format: str) -> None:
     if format == "t5x" and _is_scalable(opened.model.config):
         raise UserError(f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'")
     if opened.state_others:
-        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array")
+        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is not an array")
     if not opened.state:
         raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along")
 

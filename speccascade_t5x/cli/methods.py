@@ -1,18 +1,18 @@
-"""`speccascade methods`: lists every execution, rule and drafter, with what alpha means and where it comes from."""
+"""`speccascade methods`: lists every execution, rule and drafter, with the meaning of alpha and the source."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from speccascade_t5x.cli import terminal
+from speccascade_t5x.cli import gin_flags, terminal
 from speccascade_t5x.core import rules
 from speccascade_t5x.inference import drafters, methods
 
 
 def main(argv: list[str]) -> int:
     """Prints the three lists. Returns the exit code."""
-    argparse.ArgumentParser(prog="speccascade methods", description=__doc__).parse_args(argv)
+    gin_flags.split(argparse.ArgumentParser(prog="speccascade methods", description=__doc__), argv)
     from rich.table import Table
 
     console = terminal.console()
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     executions = table("Executions (--method)", "name", "what it does", "reads", "source")
     for name, method in methods.METHODS.items():
         executions.add_row(name, method.what, ", ".join(method.reads) or "-", method.source)
-    listed = table("Rules (--rule, --alpha)", "name", "alpha", "what its ends mean", "source")
+    listed = table("Rules (--rule, --alpha)", "name", "alpha", "meaning of its ends", "source")
     for name in rules.names():
         cls = rules.get(name)
         alpha = "none" if cls.alpha_range is None else rules.describe_range(cls)
@@ -43,5 +43,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from speccascade_t5x.cli.__main__ import run_verb
+    from speccascade_t5x.cli.streams import end
 
-    sys.exit(run_verb(main, sys.argv[1:], "speccascade methods"))
+    end(run_verb(main, sys.argv[1:], "speccascade methods"))

@@ -1,8 +1,9 @@
 """seqio tasks as plain numpy examples, in a fixed order, for decoding and for fitting.
 
-The only module of the library that loads TensorFlow and seqio. It does so quietly and with no
-accelerator in TensorFlow's sight, so that JAX has the devices to itself. Tasks are registered by
-whoever imports the module that defines them (usually a gin file); this module only looks them up.
+This is the only module of the library that loads TensorFlow and seqio. It does so without log
+output, and hides the accelerators from TensorFlow, so that JAX has the devices to itself. Tasks are
+registered when the module that defines them is imported (usually by a gin file); this module only
+looks them up.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ import inspect
 import math
 import numbers
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from speccascade_t5x.common import checks
 from speccascade_t5x.data import shards
-from speccascade_t5x.data.examples import Example, cut, fit
+from speccascade_t5x.data.examples import Example, check_ids, cut, fit
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary, check_same
 
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Holds back what native libraries write to file descriptor 2; shows it if the block fails.
+    """Captures what native libraries write to file descriptor 2, and shows it only if the block fails.
 
     TensorFlow logs before its logging can be configured, and no environment variable stops that.
     """
@@ -72,18 +74,18 @@ def examples(
     truncate: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> list[Example]:
-    """Reads a split whole, unshuffled, so that every bad example is met before work starts.
+    """Reads a whole split, unshuffled, so that every bad example is found before work starts.
 
-    The task is run without sequence lengths, so its preprocessors cut nothing by themselves; a task
-    that shapes its examples by them (span corruption, packing) is not for this function.
+    The task is run without sequence lengths, so its preprocessors cut nothing by themselves. Tasks
+    that shape their examples by these lengths (span corruption, packing) are not supported here.
 
     Args:
       task_name: a registered seqio task.
       split: one of its splits.
-      feature_lengths: longest "inputs" and, if given, "targets", in ids with the EOS. Targets over
-        their length are always cut.
-      limit: read only the first so many examples; None reads all.
-      truncate: cut inputs that are too long instead of refusing them. A cut feature keeps its EOS
+      feature_lengths: maximum lengths of "inputs" and, if given, "targets", in ids with the EOS.
+        Longer targets are always cut.
+      limit: number of examples to read, from the first; None reads all.
+      truncate: cut inputs that are too long instead of rejecting them. A cut feature keeps its EOS
         as last id where the task appends one.
       shard: (i, n) reads the i-th of n parts that together are the split, as seqio divides it: by files where there
         are enough, else every n-th example. Indices are then those of the part.
@@ -92,16 +94,14 @@ def examples(
       UserError: unknown task or split, a mixture, an empty dataset, a task without inputs, or an
         input longer than feature_lengths["inputs"] while `truncate` is False.
     """
+    features = _task(task_name).output_features
     dataset = _dataset(task_name, split, shard=shard)
-    if "inputs" not in dataset.element_spec:
+    if "inputs" not in features or "inputs" not in dataset.element_spec:
         raise UserError(f"task {task_name!r} has no feature 'inputs', so there is nothing to read: name another task")
     if limit is not None:
         dataset = dataset.take(limit)
-    features = _task(task_name).output_features
-    found = [
-        _example(index, raw, features, feature_lengths, truncate)
-        for index, raw in enumerate(dataset.as_numpy_iterator())
-    ]
+    with contextlib.closing(_rows(task_name, dataset, features)) as rows:
+        found = [_example(index, raw, features, feature_lengths, truncate) for index, raw in enumerate(rows)]
     if not found:
         raise UserError(
             f"task {task_name!r} has no example in split {split!r}"
@@ -138,23 +138,57 @@ def stream(
     Args:
       task_name: a registered seqio task.
       split: one of its splits.
-      limit: only the first so many examples; None yields all.
-      task_lengths: given to the task's own preprocessors; those that shape examples by them (span corruption) need
+      limit: number of examples to yield, from the first; None yields all.
+      task_lengths: lengths for the task's own preprocessors; those that shape examples by them (span corruption) need
         them. seqio then cuts longer examples by itself.
-      seed: of preprocessors that draw.
+      seed: seed of preprocessors that draw random numbers.
 
     Raises:
-      UserError: at once, for an unknown task or split, a mixture, a task without inputs or targets; later, for
-        preprocessors that need `task_lengths`.
+      UserError: at the call, for an unknown task or split, a mixture, or a task without inputs or targets; while
+        iterating, for preprocessors that need `task_lengths`.
     """
+    features = _task(task_name).output_features
     dataset = _dataset(task_name, split, task_lengths, seed)
     for feature in ("inputs", "targets"):
-        if feature not in dataset.element_spec:
+        if feature not in features or feature not in dataset.element_spec:
             raise UserError(
                 f"task {task_name!r} has no feature {feature!r}, so there is nothing to train on: name another task"
             )
     dataset = dataset if limit is None else dataset.take(limit)
-    return ((raw["inputs"], raw["targets"]) for raw in dataset.as_numpy_iterator())
+    return _pairs(_rows(task_name, dataset, features))
+
+
+def _pairs(rows: Generator[Mapping[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with contextlib.closing(rows):
+        for raw in rows:
+            yield raw["inputs"], raw["targets"]
+
+
+def _rows(
+    task_name: str, dataset: tf.data.Dataset, features: Mapping[str, seqio.Feature]
+) -> Generator[Mapping[str, Any]]:
+    """The examples of a data set as numpy arrays, those that will be read as ids checked.
+
+    It is closed, or read to its end: TensorFlow's threads, which may be in a generator of the task, then stop while
+    there still is an interpreter for them.
+
+    Raises:
+      UserError: the task's own code fails, or an example holds no ids of its vocabulary.
+    """
+    iterator, index = dataset.as_numpy_iterator(), 0
+    while True:
+        with _named(task_name, f"reading of example {index}"):
+            raw = next(iterator, None)
+        if raw is None:
+            return
+        for name in ("inputs", "targets"):
+            if name in raw and name not in features:
+                del raw[name]  # a text that is no feature
+            elif name in raw:
+                where = f"example {index} of task {task_name!r}"
+                check_ids(raw[name], features[name].vocabulary.vocab_size, where, name)
+        yield raw
+        index += 1
 
 
 def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator[str]:
@@ -163,7 +197,7 @@ def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator
     Args:
       name: a registered seqio task or mixture; of a mixture each task is read once, whatever its rate.
       split: one split of it.
-      limit: only the first so many examples of each task; None reads all.
+      limit: number of examples of each task to read, from the first; None reads all.
 
     Raises:
       UserError: at the first text, for an unknown name or split.
@@ -171,10 +205,12 @@ def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator
     for part, _ in parts(name):
         features = _task(part).output_features
         dataset = _dataset(part, split)
-        for raw in (dataset if limit is None else dataset.take(limit)).as_numpy_iterator():
-            for feature in ("inputs", "targets"):
-                if feature in raw:
-                    yield _text(raw, feature, features)
+        dataset = dataset if limit is None else dataset.take(limit)
+        with contextlib.closing(_rows(part, dataset, features)) as rows:
+            for index, raw in enumerate(rows):
+                for feature in ("inputs", "targets"):
+                    if feature in raw:
+                        yield _text(raw, feature, features, f"example {index} of task {part!r}")
 
 
 def _dataset(
@@ -188,13 +224,14 @@ def _dataset(
     part = None if shard is None else seqio.ShardInfo(index=shard[0], num_shards=shard[1])
     task = check(task_name, split)
     try:
-        return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
-    except (TypeError, KeyError) as error:
-        if lengths is not None:
+        with _named(task_name, "source or preprocessor"):
+            return task.get_dataset(sequence_length=lengths, split=split, shuffle=False, seed=seed, shard_info=part)
+    except UserError as error:
+        if lengths is not None or not isinstance(error.__cause__, (TypeError, KeyError)):
             raise
         raise UserError(
-            f"the preprocessors of task {task_name!r} failed without feature lengths ({error!r}): where they shape "
-            "examples by them, give the task its lengths"
+            f"the preprocessors of task {task_name!r} failed without feature lengths ({error.__cause__!r}): where they "
+            "shape examples by them, give the task its lengths"
         ) from error
 
 
@@ -211,10 +248,10 @@ def check(task_name: str, split: str) -> seqio.Task:
 
 
 def parts(name: str) -> list[tuple[str, float]]:
-    """Returns the tasks of a mixture with their rates, by name; a task is its own only part, at rate 1.
+    """Returns the tasks of a mixture with their rates, by name; a plain task gives itself at rate 1.
 
     Raises:
-      UserError: there is neither a task nor a mixture of that name, or the rates cannot be told.
+      UserError: there is neither a task nor a mixture of that name, or the rates cannot be computed.
     """
     if name not in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
         if name not in seqio.TaskRegistry.names() and seqio.MixtureRegistry.names():
@@ -224,7 +261,7 @@ def parts(name: str) -> list[tuple[str, float]]:
     try:
         return [(task.name, float(mixture.get_rate(task))) for task in sorted(mixture.tasks, key=lambda t: t.name)]
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"the rates of mixture {name!r} cannot be told ({error}): give it numbers") from error
+        raise UserError(f"the rates of mixture {name!r} cannot be computed ({error}): give it numbers") from error
 
 
 def _example(
@@ -234,13 +271,13 @@ def _example(
     lengths: Mapping[str, int],
     truncate: bool,
 ) -> Example:
-    text = _text(raw, "inputs", features)
+    text = _text(raw, "inputs", features, f"example {index}")
     where = f"example {index} ({_opening(text)!r})"
     inputs = fit(raw["inputs"], lengths.get("inputs"), where, truncate=truncate, eos_id=_eos(features["inputs"]))
     if "targets" not in raw:
         return Example(index, inputs, text)
     targets = cut(raw["targets"], lengths.get("targets"), _eos(features["targets"]))
-    return Example(index, inputs, text, targets, _text(raw, "targets", features))
+    return Example(index, inputs, text, targets, _text(raw, "targets", features, where))
 
 
 def _opening(text: str, words: int = 6) -> str:
@@ -253,10 +290,15 @@ def _eos(feature: seqio.Feature) -> int | None:
     return feature.vocabulary.eos_id if feature.add_eos else None
 
 
-def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature]) -> str:
+def _text(raw: Mapping[str, Any], name: str, features: Mapping[str, seqio.Feature], where: str) -> str:
     kept = raw.get(f"{name}_pretokenized")
     if isinstance(kept, bytes):
-        return kept.decode("utf-8")
+        try:
+            return kept.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where} has {name} that are not UTF-8 ({error.reason}): decode them in a preprocessor"
+            ) from error
     return features[name].vocabulary.decode(raw[name].tolist())
 
 
@@ -264,7 +306,7 @@ def _task(name: str) -> seqio.Task:
     """Looks a task up.
 
     Raises:
-      UserError: there is none of that name, or it is a mixture.
+      UserError: no task has that name, or it is a mixture.
     """
     tasks = seqio.TaskRegistry.names()
     if name in tasks:
@@ -301,7 +343,7 @@ def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
     """Returns the same vocabulary without seqio, so that it can be compared with a pair's.
 
     Raises:
-      UserError: a kind that only seqio knows.
+      UserError: it is of a kind that only seqio supports.
     """
     if isinstance(spoken, seqio.ByteVocabulary):
         return ByteVocabulary(spoken.extra_ids)
@@ -383,21 +425,23 @@ def _name_of(metric: Callable[..., Any]) -> str:
 
 @contextlib.contextmanager
 def _named(task_name: str, what: str) -> Iterator[None]:
-    """Turns whatever a task's own code raises into one sentence."""
+    """Turns an exception of a task's own code into a UserError of one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        lines = str(error).strip().splitlines() or [""]
+        said = re.sub(r"^\{\{function_node \S+\}\} ", "", lines[0])
+        told = " ".join(f"{type(error).__name__}: {said}".split())[:300]
         raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
 
 
 def metric_value(value: Any) -> Any:
-    """What a metric function returned, as JSON types: numbers, texts, lists and mappings of them.
+    """The result of a metric function as JSON types: numbers, texts, lists and mappings of them.
 
-    seqio's `Scalar` and `Text` stand for what they hold. NaN and infinities become None. Of seqio's pictures, sounds
-    and histograms, and of any other object, the kind is kept.
+    seqio's `Scalar` and `Text` are replaced by their values. NaN and infinities become None. Images, sounds and
+    histograms of seqio, and any other object, are replaced by the name of their type.
     """
     if isinstance(value, seqio.metrics.Scalar):
         return metric_value(value.value)

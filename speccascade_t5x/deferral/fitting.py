@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from speccascade_t5x import trees
+from speccascade_t5x.common import checks
 from speccascade_t5x.core import noise
 from speccascade_t5x.deferral import columns as columns_lib
 from speccascade_t5x.deferral.columns import Columns
@@ -69,20 +70,15 @@ class FitConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "eval_every", "patience", "keep")
+        checks.fields(self, folds=(2,), weight_decay=(0.0,), seeds=checks.SEED, **dict.fromkeys(counts, (1,)))
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective={self.objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
-        for name in ("steps", "batch_size", "eval_every", "patience", "keep"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r} must be a whole number above 0")
         for name in ("alphas", "seeds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: give one or more")
         if not self.softness > 0 or not self.learning_rate > 0:
             raise UserError("softness and learning_rate must be above 0")
-        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 2:
-            raise UserError(f"folds={self.folds!r} must be a whole number of 2 or more")
 
 
 class Observer:

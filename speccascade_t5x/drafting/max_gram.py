@@ -138,7 +138,7 @@ class MaxGram:
           noise: [B, size * probs.DRAW] uniforms where `fill` is "sample".
 
         Returns:
-          (tokens [B, size], lengths [B], law [B, size, V]).
+          (tokens [B, size], lengths [B], their distributions [B, size, V]).
         """
         copied, count = self._copy(prompt, history, end, size)
         table: NGramTable | None = params["table"]

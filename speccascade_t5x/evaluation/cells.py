@@ -85,7 +85,7 @@ class CellStore:
             storage.write_json(path, ours)
             return
         try:
-            found = json.loads(path.read_text("utf-8"))
+            found = storage.from_json(path.read_text("utf-8"))
             known = found["format"] == FORMAT
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a sweep's description: use another output folder") from error
@@ -168,7 +168,7 @@ class CellStore:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(gzip.decompress(path.read_bytes()))
+            return storage.from_json(gzip.decompress(path.read_bytes()))
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} is damaged: remove it, and the sweep measures this cell again") from error
 
@@ -176,7 +176,7 @@ class CellStore:
         """A finished block of wall times, or None."""
         path = self.folder / "timing" / f"block-{index:05d}.json"
         try:
-            return json.loads(path.read_text("utf-8"))
+            return storage.from_json(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ top-p); a cell is a point with one seed: what is decoded, and stored, at once.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -65,7 +64,7 @@ class Arm:
     alphas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        checks.text("name", self.name)
+        checks.fields(self)
         if not _FILE_NAME.fullmatch(self.name):
             raise UserError(
                 f"the method name {self.name!r} names files as well: use letters, digits, blanks and -+=@:.,() only"
@@ -75,7 +74,7 @@ class Arm:
             raise UserError(f"the method {self.name!r} sets {wrong[0]}, which no method of a sweep may: leave it out")
         make_settings(**self.options)
         if self.alphas is not None:
-            object.__setattr__(self, "alphas", tuple(map(float, checks.sequence("alphas", self.alphas))))
+            object.__setattr__(self, "alphas", tuple(map(float, self.alphas)))
             for alpha in self.alphas:
                 check_alpha(self, alpha)
 
@@ -241,12 +240,8 @@ def conditions(
       UserError: an empty list, or a value outside its range.
     """
     for name, values in (("draft_lens", draft_lens), ("temperatures", temperatures), ("top_ps", top_ps)):
-        if not checks.sequence(name, values):
+        if not values:
             raise UserError(f"{name} is empty: give it at least one value")
-    for length in draft_lens:
-        checks.whole("draft_lens", length, 1)
-    for value in itertools.chain(temperatures, top_ps):
-        checks.real("temperatures and top_ps", value, 0.0, 2.0)
     main = Condition(draft_lens[0], float(temperatures[0]), float(top_ps[0]))
     found = [main]
     found += [dataclasses.replace(main, draft_len=length) for length in draft_lens[1:]]

@@ -101,6 +101,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return found
 
 
+@checks.arguments(latency_budget=(0.0,))
 def choose(
     path: str | Path,
     latency_budget: float | None = None,
@@ -132,7 +133,6 @@ def choose(
         asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
         raise UserError(f"{path} has no point under {asked or 'the main condition'}: it has {'; '.join(has)}")
     if latency_budget is not None:
-        checks.real("latency_budget", latency_budget, 0.0)
         fit = [point for point in points if _latency(point) <= latency_budget]
         if not fit:
             least = min(map(_latency, points))
@@ -146,7 +146,6 @@ def choose(
         if not alone:
             raise UserError(f"{path} lacks the verifier alone: give a latency budget or a quality floor")
         quality_floor = _quality(alone[0]) - offered.get("quality_tolerance", 0.0)
-    checks.real("quality_floor", quality_floor)
     fit = [point for point in points if _quality(point) >= quality_floor]
     if not fit:
         most = max(map(_quality, points))

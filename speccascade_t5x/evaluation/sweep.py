@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +48,10 @@ class SweepResult:
     tolerance: float = 0.0
 
 
+@checks.arguments(
+    seeds=checks.SEED, draft_lens=(1,), temperatures=(0.0, 2.0), top_ps=(0.0, 1.0), limit=(1,), alpha_points=(1,),
+    refine=(0,), timing_items=(2,), timing_repeats=(1,), timed_points=(1,), traces=(0,), quality_tolerance=(0.0,),
+)  # fmt: skip
 def sweep(
     pair: LoadedPair | Callable[[], LoadedPair],
     settings: Settings,
@@ -116,13 +119,6 @@ def sweep(
         raise UserError("name either a task or an input file to sweep on (TASK or INPUT), and not both")
     if output_dir is None:
         raise UserError("a sweep needs an output folder: set OUTPUT_DIR, or give --output_dir")
-    for name, value, least in (
-        *(("alpha_points", alpha_points, 1), ("refine", refine, 0), ("timing_items", timing_items, 2)),
-        *(("timing_repeats", timing_repeats, 1), ("timed_points", timed_points, 1), ("traces", traces, 0)),
-        *(() if limit is None else (("limit", limit, 1),)),
-    ):
-        checks.whole(name, value, least)
-    checks.real("quality_tolerance", quality_tolerance, 0.0)
     _check_seeds(seeds)
     if report_only:
         _check_report(output_dir, calibrate)
@@ -168,15 +164,13 @@ def sweep(
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     """All of them: the cells of the first would be there before the second is read."""
-    for seed in checks.sequence("seeds", seeds):
-        checks.whole("seeds", seed, 0, 2**32 - 1)
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(f"seeds={seeds!r} must be different whole numbers, at least one")
 
 
 def _check_varied(varied: Sequence[str], arms: Sequence[Arm]) -> None:
     """Arms that are not measured are skipped, but the name of no arm is an error."""
-    for name in checks.sequence("varied", varied):
+    for name in varied:
         if name not in {each.name for each in arms}:
             grid.arm(name)
 
@@ -356,7 +350,7 @@ def _report(measurement: Measurement, choices: Choices, tolerance: float, traces
         blocks.append(block)
         index += 1
     costs_file = store.folder / "costs.json"
-    costs = json.loads(costs_file.read_text("utf-8")) if costs_file.exists() else None
+    costs = storage.from_json(costs_file.read_text("utf-8")) if costs_file.exists() else None
     groups = analyst.groups(choices.conditions, blocks, costs)
     if not groups:
         raise UserError(
@@ -394,7 +388,7 @@ def _reliability(measurement: Measurement) -> dict[str, Any]:
     """Reliability of both models on the references; kept on disk, as models and references do not change."""
     path = measurement.store.folder / "reliability.json"
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        return storage.from_json(path.read_text("utf-8"))
     forced = teacher_forced.TeacherForced(measurement.pair, measurement.max_len)
     alone = dataclasses.replace(measurement.base, method="verifier")
     (figures,) = forced.score(measurement.references, [alone])

@@ -1,9 +1,8 @@
-"""What a user may choose about a decode, checked where it is chosen."""
+"""The settings of a decode, checked when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,48 +12,58 @@ from speccascade_t5x import decoding
 from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import UserError
 
+_RANGES = {
+    **dict.fromkeys(("top_p", "min_p", "quantile"), (0.0, 1.0)),
+    **dict.fromkeys(("max_ngram", "min_ngram", "max_input_len", "max_len", "num_samples", "batch_size"), (1,)),
+    **dict.fromkeys(("draft_len", "k_matrix", "top_k"), (0,)),
+    "temperature": (0.0, 2.0),
+    "lenience": (1.0, checks.MOST_REAL),
+    "buckets": (1,),
+    "seed": checks.SEED,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode. None means: what the bundle says.
+    """How to decode. None takes the bundle's value.
 
     Attributes:
       method: a name of `inference.methods.METHODS`: "speculative", or one model alone ("verifier", "drafter"), or a
         baseline ("bild", "token_cascade", "oracle", "sequence_cascade").
-      rule: registry name of the rule.
+      rule: registered name of the rule.
       alpha: the rule's trade-off, None for rules without one; in a sequence cascade the log-probability below
         which the verifier rewrites.
       rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
-      draft_len: tokens drafted per round; 0 drafts nothing, "auto" does what `plan` recommends.
+      draft_len: number of tokens drafted per round; 0 drafts nothing, "auto" takes the recommendation of `plan`.
       plan: the plan.json of `speccascade plan` that draft_len="auto" follows.
       verification: "token" or "block".
       draft_stop: None, or "confidence" or "entropy": ends a draft early, see `drafting.stop`.
-      stop_threshold: of draft_stop; a probability, or nats.
-      drafter: who drafts, a name of `inference.drafters.DRAFTERS`: "model", "max_gram", "prompt_lookup", "ngram" or
+      stop_threshold: threshold of draft_stop; a probability, or nats.
+      drafter: a name of `inference.drafters.DRAFTERS`: "model", "max_gram", "prompt_lookup", "ngram" or
         "cascade".
       k_matrix: of a cascade, in the convention of `drafting.k_matrix`; takes the place of draft_len. Its last row is
         Max-Gram's where it has one row more than there are models.
       lenience: L >= 1 of "Cascade Speculative Drafting" between drafters of a cascade, never at the verifier.
       edge_rules: of a cascade of several models: per model None, or (rule, alpha) between it and the next smaller.
-      max_ngram: longest match Max-Gram and prompt lookup count; None is open, and 3 for prompt lookup.
-      min_ngram: a shorter match is none.
+      max_ngram: longest match that Max-Gram and prompt lookup use; None is unlimited, and 3 for prompt lookup.
+      min_ngram: shortest match that they use.
       ngram_fill: how Max-Gram continues from the bundle's n-gram table: "argmax" or "sample".
       confidence: of a sequence cascade: "mean" (log-probability per token), "sum" or "quantile".
       quantile: which quantile of the per-token log-probabilities, 0 to 1.
-      temperature: 0 to 2; 0 takes the argmax.
+      temperature: 0 to 2; 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
       min_p: 0 is off.
-      max_input_len: longest prompt in tokens, EOS included.
-      max_len: longest output in tokens, EOS included.
-      truncate: cut longer prompts instead of refusing them.
+      max_input_len: maximum length of a prompt in tokens, EOS included.
+      max_len: maximum length of an output in tokens, EOS included.
+      truncate: cut longer prompts instead of rejecting them.
       stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
         them, so with SentencePiece as whole words.
-      num_samples: outputs per input.
-      batch_size: inputs decoded together.
-      buckets: prompt lengths to pad to; few lengths, few compiles.
+      num_samples: number of outputs per input.
+      batch_size: number of inputs decoded together.
+      buckets: prompt lengths to pad to; fewer lengths need fewer compiles.
       trace: keep per-token diagnostics in the records.
-      seed: of the random key.
+      seed: seed of the random key.
     """
 
     method: str = "speculative"
@@ -90,34 +99,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("method", "rule", "verification", "drafter", "ngram_fill", "confidence"):
-            checks.text(name, getattr(self, name))
-        for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0), ("quantile", 1.0)):
-            checks.real(name, getattr(self, name), 0.0, high)
+        checks.fields(self, **_RANGES)
         if self.top_p == 0.0:
             raise UserError("top_p=0 would keep no token: use a small positive number, or temperature=0")
-        checks.whole("seed", self.seed, 0, 2**32 - 1)  # what a random key holds
-        for name, least in (("top_k", 0), ("min_ngram", 1), ("num_samples", 1), ("batch_size", 1)):
-            checks.whole(name, getattr(self, name), least)
         if isinstance(self.draft_len, str) and self.draft_len != "auto":
             raise UserError(f"draft_len={self.draft_len!r} is unknown: use a whole number, or 'auto' with a plan")
-        for name, least in (("draft_len", 0), ("max_ngram", 1), ("max_input_len", 1), ("max_len", 1)):
-            if getattr(self, name) not in (None, "auto"):
-                checks.whole(name, getattr(self, name), least)
-        for name, low in (("alpha", -math.inf), ("stop_threshold", -math.inf), ("lenience", 1.0)):
-            if getattr(self, name) is not None:
-                checks.real(name, getattr(self, name), low)
-        for name in ("k_matrix", "edge_rules"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _nested(name, getattr(self, name)))
-        if not isinstance(self.rule_options, Mapping):
-            raise UserError(f"rule_options={self.rule_options!r} is no dictionary")
-        for name in ("truncate", "trace"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r} is neither True nor False")
-        object.__setattr__(self, "stop_sequences", checks.sequence("stop_sequences", self.stop_sequences))
-        if self.buckets is not None:
-            object.__setattr__(self, "buckets", checks.sequence("buckets", self.buckets))
 
     def sampling(self) -> decoding.Sampling:
         """The traced options, strongly typed so that no value compiles a program of its own."""
@@ -126,14 +112,8 @@ class Settings:
         )
 
 
-def _nested(name: str, rows: Any) -> tuple:
-    """Rows of an option as tuples; an entry of edge_rules may be None."""
-    rows = checks.sequence(name, rows)
-    return tuple(row if row is None and name == "edge_rules" else checks.sequence(name, row) for row in rows)
-
-
 def make_settings(**choices: Any) -> Settings:
-    """Settings from keyword arguments; wishes no method here can grant are refused by name.
+    """Settings from keyword arguments; options that no method here supports are rejected by name.
 
     Raises:
       UserError: an unsupported or unknown option.

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from speccascade_t5x.common import checks
 from speccascade_t5x.interfaces import Array, PyTree, UserError
 from speccascade_t5x.models import kv_cache
 from speccascade_t5x.models.attention import Attention, mask_bias
@@ -21,6 +22,11 @@ from speccascade_t5x.models.prompts import repeats
 
 KeysValues = tuple[Array, Array]  # each [B, H, S, K]
 Cross = tuple[Array, Array, Array]  # keys and values of the encoder, and their bias [B, 1, 1 or T, S]
+
+_RANGES = {
+    **dict.fromkeys(("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"), (1,)),
+    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "num_layers"), (0,)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +50,11 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        except TypeError:
+            raise UserError(f"dtype={self.dtype!r} is unknown: use 'float32' or 'bfloat16'") from None
+        checks.fields(self, dropout_rate=(0.0, 1.0 - 2.0**-24), **_RANGES)
         unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
         if unknown:
             raise UserError(f"unknown mlp activation {unknown[0]!r}: use some of {', '.join(ACTIVATIONS)}")

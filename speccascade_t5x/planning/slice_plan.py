@@ -42,6 +42,7 @@ class SlicePlan:
         return max(choices, key=lambda each: (each.fits, each.tokens_per_s))
 
 
+@checks.arguments(acceptance=(0.0, 1.0), draft_lens=(1,), batch_sizes=(1,), input_len=(1,), max_len=(1,), model=(1,))
 def slice_plan(
     architectures: tuple[T5Config, T5Config],
     pair: str,
@@ -72,7 +73,7 @@ def slice_plan(
       batch_sizes: rows decoded at a time by the whole slice.
       input_len: encoder positions.
       max_len: output tokens.
-      rule: of the decode; what matters is whether it reads the drafter's law.
+      rule: of the decode; what matters is whether it reads the drafter's distribution.
       alpha: its trade-off.
       model: chips that share the weights; None takes the fewest on which the pair's weights leave room.
       axis_rules: logical axis rules.
@@ -89,18 +90,12 @@ def slice_plan(
         model = slice_cells.fewest_sharing(on.chips, chip.hbm_bytes, [drafter, verifier])
     own_rules = axis_rules if drafter_rules is None else with_batch_of(drafter_rules, axis_rules)
     place = roofline.Place(chip, hardware.groups(on, model), model, axis_rules, own_rules)
-    for name, values, least in (("draft_lens", draft_lens, 1), ("batch_sizes", batch_sizes, 1)):
-        for value in checks.sequence(name, values):
-            checks.whole(name, value, least)
     if (acceptance is None) == (plan is None):
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
     if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
     else:
-        curve = checks.sequence("acceptance", acceptance)
-        for value in curve:
-            checks.real("acceptance", value, 0.0, 1.0)
-        tokens = roofline.expected_tokens(curve, draft_lens)
+        tokens = roofline.expected_tokens(acceptance, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
     predicted = tuple(roofline.predict(decode, place, tokens, batch_sizes))
@@ -118,7 +113,7 @@ def _from_plan(path: str, draft_lens: Sequence[int]) -> tuple[dict[int, float], 
     """(draft length -> tokens of a round, rule, alpha) of a plan.
 
     Raises:
-      UserError: it is no plan, or ranks no single drafter at these lengths.
+      UserError: it is not a plan, or ranks no single drafter at these lengths.
     """
     content = plan_files.read(path)
     plain = [each for each in content["candidates"] if each["drafter"] == "model"]

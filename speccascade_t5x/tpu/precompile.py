@@ -38,6 +38,7 @@ class Found:
     path: Path | None
 
 
+@checks.arguments(timeout_s=(1.0,))
 def precompile(
     architectures: Mapping[str, tuple[T5Config, T5Config]],
     environment: Mapping[str, str],
@@ -63,9 +64,8 @@ def precompile(
       progress: told what is going on.
 
     Raises:
-      UserError: a cell that cannot be, before any is compiled; or a slice the compiler refuses.
+      UserError: a cell that cannot be, before any is compiled; or a slice the compiler rejects.
     """
-    checks.real("timeout_s", timeout_s, 1.0)
     if not pairs or not topologies:
         raise UserError("there is nothing to compile: name PAIRS and TOPOLOGIES")
     for name in topologies:

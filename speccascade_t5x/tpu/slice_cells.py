@@ -59,14 +59,8 @@ class Options:
     drafter_rules: Rules | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_len", "max_len", "num_samples", "train_batch_size", "targets_len"):
-            checks.whole(name, getattr(self, name), 1)
-        checks.whole("draft_len", self.draft_len, 0)
-        checks.whole("microbatches", self.microbatches, 1)
-        for name in ("batch_size", "model"):
-            if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
-        object.__setattr__(self, "programs", checks.sequence("programs", self.programs))
+        sizes = ("batch_size", "input_len", "max_len", "num_samples", "train_batch_size", "targets_len", "microbatches")
+        checks.fields(self, draft_len=(0,), model=(1,), **dict.fromkeys(sizes, (1,)))
         for name in self.programs:
             if name not in PROGRAMS:
                 raise UserError(f"there is no program {name!r} to compile: known are {', '.join(PROGRAMS)}")

@@ -85,9 +85,9 @@ def test_exports(tmp_path):
     assert "decoder-only T5X, prefix LM (gelu x linear MLP, own logits)" in describe.in_words(describe.describe(place))
 
 
-def test_reference(shared, tmp_path):
+def test_reference(fixtures, tmp_path):
     """What T5X wrote, with and without the config.json beside it; equal to the arrays it held."""
-    folder = shared / "fixtures" / "t5x_decoder_only"
+    folder = fixtures / "t5x_decoder_only"
     shutil.copytree(folder / "checkpoint_3", tmp_path / "checkpoint_3")
     npz = checkpoints.load(folder)
     for place in (folder / "checkpoint_3", tmp_path / "checkpoint_3"):

@@ -53,9 +53,9 @@ def test_every_format_reads_back_exactly(source, tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["t5x_native/checkpoint_3", "t5x_orbax", "t5x_v1_0/checkpoint_3"])
-def test_round_trip_through_every_format_is_exact(shared, tmp_path, name):
+def test_round_trip_through_every_format_is_exact(fixtures, tmp_path, name):
     """T5X -> bundle -> Hugging Face -> T5X -> Orbax."""
-    place = start = shared / "fixtures" / name
+    place = start = fixtures / name
     for i, form in enumerate(("bundle", "huggingface", "t5x", "orbax")):
         export(place, tmp_path / str(i), form, **more(form) | ({"extra_ids": 0, "max_len": 9} if not i else {}))
         place = tmp_path / str(i)
@@ -127,8 +127,8 @@ def test_values_beyond_the_range_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_optimizer_state_travels(shared, tmp_path):
-    start = shared / "fixtures" / "t5x_native" / "checkpoint_3"
+def test_optimizer_state_travels(fixtures, tmp_path):
+    start = fixtures / "t5x_native" / "checkpoint_3"
     first = export(start, tmp_path / "orbax", "orbax", optimizer_state=True)
     again = export(tmp_path / "orbax", tmp_path / "checkpoint_3", "t5x", optimizer_state=True)
     assert first.optimizer_tensors == again.optimizer_tensors == 208 and again.step == 3
@@ -141,12 +141,12 @@ def test_optimizer_state_travels(shared, tmp_path):
     with pytest.raises(UserError, match="has no room for an optimizer state"):
         export(start, tmp_path / "x", "huggingface", optimizer_state=True)
     with pytest.raises(UserError, match="no optimizer state to take along"):
-        export(shared / "fixtures" / "hf_t5", tmp_path / "x", "t5x", optimizer_state=True)
+        export(fixtures / "hf_t5", tmp_path / "x", "t5x", optimizer_state=True)
 
 
-def test_index_is_that_of_t5x(shared, tmp_path):
+def test_index_is_that_of_t5x(fixtures, tmp_path):
     """Spec by spec the index T5X itself wrote, but for the order of keys."""
-    start = shared / "fixtures" / "t5x_native" / "checkpoint_3"
+    start = fixtures / "t5x_native" / "checkpoint_3"
     export(start, tmp_path / "checkpoint_3", "t5x", optimizer_state=True)
     ours, theirs = (t5x_native._read_index(place / "checkpoint") for place in (tmp_path / "checkpoint_3", start))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -314,12 +314,12 @@ def test_arrays_go_where_they_are_told(source, devices):
     assert_same(found, make_model())
 
 
-def test_transformers_computes_the_same(shared, tmp_path):
+def test_transformers_computes_the_same(fixtures, tmp_path):
     """Skipped where Transformers and PyTorch are not installed."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     for name in ("t5x_native", "t5x_v1_0"):
-        folder = shared / "fixtures" / name
+        folder = fixtures / name
         export(folder / "checkpoint_3", tmp_path / name, "huggingface", max_shard_mb=0.05)
         model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / name).eval()
         with np.load(folder / "expected.npz") as stored, torch.no_grad():
@@ -329,9 +329,9 @@ def test_transformers_computes_the_same(shared, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("t5x") is None, reason="needs T5X, which is not installed")
-def test_t5x_reads_it(shared, tmp_path):
+def test_t5x_reads_it(fixtures, tmp_path):
     library = importlib.import_module("t5x.checkpoints")
-    start = shared / "fixtures" / "t5x_native" / "checkpoint_3"
+    start = fixtures / "t5x_native" / "checkpoint_3"
     export(start, tmp_path / "checkpoint_3", "t5x", optimizer_state=True, max_file_mb=0.05)
     ours, theirs = (library.load_t5x_checkpoint(str(place)) for place in (tmp_path / "checkpoint_3", start))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

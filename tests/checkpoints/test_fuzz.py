@@ -86,12 +86,12 @@ def run(folder, kind, seed, rounds):
 
 
 @pytest.fixture(params=[*KINDS, "bundle"])
-def case(request, shared, tmp_path):
+def case(request, fixtures, tmp_path):
     kind = request.param
     if kind == "bundle":
-        export(shared / "pair_t5x" / "drafter", tmp_path / "copy", "bundle", vocabulary="bytes")
+        export(fixtures / "restore_de_drafter", tmp_path / "copy", "bundle", vocabulary="bytes")
         return tmp_path / "copy", kind
-    folder = shutil.copytree(shared / "fixtures" / KINDS[kind], tmp_path / "checkpoint_3", ignore=_bulk)
+    folder = shutil.copytree(fixtures / KINDS[kind], tmp_path / "checkpoint_3", ignore=_bulk)
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):
             file.chmod(0o755 if file.is_dir() else 0o644)

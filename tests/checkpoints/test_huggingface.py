@@ -50,8 +50,8 @@ def put_tensors(folder, found):
 
 
 @pytest.mark.parametrize("name", ["hf_t5", "hf_t5_v1_0"])
-def test_logits_and_greedy_ids_of_transformers(shared, name):
-    folder = shared / "fixtures" / name
+def test_logits_and_greedy_ids_of_transformers(fixtures, name):
+    folder = fixtures / name
     assert checkpoints.detect(folder) == "huggingface"
     bound = checkpoints.load(folder)
     with np.load(folder / "expected.npz") as stored:
@@ -70,9 +70,9 @@ def test_logits_and_greedy_ids_of_transformers(shared, name):
     np.testing.assert_array_equal(np.asarray(output.tokens)[:, : long_ids.shape[1] - 1], long_ids[:, 1:])
 
 
-def test_both_spellings_of_the_configuration(shared, tmp_path):
+def test_both_spellings_of_the_configuration(fixtures, tmp_path):
     """`save_pretrained` of version 5 writes scale_decoder_outputs; the hub's files say tie_word_embeddings."""
-    folder = shutil.copytree(shared / "fixtures" / "hf_t5", tmp_path / "hub")
+    folder = shutil.copytree(fixtures / "hf_t5", tmp_path / "hub")
     expected = checkpoints.load(folder)
     assert not expected.model.config.logits_via_embedding
     shutil.copy(folder / "config.hub_style.json", folder / "config.json")
@@ -214,9 +214,9 @@ def test_configurations_that_are_another_model(tmp_path, changes, message):
         checkpoints.load(write(tmp_path / "hf", make_model(), **changes))
 
 
-def test_decoder_only_models_are_refused_by_name(shared):
+def test_decoder_only_models_are_refused_by_name(fixtures):
     with pytest.raises(UserError, match="gemma"):
-        checkpoints.load(shared / "fixtures" / "hf_gemma2")
+        checkpoints.load(fixtures / "hf_gemma2")
 
 
 def change_header(folder, change):

@@ -321,24 +321,23 @@ def test_an_extra_or_lost_layer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5x_native/checkpoint_3", "t5x_orbax", "t5x_v1_0/checkpoint_3"])
-def test_reference_checkpoints(shared, name):
-    folder = shared / "fixtures" / name
+def test_reference_checkpoints(fixtures, name):
+    folder = fixtures / name
     model = checkpoints.load(folder)
     source = "t5x_v1_0" if "v1_0" in name else "t5x_native"
-    assert_same(model, checkpoints.load(shared / "fixtures" / source))
+    assert_same(model, checkpoints.load(fixtures / source))
 
 
-def test_damaged_orbax_checkpoint(shared, tmp_path):
+def test_damaged_orbax_checkpoint(fixtures, tmp_path):
     folder = tmp_path / "checkpoint_3"
-    shutil.copytree(shared / "fixtures" / "t5x_orbax" / "checkpoint_3", folder)
+    shutil.copytree(fixtures / "t5x_orbax" / "checkpoint_3", folder)
     (folder / "state" / "manifest.ocdbt").write_bytes(b"")
     with pytest.raises(UserError, match="checkpoint_3/state"):
         checkpoints.load(folder)
 
 
-@pytest.mark.parametrize("name", ["drafter", "verifier"])
-def test_reference_pair_native_equals_npz(shared, name):
-    folder = shared / "pair_t5x" / name
+def test_a_trained_native_checkpoint_equals_its_npz(fixtures):
+    folder = fixtures / "restore_de_drafter"
     native = next(folder.glob("checkpoint_*"))
     fields = architecture.read_gin_fields(folder / "config.gin")
     ours = {"relative_position_tables": "shared"}  # no word of T5X's

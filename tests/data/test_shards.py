@@ -170,7 +170,7 @@ def test_a_shard_that_would_run_code_is_not_loaded(folder):
         np.savez(file, inputs=np.array([{}], dtype=object))
     entry = {"sha256": hashlib.sha256((folder / SECOND).read_bytes()).hexdigest()}
     edit(folder, lambda manifest: manifest["shards"][1].update(entry))
-    with pytest.raises(UserError, match="is no npz file of arrays"):
+    with pytest.raises(UserError, match="is not an npz file of arrays"):
         shards.read(folder)
 
 
@@ -234,7 +234,7 @@ def test_a_sentencepiece_model_travels_with_its_ids(tmp_path):
     assert corpus.vocabulary.fingerprint() == spoken.fingerprint()
     assert corpus.ids["inputs"].dtype == np.uint8
     (tmp_path / "corpus" / "vocabulary.model").write_bytes(b"")
-    with pytest.raises(UserError, match="does not say what its ids mean"):
+    with pytest.raises(UserError, match="has no usable vocabulary"):
         shards.read(tmp_path / "corpus")
 
 

@@ -228,7 +228,8 @@ def by_name(name: str, alpha: Any = None, **options: Any) -> Rule:
         raise UserError(f"the rule {name!r} needs an alpha ({describe_range(cls)}; {cls.ends})")
     low, high = cls.alpha_range
     for value in np.ravel(alpha):
-        if not low <= float(value) <= high:
+        checks.real("alpha", value)
+        if not low <= value <= high:
             raise UserError(
                 f"alpha={value} is outside the range of the rule {name!r}: {describe_range(cls)} ({cls.ends})"
             )
