@@ -94,7 +94,7 @@ def slice_plan(
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
     if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
-    else:
+    elif acceptance is not None:
         tokens = roofline.expected_tokens(acceptance, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)

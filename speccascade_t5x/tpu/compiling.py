@@ -46,7 +46,7 @@ def mesh(on: Slice, model: int) -> Mesh:
 
 def partitioning(cell: Cell) -> Partitioning:
     """The mesh of a cell with its rules."""
-    wanted = cell.options
+    wanted: Any = cell.options  # settled: none of them is None
     drafter = wanted.rules if wanted.drafter_rules is None else with_batch_of(wanted.drafter_rules, wanted.rules)
     return Partitioning(mesh(hardware.named(cell.topology), wanted.model), wanted.rules, drafter)
 
@@ -100,8 +100,9 @@ class Compiler:
     def _decoding(self, queued: bool = False) -> compiled.Lowered:
         if queued not in self._lowered:
             cell, wanted = self.cell, self.cell.options
+            rows: Any = wanted.batch_size  # settled
             program = shapes.program(cell.drafter, cell.verifier, wanted, self.place)
-            inputs = shapes.decode_inputs(wanted.batch_size, wanted.input_len, self.place)
+            inputs = shapes.decode_inputs(rows, wanted.input_len, self.place)
             self._lowered[queued] = compiled.lower(program, *inputs, self.place, queued=queued)
         return self._lowered[queued]
 

@@ -43,14 +43,14 @@ class Options:
       drafter_rules: those of drafters; None takes `rules`.
     """
 
-    batch_size: int | Any = None
+    batch_size: int | None = None
     input_len: int = 512
     max_len: int = 128
     draft_len: int = 5
     rule: str = "lossless"
     alpha: float | None = None
     num_samples: int = 1
-    model: int | Any = None
+    model: int | None = None
     train_batch_size: int = 64
     targets_len: int = 128
     microbatches: int = 1
