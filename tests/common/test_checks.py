@@ -52,25 +52,25 @@ def test_what_fits_stays_and_lists_become_tuples():
         ({"count": 10**5000}, "count=a number of thousands of digits is outside"),
         ({"rate": 1.5}, "rate=1.5 is outside its range: it must be a number from 0 to 1"),
         ({"rate": float("nan")}, "rate=nan is outside"),
-        ({"rate": 1e-40}, "rate=1e-40 is no number that float32 can hold"),
+        ({"rate": 1e-40}, "rate=1e-40 is beyond float32"),
         ({"rate": "x"}, "rate='x' is outside"),
-        ({"name": None}, "name=None is no text"),
-        ({"path": 3}, "path=3 is no text"),
+        ({"name": None}, "name=None is not a text"),
+        ({"path": 3}, "path=3 is not a text"),
         ({"fast": 1}, "fast=1 is neither True nor False"),
-        ({"sizes": 3}, "sizes=3 is no list"),
-        ({"sizes": "12"}, "sizes='12' is no list"),
+        ({"sizes": 3}, "sizes=3 is not a list"),
+        ({"sizes": "12"}, "sizes='12' is not a list"),
         ({"sizes": [1, "a"]}, "sizes='a' is outside"),
         ({"sizes": [10]}, "sizes=10 is outside its range: it must be a whole number from 1 to 9"),
         ({"rows": [["a"]]}, r"rows=\['a'\] must hold 2 entries, and has 1"),
         ({"rows": [["a", "b"]]}, "rows='b' is outside"),
-        ({"shares": [1]}, r"shares=\[1\] is no dictionary"),
-        ({"shares": {1: 1.0}}, "a name in shares=1 is no text"),
-        ({"shares": {"x": 1e39}}, r"shares\['x'\]=1e\+39 is no number that float32 can hold"),
+        ({"shares": [1]}, r"shares=\[1\] is not a dictionary"),
+        ({"shares": {1: 1.0}}, "a name in shares=1 is not a text"),
+        ({"shares": {"x": 1e39}}, r"shares\['x'\]=1e\+39 is beyond float32"),
         ({"length": 1.5}, "length=1.5 is outside its range"),
         ({"length": []}, r"length=\[\] is none of a whole number, a text"),
-        ({"load": 3}, "load=3 is no function"),
+        ({"load": 3}, "load=3 is not a function"),
         ({"inner": 3}, "inner=3 is no Settings"),
-        ({"name": ["x" * 99]}, r"name=\['x{75}\.\.\. is no text$"),
+        ({"name": ["x" * 99]}, r"name=\['x{75}\.\.\. is not a text$"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):
@@ -87,9 +87,9 @@ def test_arguments_of_a_function():
     assert job(["a"]) == (("a",), None, 1.0)
     assert (job.__doc__, list(inspect.getfullargspec(job).args)) == ("Does it.", ["names", "limit"])
     for arguments, message in (
-        ({"names": "a"}, "names='a' is no list"),
+        ({"names": "a"}, "names='a' is not a list"),
         ({"names": [], "limit": 0}, "limit=0 is outside"),
-        ({"names": [], "scale": 1e-46}, "scale=1e-46 is no number"),
+        ({"names": [], "scale": 1e-46}, "scale=1e-46 is beyond float32"),
     ):
         with pytest.raises(UserError, match=message):
             job(**arguments)
@@ -100,16 +100,16 @@ def test_arguments_of_a_function():
     [
         ({"top_k": 2**31}, "top_k=2147483648"),
         ({"min_ngram": 2**31}, "min_ngram=2147483648"),
-        ({"top_p": 1e-40}, "top_p=1e-40 is no number that float32"),
+        ({"top_p": 1e-40}, "top_p=1e-40 is beyond float32"),
         ({"lenience": 1e39}, "lenience=1e.39 is outside"),
         ({"lenience": float("inf")}, "lenience=inf is outside"),
         ({"buckets": ("a",)}, "buckets='a'"),
         ({"k_matrix": (("a",),)}, "k_matrix='a'"),
         ({"k_matrix": ((-1,),)}, "k_matrix=-1"),
         ({"edge_rules": (("chow",),)}, "must hold 2 entries"),
-        ({"stop_sequences": (3,)}, "stop_sequences=3 is no text"),
-        ({"rule_options": {1: 1}}, "a name in rule_options=1 is no text"),
-        ({"plan": 3}, "plan=3 is no text"),
+        ({"stop_sequences": (3,)}, "stop_sequences=3 is not a text"),
+        ({"rule_options": {1: 1}}, "a name in rule_options=1 is not a text"),
+        ({"plan": 3}, "plan=3 is not a text"),
         ({"seed": 2**32}, "seed=4294967296 is outside its range: it must be a whole number from 0 to 4294967295"),
     ],
 )
