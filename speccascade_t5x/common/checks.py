@@ -201,7 +201,7 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
     elif origin is Callable and not callable(value):
         raise UserError(f"{_said(name, value)} is not a function")
     elif isinstance(kind, type) and origin is None and not issubclass(kind, _LOOSE) and not isinstance(value, kind):
-        raise UserError(f"{_said(name, value)} is no {kind.__name__}")
+        raise UserError(f"{_said(name, value)} is not of type {kind.__name__}")
     return value
 
 

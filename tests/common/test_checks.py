@@ -69,7 +69,7 @@ def test_what_fits_stays_and_lists_become_tuples():
         ({"length": 1.5}, "length=1.5 is outside its range"),
         ({"length": []}, r"length=\[\] is none of a whole number, a text"),
         ({"load": 3}, "load=3 is not a function"),
-        ({"inner": 3}, "inner=3 is no Settings"),
+        ({"inner": 3}, "inner=3 is not of type Settings"),
         ({"name": ["x" * 99]}, r"name=\['x{75}\.\.\. is not a text$"),
     ],
 )
