@@ -69,7 +69,7 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
 
 
 def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
+    """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without a traceback."""
     code = _run(verb, argv, name)
     host_processes = sys.modules.get("speccascade_t5x.cli.host_processes")
     return host_processes.leave(code) if host_processes else code

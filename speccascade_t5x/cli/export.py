@@ -22,10 +22,10 @@ _MACROS = {
 }
 # Short flags that are arguments of checkpoints.export.export.
 _ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "dtype": (str, "of the parameters written: float32 (default), bfloat16 or float16"),
-    "step": (int, "training steps to note (default: the source's)"),
-    "max_file_mb": (float, "no file becomes larger, in MB of 10^6 bytes"),
-    "max_shard_mb": (float, "largest safetensors file (default: 5000)"),
+    "dtype": (str, "dtype of the written parameters: float32 (default), bfloat16 or float16"),
+    "step": (int, "number of training steps to record (default: the source's)"),
+    "max_file_mb": (float, "maximum size of a file, in MB of 10^6 bytes"),
+    "max_shard_mb": (float, "maximum size of a safetensors file, in MB (default: 5000)"),
     "kind": (str, gin_flags.KIND),
     "allow_drivers": (gin_flags.names, gin_flags.ALLOW_DRIVERS),
     "drafter": (str, "checkpoint of the drafter, for a bundle or t5x_pair; --source is then the verifier"),

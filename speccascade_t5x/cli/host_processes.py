@@ -205,7 +205,7 @@ def _watch(child: int, reports: int, name: str) -> int:
 
 
 def _pass_on(said: bytes | bytearray) -> None:
-    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
+    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not its buffer: the terminal guard does not cover that
     sys.stderr.flush()
 
 

@@ -1,7 +1,7 @@
 """Checks of option values: each names the option and what it must be.
 
 What an option must be is what its annotation says, so `fields` and `arguments` check all of a dataclass or function at
-once; only ranges are added. Numbers end in int32 and float32 arrays, so one that these cannot hold is refused here.
+once; only ranges are added. Numbers end in int32 and float32 arrays, so one that these cannot hold is rejected here.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
         raise UserError(f"{_said(name, value)} is outside its range: it must be a number{span}")
     if value and not math.isinf(value) and not _LEAST_REAL <= abs(value) <= MOST_REAL:
         raise UserError(
-            f"{_said(name, value)} is no number that float32 can hold: it must be 0, or between {_LEAST_REAL:.3g} and "
+            f"{_said(name, value)} is beyond float32: it must be 0, or between {_LEAST_REAL:.3g} and "
             f"{MOST_REAL:.3g} in size"
         )
 
@@ -102,7 +102,7 @@ def text(name: str, value: Any) -> None:
       UserError: it is not.
     """
     if not isinstance(value, str):
-        raise UserError(f"{_said(name, value)} is no text")
+        raise UserError(f"{_said(name, value)} is not a text")
 
 
 def sequence(name: str, value: Any) -> tuple:
@@ -112,7 +112,7 @@ def sequence(name: str, value: Any) -> tuple:
       UserError: it is neither a list nor a tuple.
     """
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{_said(name, value)} is no list: put it in brackets")
+        raise UserError(f"{_said(name, value)} is not a list: put it in brackets")
     return tuple(value)
 
 
@@ -185,7 +185,7 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         return value if isinstance(value, tuple) and all(map(_same, found, value)) else found
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise UserError(f"{_said(name, value)} is no dictionary")
+            raise UserError(f"{_said(name, value)} is not a dictionary")
         keys = [as_type(f"a name in {name}", key, parts[0]) for key in value]
         made = {key: as_type(f"{name}[{key!r}]", value[key], parts[1], range) for key in keys}
         return value if all(_same(made[key], value[key]) for key in keys) else made
@@ -200,9 +200,9 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
     elif kind is types.NoneType and value is not None:
         raise UserError(f"{_said(name, value)} must be None")
     elif origin is Callable and not callable(value):
-        raise UserError(f"{_said(name, value)} is no function")
+        raise UserError(f"{_said(name, value)} is not a function")
     elif isinstance(kind, type) and origin is None and not issubclass(kind, _LOOSE) and not isinstance(value, kind):
-        raise UserError(f"{_said(name, value)} is no {kind.__name__}")
+        raise UserError(f"{_said(name, value)} is not of type {kind.__name__}")
     return value
 
 

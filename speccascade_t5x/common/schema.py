@@ -73,7 +73,7 @@ def parse(text: str | bytes, source: str) -> Any:
     surrogate = _ESCAPED_SURROGATE.search(text)
     if surrogate and not _is_text(value):
         row = text.count("\n", 0, surrogate.start()) + 1
-        raise UserError(f"{source} is not usable JSON: half a surrogate pair is no character (line {row})")
+        raise UserError(f"{source} is not usable JSON: half a surrogate pair is not a character (line {row})")
     return value
 
 

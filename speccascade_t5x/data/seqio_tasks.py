@@ -434,7 +434,7 @@ def _named(task_name: str, what: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [""]
         said = re.sub(r"^\{\{function_node \S+\}\} ", "", lines[0])
         told = " ".join(f"{type(error).__name__}: {said}".split())[:300]
-        raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
+        raise UserError(f"the {what} of task {task_name!r} failed with {told}: fix it and run again") from error
 
 
 def metric_value(value: Any) -> Any:

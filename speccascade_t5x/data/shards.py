@@ -313,7 +313,7 @@ def _id_type(spoken: vocabulary.Vocabulary) -> np.dtype:
 
 
 def _write_shard(folder: Path, number: int, buffer: _Buffer) -> dict[str, Any]:
-    """Writes and empties the buffer. Returns the shard's entry of the manifest, its file name still to come."""
+    """Writes and empties the buffer. Returns the shard's entry of the manifest, without the file name."""
     data = storage.npz(buffer.arrays())
     storage.write_bytes(folder / _UNFINISHED / f"{number:05d}.npz", [data])
     entry = {"file": "", "examples": buffer.count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -66,7 +66,7 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
 
 
 def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:
-    """Columns of the trace from whichever laws are known ([..., V] each); NaN for the others, and for laws of NaN."""
+    """Columns of the trace from the known distributions, [..., V] each; NaN for unknown ones and for those of NaN."""
     known = next(law for law in (q_raw, p_raw) if law is not None)
     unknown = jnp.full(known.shape[:-1], jnp.nan, jnp.float32)
 

@@ -94,7 +94,7 @@ class Topology:
         if self.submesh is not None:
             sides = self.submesh
             if len(sides) > 4 or math.prod(sides) != self.model:
-                raise UserError(f"submesh={sides} is no block of model={self.model} devices: its product must be that")
+                raise UserError(f"submesh={sides} is not a block of model={self.model} devices: change its product")
 
     def mesh(self, among: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh ('data', 'model') of the first of some devices; None takes all devices of all hosts.

@@ -26,7 +26,7 @@ class Kind:
     """A drafter, or an execution, that a user can name.
 
     Attributes:
-      what: one line for people.
+      what: one human-readable line.
       reads: the fields of Settings that have a meaning for it, beyond those all of its kind read.
       source: where it comes from.
     """

@@ -95,7 +95,7 @@ class LoadedPair:
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
         self._compiled: dict[tuple, Any] = {}  # by kind and shapes
-        self._numbered = 0  # texts that have been given a number
+        self._numbered = 0  # number of texts numbered so far
 
     @property
     def drafters(self) -> list[Bound]:
@@ -152,7 +152,7 @@ class LoadedPair:
         return np.array(found, np.int32)
 
     def compiled(self, program: decoding.Program, inputs: Any, kind: type[_Kind]) -> tuple[_Kind, float]:
-        """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
+        """The compiled decode for these shapes, and the seconds of compiling it (0 if it was compiled before)."""
         key = (kind, shape_key(program, inputs))
         if key in self._compiled:
             return self._compiled[key], 0.0

@@ -143,7 +143,7 @@ def infer(
             failure, metrics = error, _metrics(dataclasses.replace(dataset, score=None), settings, in_order)
         writer.write_metrics(metrics)
         timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
-        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
+        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so there is no new timing
             timing = storage.from_json(timed.read_text("utf-8"))
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)

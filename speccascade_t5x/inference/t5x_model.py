@@ -249,7 +249,7 @@ def from_checkpoint(
     Raises:
       UserError: no pair is there, or an error of `PairModel`.
     """
-    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel refuses what is no encoder-decoder
+    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel rejects what is not an encoder-decoder
     return PairModel(
         **found,
         input_vocabulary=input_vocabulary,

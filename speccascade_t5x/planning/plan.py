@@ -283,7 +283,7 @@ def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 
 def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tuple[Acceptance, Costs]:
-    """Figures a user gave, checked."""
+    """The user's figures, checked."""
     levels = len(costs) + 2
     shape = [len(row) for row in acceptance]
     if shape == [levels - 2 - i for i in range(len(acceptance))] and len(acceptance) == levels - 2:

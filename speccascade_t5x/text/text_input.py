@@ -119,7 +119,7 @@ def _fields(value: Any, where: str) -> tuple[str, str | None]:
         raise UserError(f'{where} needs an object with a text under "inputs"')
     targets = value.get("targets")
     if targets is not None and not isinstance(targets, str):
-        raise UserError(f'{where} has something else than a text under "targets"')
+        raise UserError(f'{where} has a value under "targets" that is not a text')
     for name in ("inputs", "targets"):
         try:
             (value.get(name) or "").encode("utf-8")

@@ -62,7 +62,7 @@ class Vocabulary(Protocol):
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` needs, as JSON types."""
+        """The argument of `from_spec`, as JSON types."""
         size, fingerprint = self.vocab_size, self.fingerprint()
         return {"kind": self.kind, "extra_ids": self.extra_ids, "size": size, "fingerprint": fingerprint}
 

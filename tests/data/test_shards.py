@@ -188,7 +188,7 @@ def edit(folder: Path, change) -> None:
         (lambda m: m.update(format="else"), "is not the manifest of a tokenised corpus"),
         (lambda m: m.update(shards=[]), "is empty"),
         (lambda m: m.update(examples=0), "is empty"),
-        (lambda m: m.update(vocabulary={}), "does not say what its ids mean"),
+        (lambda m: m.update(vocabulary={}), "has no usable vocabulary"),
         (lambda m: m.pop("shards"), "has no member 'shards'"),
         (lambda m: m["shards"][0].update(file="../other.npz"), r"shards\[0\].file must be a plain file name"),
     ],

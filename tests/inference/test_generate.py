@@ -178,7 +178,7 @@ def test_a_long_prompt_is_refused_or_cut(pair):
         ({"seed": -1}, r"seed=-1 .*from 0 to 4294967295"),
         ({"seed": 2**32}, r"seed=4294967296 .*from 0 to 4294967295"),
         ({"truncate": "no"}, r"truncate='no' is neither True nor False"),
-        ({"stop_sequences": "ende"}, r"stop_sequences='ende' is no list"),
+        ({"stop_sequences": "ende"}, r"stop_sequences='ende' is not a list"),
         ({"stop_sequences": [""]}, r"the stop sequence '' has no ids"),
         ({"buckets": (16, 24)}, r"buckets \(16, 24\) must increase and end with the feature length 32"),
         ({"num_beams": 4}, r"num_beams is not supported"),

@@ -281,7 +281,7 @@ class _Job:
         self.classes = pair_scores.token_classes(scored.vocabulary, scored.width)
 
     def collect(self, name: str, calibrations: Mapping[str, PairCalibration] | None = None) -> dict[str, np.ndarray]:
-        """Columns of a split, from disk where they are whole."""
+        """Columns of a split, from disk if they are complete there."""
         folder = collection.collect(
             self.scored,
             self.corpus,
