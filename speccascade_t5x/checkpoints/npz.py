@@ -76,7 +76,7 @@ def _tensor(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, path: P
         try:
             shape, fortran, dtype = _read_header(file)
             start = file.tell()
-        except (ValueError, TypeError, SyntaxError, LookupError, AttributeError, MemoryError, RecursionError) as error:
+        except Exception as error:  # numpy parses the header as Python, and raises what the tokenizer does
             raise UserError(f"{path}: {name!r} is not a numpy array: {tensors.reason(error)}") from error
     if dtype.hasobject:
         raise UserError(f"{path}: {name!r} holds Python objects, which are never loaded")

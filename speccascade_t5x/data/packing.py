@@ -23,6 +23,8 @@ from speccascade_t5x.common import checks
 from speccascade_t5x.data import length_buckets, shards
 from speccascade_t5x.data.mixing import Source
 
+_PAD_ID = 0  # what models and losses leave out
+
 Batch = dict[str, np.ndarray]
 # Of an epoch: each batch as its shape (rows, inputs, targets) and, for each row that holds any, its examples.
 Plan = list[tuple[tuple[int, int, int], Sequence[np.ndarray]]]
@@ -31,9 +33,9 @@ Plan = list[tuple[tuple[int, int, int], Sequence[np.ndarray]]]
 class _Planned(abc.ABC):
     """What packed and bucketed batches share: plans by epoch, and steps counted through them."""
 
-    def __init__(self, source: Source, seed: int, rooms: tuple[int, int], start_id: int, pad_id: int, *key: object):
+    def __init__(self, source: Source, seed: int, rooms: tuple[int, int], start_id: int, *key: object):
         checks.whole("seed", seed, 0, 2**32 - 1)
-        self._source, self._seed, self._start_id, self._pad_id = source, seed, start_id, pad_id
+        self._source, self._seed, self._start_id = source, seed, start_id
         # Length of each example in a row, after cutting.
         self._taken = np.stack(
             [np.minimum(source.input_lengths, rooms[0]), np.minimum(source.target_lengths, rooms[1])], axis=1
@@ -42,7 +44,7 @@ class _Planned(abc.ABC):
         over = (source.input_lengths > rooms[0]) | (source.target_lengths > rooms[1])
         self.cut_examples = int(over.sum())
         self.cut_share = float(over.mean())
-        self.fingerprint = _hash(type(self).__name__, source.fingerprint, seed, rooms, start_id, pad_id, *key)
+        self.fingerprint = _hash(type(self).__name__, source.fingerprint, seed, rooms, start_id, _PAD_ID, *key)
         self._planned: dict[int, Plan] = {}
 
     def _measure(self) -> None:
@@ -106,7 +108,6 @@ class Packed(_Planned):
       seed: of the order.
       window: number of examples among which the packing chooses; a larger one leaves less padding and takes longer.
       start_id: what the decoder starts with.
-      pad_id: what fills up.
 
     Attributes:
       padding_share: share of all slots, encoder's and decoder's, that hold nothing; measured over the first epoch.
@@ -128,12 +129,11 @@ class Packed(_Planned):
         seed: int = 0,
         window: int = 4096,
         start_id: int = 0,
-        pad_id: int = 0,
     ):
         sizes = {"batch_size": batch_size, "inputs_len": inputs_len, "targets_len": targets_len, "window": window}
         for name, value in sizes.items():
             checks.whole(name, value, 1)
-        super().__init__(source, seed, (inputs_len, targets_len), start_id, pad_id, batch_size, window)
+        super().__init__(source, seed, (inputs_len, targets_len), start_id, batch_size, window)
         self._batch_size, self._window = batch_size, window
         self._measure()
 
@@ -148,7 +148,7 @@ class Packed(_Planned):
         return [(shape, [rows[i] for i in mixed[at : at + size]]) for at in range(0, len(rows), size)]
 
     def _build(self, shape: tuple[int, int, int], rows: Sequence[np.ndarray]) -> Batch:
-        batch = _empty(shape, self._pad_id, packed=True)
+        batch = _empty(shape, packed=True)
         for row, members in enumerate(rows):
             read = written = 0
             for segment, index in enumerate(members.tolist(), start=1):
@@ -177,7 +177,6 @@ class Bucketed(_Planned):
       seed: of the order.
       multiple_of: rows of a batch are a multiple of this, such as the number of devices.
       start_id: what the decoder starts with.
-      pad_id: what fills up.
 
     Attributes:
       shapes: (rows, inputs, targets) of each bucket, shortest first.
@@ -197,7 +196,6 @@ class Bucketed(_Planned):
         seed: int = 0,
         multiple_of: int = 1,
         start_id: int = 0,
-        pad_id: int = 0,
     ):
         sizes = {"tokens_per_batch": tokens_per_batch, "inputs_len": inputs_len, "targets_len": targets_len}
         for name, value in (sizes | {"multiple_of": multiple_of}).items():
@@ -210,7 +208,7 @@ class Bucketed(_Planned):
             lengths = length_buckets.best_buckets(taken, buckets)
         else:
             lengths = length_buckets.given_buckets(buckets, rooms)
-        super().__init__(source, seed, rooms, start_id, pad_id, tokens_per_batch, multiple_of, lengths)
+        super().__init__(source, seed, rooms, start_id, tokens_per_batch, multiple_of, lengths)
         self.shapes = [(length_buckets.rows(tokens_per_batch, pair, multiple_of), *pair) for pair in lengths]
         fits = (self._taken[:, None, :] <= np.array(lengths)[None, :, :]).all(-1)
         self._bucket = fits.argmax(axis=1)  # buckets grow, so the first that fits is the smallest
@@ -225,7 +223,7 @@ class Bucketed(_Planned):
         return plan
 
     def _build(self, shape: tuple[int, int, int], rows: Sequence[np.ndarray]) -> Batch:
-        return _one_to_a_row(shape, [self._example(int(row[0])) for row in rows], self._start_id, self._pad_id)
+        return _one_to_a_row(shape, [self._example(int(row[0])) for row in rows], self._start_id)
 
 
 class InOrder:
@@ -240,7 +238,6 @@ class InOrder:
       targets_len: longest targets; likewise.
       shapes: at most so many widths.
       start_id: what the decoder starts with.
-      pad_id: what fills up.
 
     Raises:
       UserError: a length or count below 1.
@@ -254,12 +251,11 @@ class InOrder:
         targets_len: int,
         shapes: int = 2,
         start_id: int = 0,
-        pad_id: int = 0,
     ):
         sizes = {"batch_size": batch_size, "inputs_len": inputs_len, "targets_len": targets_len, "shapes": shapes}
         for name, value in sizes.items():
             checks.whole(name, value, 1)
-        self._source, self._size, self._start_id, self._pad_id = source, batch_size, start_id, pad_id
+        self._source, self._size, self._start_id = source, batch_size, start_id
         self._rooms = (inputs_len, targets_len)
         starts = np.arange(0, len(source), batch_size)
         longest = [
@@ -289,7 +285,7 @@ class InOrder:
             for i in self.indices(step).tolist()
         ]
         shape = (self._size, *self._shapes[self._shape_of[step]].tolist())
-        return _one_to_a_row(shape, examples, self._start_id, self._pad_id)
+        return _one_to_a_row(shape, examples, self._start_id)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self(step) for step in range(len(self)))
@@ -299,12 +295,12 @@ class InOrder:
         return np.arange(step * self._size, min((step + 1) * self._size, len(self._source)))
 
 
-def _empty(shape: tuple[int, int, int], pad_id: int, packed: bool) -> Batch:
+def _empty(shape: tuple[int, int, int], packed: bool) -> Batch:
     rows, inputs, targets = shape
     batch = {
-        "encoder_input_tokens": np.full((rows, inputs), pad_id, np.int32),
-        "decoder_input_tokens": np.full((rows, targets), pad_id, np.int32),
-        "decoder_target_tokens": np.full((rows, targets), pad_id, np.int32),
+        "encoder_input_tokens": np.full((rows, inputs), _PAD_ID, np.int32),
+        "decoder_input_tokens": np.full((rows, targets), _PAD_ID, np.int32),
+        "decoder_target_tokens": np.full((rows, targets), _PAD_ID, np.int32),
         "decoder_loss_weights": np.zeros((rows, targets), np.float32),
     }
     if packed:
@@ -323,9 +319,9 @@ def _write_targets(batch: Batch, row: int, place: slice, targets: np.ndarray, st
 
 
 def _one_to_a_row(
-    shape: tuple[int, int, int], examples: Sequence[tuple[np.ndarray, np.ndarray]], start_id: int, pad_id: int
+    shape: tuple[int, int, int], examples: Sequence[tuple[np.ndarray, np.ndarray]], start_id: int
 ) -> Batch:
-    batch = _empty(shape, pad_id, packed=False)
+    batch = _empty(shape, packed=False)
     for row, (inputs, targets) in enumerate(examples):
         batch["encoder_input_tokens"][row, : len(inputs)] = inputs
         _write_targets(batch, row, slice(0, len(targets)), targets, start_id)

@@ -117,6 +117,28 @@ def test_header_that_promises_more_than_the_file_holds(tmp_path):
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", [b"{'shape': (8, 8", b"{'shape': 8}", b"\xff", b"(" * 900, b"{'descr': 1, 'a': 2, 'b': 3}"]
+)
+def test_headers_that_are_no_python(tmp_path, text):
+    write_npz(tmp_path, make_model())
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("a.npy", np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(UserError, match="'a' is not a numpy array"):
+        checkpoints.load(tmp_path)
+
+
+def test_a_damaged_archive_is_told_in_a_short_line(tmp_path):
+    """zipfile quotes the names it compares, whatever their length."""
+    write_npz(tmp_path, make_model())
+    raw = bytearray((tmp_path / "params.npz").read_bytes())
+    raw[26:28] = b"\xff\x0f"  # the length of the first member's name
+    (tmp_path / "params.npz").write_bytes(raw)
+    with pytest.raises(UserError, match="params.npz is damaged or not an npz file") as caught:
+        checkpoints.load(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("name", ["t5x_native", "t5x_v1_0"])
 def test_reference_models(fixtures, name):
     folder = fixtures / name

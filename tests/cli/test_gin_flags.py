@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 
 import gin
@@ -121,6 +122,21 @@ def test_what_files_include_is_searched_likewise(planted):
     write(planted / "there", "mine.gin", "include 'mine.gin'")
     with pytest.raises(UserError, match=r"line 1 is not usable: mine\.gin includes itself"):
         gin_flags.load([mine], [])
+
+
+@pytest.mark.parametrize(
+    ("bindings", "shown"),
+    [
+        (["LIMIT = %LIMIT"], "LIMIT by itself (LIMIT needs LIMIT)"),
+        (["SPLIT = %LIMIT", "LIMIT = [{'a': %SPLIT}]"], "SPLIT by itself (SPLIT needs LIMIT needs SPLIT)"),
+        (["LIMIT = @infer.infer()"], "LIMIT needs speccascade_t5x.inference.infer.infer needs LIMIT"),
+    ],
+)
+def test_a_value_that_needs_itself_is_refused(bindings, shown):
+    with pytest.raises(UserError, match=re.escape(shown)):
+        gin_flags.load(RUN, bindings)
+    gin.clear_config()
+    assert gin_flags.load(RUN, ["LIMIT = 3", "SPLIT = %LIMIT"])  # one that is read twice is none
 
 
 REACHING = [

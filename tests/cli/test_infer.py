@@ -228,7 +228,7 @@ def test_bad_data(corpus, capsys, monkeypatch):
     write_split(corpus, "test", [("One", "Eins", "a"), ("Two", "", "a")])
     assert "test.tsv.gz, line 2 has an empty column 'de'" in refused(capsys, *task)
     write_split(corpus, "test", [("x", "Zu lang für diese Länge, " * 2, "a")])
-    assert "Example 0 ('zu lang fur diese lange, zu" in refused(capsys, *task)
+    assert "example 0 ('zu lang fur diese lange, zu" in refused(capsys, *task)
     nowhere = "--gin.l10n.data_dir.path='nowhere'"
     assert "the corpus folder nowhere does not exist" in refused(capsys, *task, nowhere)
     monkeypatch.delenv("SPECCASCADE_L10N_DIR")

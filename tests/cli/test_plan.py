@@ -44,7 +44,7 @@ def test_it_can_say_no(capsys):
     ("flags", "message"),
     [
         ([], "name either a task or an input file to measure on"),
-        (["--acceptance=high", "--costs=0.1"], "--acceptance: invalid figures value: 'high'"),
+        (["--acceptance=high", "--costs=0.1"], "--acceptance: invalid rows value: 'high'"),
         (["--acceptance=0.5"], "acceptance and costs belong together"),
         (["--k_matrix=5,0"], "unknown flag '--k_matrix=5,0'"),
     ],

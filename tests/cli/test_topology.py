@@ -82,7 +82,7 @@ def test_files_of_an_earlier_release(file, instead, tmp_path):
         gin_flags.load(["runs/infer.gin", file], [])
     (tmp_path / "own.gin").write_text(f"include '{file}'\n")
     with pytest.raises(UserError, match=f"it includes {file}, which is not there: use --gin_file={instead}"):
-        gin_flags.load(["own.gin"], [])
+        gin_flags.load(["own.gin"], [], str(tmp_path))
     with pytest.raises(UserError, match="was not found in [^:]*$"):
         gin_flags.load(["topologies/v4_9.gin"], [])
 

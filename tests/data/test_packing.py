@@ -250,10 +250,10 @@ def test_long_examples_are_cut_and_keep_their_eos(kind):
 
 
 def test_another_start_id():
-    batch = packing.Packed(corpus(20), 2, 16, 16, start_id=7, pad_id=2)(0)
+    batch = packing.Packed(corpus(20), 2, 16, 16, start_id=7)(0)
     assert (batch["decoder_input_tokens"][batch["decoder_positions"] == 0] == np.where(
-        batch["decoder_segment_ids"][batch["decoder_positions"] == 0], 7, 2)).all()  # fmt: skip
-    assert (batch["encoder_input_tokens"][batch["encoder_segment_ids"] == 0] == 2).all()
+        batch["decoder_segment_ids"][batch["decoder_positions"] == 0], 7, 0)).all()  # fmt: skip
+    assert (batch["encoder_input_tokens"][batch["encoder_segment_ids"] == 0] == 0).all()
 
 
 def test_a_mixture_keeps_its_rates_and_leaves_nothing_out():

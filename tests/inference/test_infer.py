@@ -282,6 +282,14 @@ def test_bad_jobs_are_refused_before_anything_is_written(pair, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_whose_name_is_not_utf8(pair, tmp_path):
+    name = os.fsdecode(b"t\xfcr.txt")
+    (tmp_path / name).write_text("ja\n")
+    found = [infer(pair, Settings(**SHAPE), tmp_path / "out", input=str(tmp_path / name)) for _ in range(2)]
+    assert found[0].predictions == found[1].predictions and found[0].predictions.name.startswith(name[:3])
+    assert "t\\udcfcr" in (tmp_path / "out" / f"{name[:3]}-summary.md").read_text("utf-8")
+
+
 def test_nan_leaves_no_records(pair, lines, tmp_path):
     broken = generate.load("restore_de_pair")
     broken.verifier = Bound(pair.verifier.model, jax.tree.map(lambda leaf: leaf * float("nan"), pair.verifier.params))

@@ -180,3 +180,36 @@ def test_same_size_but_other_pieces(seqio, tmp_path):
     ):
         V.check_same(*models, names=("big", "small"))
     assert models[0].fingerprint() != models[1].fingerprint()
+
+
+def test_stop_sequences_have_ids_that_stand_for_them_alone(model_file):
+    sentencepiece = V.SentencePieceVocabulary(model_file)
+    assert V.stop_ids(V.ByteVocabulary(), ("\n", "ab")) == ((13,), (100, 101))
+    assert V.stop_ids(sentencepiece, ("a",)) == (tuple(sentencepiece.encode("a")),)
+    for text, message in (
+        ("\n", r"the stop sequence '\\n' has no ids in this vocabulary"),
+        ("", "the stop sequence '' has no ids"),
+        ("\ud800", r"the stop sequence '\\ud800' is not Unicode"),
+        (3, "the stop sequence 3 is not a text but int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            V.stop_ids(sentencepiece, (text,))
+
+
+def test_a_stop_sequence_of_unknown_characters_is_refused(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    for piece, kind in (("<pad>", 3), ("</s>", 3), ("<unk>", 2), ("▁a", 1)):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id = 0, 1, 2
+    (tmp_path / "model").write_bytes(model.SerializeToString())
+    small = V.SentencePieceVocabulary(tmp_path / "model")
+    assert V.stop_ids(small, ("a",)) == ((3,),)
+    with pytest.raises(UserError, match="the stop sequence '{' holds a character that this vocabulary does not have"):
+        V.stop_ids(small, ("{",))
+
+
+def test_a_text_that_no_vocabulary_can_encode():
+    with pytest.raises(UserError, match="text 0 is not Unicode .*half a character"):
+        V.ids_of(V.ByteVocabulary(), "\udcfc", "text 0")
