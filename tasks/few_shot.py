@@ -1,6 +1,6 @@
 """Prompts that show a decoder-only model some solved examples before the one it is asked.
 
-Every example is a block "<mark><input>\\n<mark><target>", and an empty line stands between blocks. The examples
+Every example is a block "<mark><input>\\n<mark><target>", and an empty line separates blocks. The examples
 are this project's own (`exemplars`) or the first ones of the train split in file order; either way every run
 shows the same ones.
 
