@@ -238,7 +238,7 @@ def _one_of_types(name: str, value: Any, kinds: Sequence[Any], range: tuple[floa
 
 
 def _called(kind: Any) -> str:
-    """A type, for people."""
+    """Human-readable name of a type."""
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     origin = typing.get_origin(kind)
     if origin is Callable:

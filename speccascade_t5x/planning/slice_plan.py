@@ -20,14 +20,14 @@ FILE, TABLE = "slice_plan.json", "slice_plan.md"
 
 @dataclasses.dataclass(frozen=True)
 class SlicePlan:
-    """What the job found.
+    """The result of the job.
 
     Attributes:
-      name: of the pair and of the slice.
-      model: chips that share the weights.
+      name: names of the pair and of the slice.
+      model: number of chips that share the weights.
       predicted: every batch with every draft length, and with none (0).
       stops_at: the smallest batch from which on speculation gains nothing; None where it gains to the last that fits.
-      path: of the table; None where no output folder was named.
+      path: path of the table; None without an output folder.
     """
 
     name: str
@@ -148,7 +148,7 @@ def _break_even(each: roofline.Predicted) -> str:
 
 
 def verdict(found: SlicePlan) -> list[str]:
-    """When speculation pays, in words."""
+    """Human-readable summary of when speculation pays off."""
     lines = []
     for batch in dict.fromkeys(each.batch for each in found.predicted):
         best = found.best(batch)
