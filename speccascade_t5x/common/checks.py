@@ -200,13 +200,18 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         raise UserError(f"{_said(name, value)} must be None")
     elif origin is Callable and not callable(value):
         raise UserError(f"{_said(name, value)} is no function")
-    elif isinstance(kind, type) and origin is None and not issubclass(kind, _LOOSE) and not isinstance(value, kind):
-        raise UserError(f"{_said(name, value)} is no {kind.__name__}")
+    elif isinstance(kind, type) and origin is None and kind not in _CHECKED and not _is_protocol(kind):
+        if not isinstance(value, kind):
+            raise UserError(f"{_said(name, value)} is no {kind.__name__}")
     return value
 
 
 _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
-_LOOSE = (bool, int, float, str, types.NoneType)  # checked above
+_CHECKED = (bool, int, float, str, types.NoneType)
+
+
+def _is_protocol(kind: type) -> bool:
+    return getattr(kind, "_is_protocol", False)  # whether a value keeps it shows where it is used
 
 
 def _same(one: Any, other: Any) -> bool:
