@@ -200,9 +200,8 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         raise UserError(f"{_said(name, value)} must be None")
     elif origin is Callable and not callable(value):
         raise UserError(f"{_said(name, value)} is no function")
-    elif isinstance(kind, type) and origin is None and kind not in _CHECKED and not _is_protocol(kind):
-        if not isinstance(value, kind):
-            raise UserError(f"{_said(name, value)} is no {kind.__name__}")
+    elif _is_class(kind) and not isinstance(value, kind):
+        raise UserError(f"{_said(name, value)} is no {kind.__name__}")
     return value
 
 
@@ -210,8 +209,10 @@ _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
 _CHECKED = (bool, int, float, str, types.NoneType)
 
 
-def _is_protocol(kind: type) -> bool:
-    return getattr(kind, "_is_protocol", False)  # whether a value keeps it shows where it is used
+def _is_class(kind: Any) -> bool:
+    """Whether values are instances of it; whether one keeps a protocol shows where it is used."""
+    plain = isinstance(kind, type) and typing.get_origin(kind) is None and kind not in _CHECKED
+    return plain and not getattr(kind, "_is_protocol", False)
 
 
 def _same(one: Any, other: Any) -> bool:
