@@ -221,6 +221,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _one_of_types(name: str, value: Any, kinds: Sequence[Any], range: tuple[float, ...]) -> Any:
     """`value` as the first of some types that takes it; a path is said to be a text."""
+    kinds = [types.NoneType if kind is Any else kind for kind in kinds]  # `int | Any` is None until it is settled
     if value is None and types.NoneType in kinds:
         return None
     if isinstance(value, str) and str in kinds:
