@@ -100,7 +100,7 @@ class Proposal:
       calls: [B] model calls this proposal cost each row, for the counters.
       level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
       hidden: [B, G + 1, D] the drafter model's last hidden states at the positions of q; None where no rule reads them.
-      broken: [B] bool, NaN went into a law behind the draft; None where `law` and `q` show it themselves.
+      broken: [B] bool, NaN went into a distribution behind the draft; None where `law` and `q` show it themselves.
     """
 
     tokens: Array

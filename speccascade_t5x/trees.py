@@ -25,7 +25,7 @@ def register(cls: type[_Class], static: Sequence[str] | None = None) -> type[_Cl
         {"static": True}. All others are children.
 
     Raises:
-      ValueError: `static` names what is no field.
+      ValueError: `static` names what is not a field.
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # raises itself where `cls` is no dataclass
     unknown = set(static or ()) - {f.name for f in fields}

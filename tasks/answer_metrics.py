@@ -113,10 +113,10 @@ def last_number(text: str) -> decimal.Decimal | None:
 def _check(targets: Sequence, predictions: Sequence) -> None:
     if len(targets) != len(predictions):
         raise UserError(
-            f"A metric needs one prediction per target, got {len(targets)} targets and {len(predictions)} predictions."
+            f"a metric needs one prediction per target, got {len(targets)} targets and {len(predictions)} predictions"
         )
     if not targets:
-        raise UserError("A metric needs at least one example, got none.")
+        raise UserError("a metric needs at least one example, got none")
 
 
 def _answers(

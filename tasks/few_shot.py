@@ -106,7 +106,7 @@ def solved(shots: Shots, source: seqio.DataSource, plain: Sequence[Callable]) ->
     """The (input, target) texts a prompt shows.
 
     Raises:
-      UserError: fewer exist than are asked for, or that is no number.
+      UserError: fewer exist than are asked for, or that is not a number.
     """
     wanted = configured(number)()
     wanted = shots.default if wanted is None else wanted

@@ -100,10 +100,10 @@ class Corpus:
             f"folder that holds {', '.join(f'{s}.tsv.gz' for s in SPLITS)}"
         )
         if not named:
-            raise UserError(f"No corpus folder is set for {self.tasks}: {how}.")
+            raise UserError(f"no corpus folder is set for {self.tasks}: {how}")
         folder = Path(named).expanduser()
         if not folder.is_dir():
-            raise UserError(f"The corpus folder {folder} does not exist: {how}.")
+            raise UserError(f"the corpus folder {folder} does not exist: {how}")
         return folder
 
 
@@ -123,7 +123,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{file} is not a whole gzip file, reading stopped after line {number} ({error}); copy it again."
+            f"{file} is not a whole gzip file, reading stopped after line {number} ({error}): copy it again"
         ) from error
 
 
@@ -137,22 +137,22 @@ def read_rows(file: Path, corpus: Corpus = L10N) -> list[Row]:
     if not file.is_file():
         raise UserError(
             f"{file} does not exist: `{corpus.binding}` in gin or the environment variable "
-            f"{corpus.variable} must name the folder that holds it."
+            f"{corpus.variable} must name the folder that holds it"
         )
     rows = []
     for number, line in _lines(file):
         try:
             columns = line.decode("utf-8").rstrip("\n").split("\t")
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}, line {number} is not UTF-8 ({error.reason}).") from error
+            raise UserError(f"{file}, line {number} is not UTF-8 ({error.reason})") from error
         if len(columns) != len(Row._fields):
             raise UserError(
                 f"{file}, line {number} has {len(columns)} tab-separated columns, expected "
-                f"{len(Row._fields)}: English, German, source package."
+                f"{len(Row._fields)}: English, German, source package"
             )
         for name, value in zip(Row._fields, columns, strict=True):
             if not value.strip():
-                raise UserError(f"{file}, line {number} has an empty column '{name}'.")
+                raise UserError(f"{file}, line {number} has an empty column '{name}'")
         rows.append(Row(*columns))
     return rows
 
@@ -198,8 +198,8 @@ def _sentencepiece(file: Path) -> seqio.SentencePieceVocabulary:
     found = (model.pad_id(), model.eos_id(), model.unk_id())
     if found != (0, 1, 2):
         raise UserError(
-            f"The SentencePiece vocabulary {file} has pad, eos and unk ids {found}; train it with "
-            "pad id 0, eos id 1 and unk id 2."
+            f"the SentencePiece vocabulary {file} has pad, eos and unk ids {found}: train it with "
+            "pad id 0, eos id 1 and unk id 2"
         )
     return seqio.SentencePieceVocabulary(str(file))
 
@@ -208,20 +208,20 @@ def translation_vocabulary() -> seqio.SentencePieceVocabulary:
     """Returns the configured vocabulary of `l10n_en_de`.
 
     Raises:
-      UserError: none is configured, the file does not exist or is no SentencePiece model, or its
+      UserError: none is configured, the file does not exist or is not a SentencePiece model, or its
         special ids are not T5's.
     """
     named = configured(vocabulary_file)()
     how = "bind `l10n.vocabulary_file.path` in gin to a SentencePiece model with pad id 0, eos id 1 and unk id 2"
     if not named:
-        raise UserError(f"No vocabulary is set for l10n_en_de: {how}.")
+        raise UserError(f"no vocabulary is set for l10n_en_de: {how}")
     file = Path(named).expanduser()
     if not file.is_file():
-        raise UserError(f"The vocabulary {file} of l10n_en_de does not exist: {how}.")
+        raise UserError(f"the vocabulary {file} of l10n_en_de does not exist: {how}")
     try:
         return _sentencepiece(file)
     except RuntimeError as error:
-        raise UserError(f"The vocabulary {file} is not a SentencePiece model: {how}.") from error
+        raise UserError(f"the vocabulary {file} is not a SentencePiece model: {how}") from error
 
 
 def _features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:

@@ -124,7 +124,7 @@ def _problem(row: Any, where: str) -> Problem:
         if not isinstance(found[name], kind) or not found[name]:
             raise UserError(f"{where} has no usable field {name!r}: MBPP has task_id, text, code and test_list")
     if not all(isinstance(test, str) for test in found["test_list"]):
-        raise UserError(f"{where} has a test in 'test_list' that is no text")
+        raise UserError(f"{where} has a test in 'test_list' that is not a text")
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
     return Problem(found["task_id"], found["text"], _unix(found["code"]), found["test_list"], _unix(setup))
 
@@ -188,7 +188,7 @@ def parses(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, floa
       UserError: there is no prediction.
     """
     if not predictions:
-        raise UserError("A metric needs at least one example, got none.")
+        raise UserError("a metric needs at least one example, got none")
     return {"parses": 100.0 * sum(map(_is_python, predictions)) / len(predictions)}
 
 
@@ -220,7 +220,7 @@ def pass_at_1(targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]) 
         )
         return {}
     if len(targets) != len(predictions) or not targets:
-        raise UserError(f"pass_at_1 needs one prediction per target, got {len(targets)} and {len(predictions)}.")
+        raise UserError(f"pass_at_1 needs one prediction per target, got {len(targets)} and {len(predictions)}")
     sandbox.check(chosen.limits, chosen.protected)
 
     def passes(target: Mapping[str, Any], code: str) -> bool:

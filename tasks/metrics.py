@@ -18,10 +18,10 @@ from speccascade_t5x.interfaces import UserError
 def _check(targets: Sequence[str], predictions: Sequence[str]) -> None:
     if len(targets) != len(predictions):
         raise UserError(
-            f"A metric needs one prediction per target, got {len(targets)} targets and {len(predictions)} predictions."
+            f"a metric needs one prediction per target, got {len(targets)} targets and {len(predictions)} predictions"
         )
     if not targets:
-        raise UserError("A metric needs at least one example, got none.")
+        raise UserError("a metric needs at least one example, got none")
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -134,6 +134,6 @@ def _accuracy(
     references = [split(t) for t in targets]
     units = sum(map(len, references))
     if not units:
-        raise UserError(f"The targets hold no {unit}, so {unit} accuracy is not defined.")
+        raise UserError(f"the targets hold no {unit}, so {unit} accuracy is not defined")
     edits = sum(edit_distance(r, split(p)) for r, p in zip(references, predictions, strict=True))
     return 100.0 * max(0.0, 1.0 - edits / units)

@@ -86,7 +86,7 @@ def run(program: str, tests: Sequence[str], limits: Limits, protected: bool = Tr
       protected: False runs it without bubblewrap, with all that this user may do.
 
     Raises:
-      UserError: limits out of range, no bubblewrap, or a machine that refuses new processes or temporary files.
+      UserError: limits out of range, no bubblewrap, or a machine that allows no new processes or temporary files.
     """
     if limits.seconds <= 0 or limits.memory_mb < 64 or limits.file_mb < 1:
         raise UserError(f"{limits} leaves no room: give more than 0 seconds, 64 MB of memory and 1 MB of file size")

@@ -33,7 +33,7 @@ def location(data_dir: str | None = None, manual_dir: str | None = None, downloa
     Args:
       data_dir: folder of prepared datasets; None is TensorFlow Datasets' own (TFDS_DATA_DIR, else the home folder).
       manual_dir: folder of what must be downloaded by hand; None is `<data_dir>/downloads/manual`.
-      download: download and prepare what is missing; False refuses instead.
+      download: download and prepare what is missing; if False, missing data is an error.
     """
     return Location(data_dir, manual_dir, download)
 

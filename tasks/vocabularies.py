@@ -147,7 +147,7 @@ def _fetch(model: str, file: Path) -> None:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        _check_size(model, part)  # an answer that was cut short is no model
+        _check_size(model, part)  # an answer that was cut short is not a model
         part.replace(file)
     except (OSError, http.client.HTTPException, UserError) as error:  # urllib's own errors are among the first
         if part is not None:

@@ -100,7 +100,7 @@ def from_fields(fields: Mapping[str, Any], source: str, network: str | None = No
 
 
 def _check_field(name: str, kind: str, value: Any, source: str) -> None:
-    """Refuses a value no architecture has, before anything is made of it."""
+    """Rejects a value no architecture has, before anything is made of it."""
     most = _MOST_LAYERS if name.endswith("_layers") else _LARGEST_SIZE
     texts = isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_ACTIVATIONS
     fits, wanted = {

@@ -221,7 +221,7 @@ def store_table(source: Path, target: Path, table: NGramTable, about: Mapping[st
 
     Args:
       source: folder of the bundle.
-      target: the folder to make; `source` itself is replaced, any other that exists is refused.
+      target: the folder to make; `source` itself is replaced, any other that exists is rejected.
       table: over the ids of the bundle's vocabulary. One that was there is replaced.
       about: what bundle.json notes of it.
 
@@ -238,7 +238,7 @@ def store_deferral(source: Path, target: Path, fitted: Fitted) -> Path:
 
     Args:
       source: folder of the bundle.
-      target: the folder to make; `source` itself is replaced, any other that exists is refused.
+      target: the folder to make; `source` itself is replaced, any other that exists is rejected.
       fitted: for this pair; its fingerprints are checked. Older parts of other kinds are kept.
 
     Raises:

@@ -43,7 +43,7 @@ def _logits(model: architecture.Model, params: PyTree, encoder: jax.Array, decod
 
 
 def compare_tables(written: NGramTable | None, found: NGramTable | None, target: str) -> None:
-    """Refuses a table that was read back otherwise than it was written.
+    """Rejects a table that was read back otherwise than it was written.
 
     Raises:
       UserError: it was.

@@ -1,7 +1,7 @@
 """The learned part of a bundle on disk: heads and calibrations in one npz, described in bundle.json.
 
 They belong to the very files of their pair: the fingerprint of a member is made of the checksums bundle.json gives for
-its files, so nothing is read to compare it, and a head in another pair's bundle is refused.
+its files, so nothing is read to compare it, and a head in another pair's bundle is rejected.
 """
 
 from __future__ import annotations

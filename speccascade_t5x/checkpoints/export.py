@@ -349,7 +349,7 @@ def _require_state(opened: Opened, format: str) -> None:
     if format == "t5x" and _is_scalable(opened.model.config):
         raise UserError(f"the optimizer state of {opened.path} belongs to single layers, which T5X stacks: use 'orbax'")
     if opened.state_others:
-        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is no array")
+        raise UserError(f"the optimizer state of {opened.path} holds {opened.state_others[0]!r}, which is not an array")
     if not opened.state:
         raise UserError(f"{opened.path} ({opened.kind}) has no optimizer state to take along")
 

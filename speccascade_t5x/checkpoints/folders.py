@@ -52,7 +52,7 @@ def published(path: Path, what: str) -> Iterator[Path]:
 
 
 def require_inside(folder: Path, names: Collection[str] | None = None) -> None:
-    """Refuses links that lead out of a checkpoint, and what is neither a file nor a folder.
+    """Rejects links that lead out of a checkpoint, and what is neither a file nor a folder.
 
     The folder itself may be a link. In a snapshot of a Hugging Face hub cache, links to its `blobs` are followed.
 

@@ -116,7 +116,7 @@ def _added_tokens(folder: Path) -> dict[int, str]:
         check = schema.record({}, {"added_tokens_decoder": tokens})
         told = schema.read(path, check, largest=_LARGEST_TOKENIZER).get("added_tokens_decoder", {})
         if not all(re.fullmatch(r"\d{1,9}", i) for i in told):
-            raise UserError(f"{path}: added_tokens_decoder has a name that is no id")
+            raise UserError(f"{path}: added_tokens_decoder has a name that is not an id")
         found |= {int(i): token["content"] for i, token in told.items()}
     if (folder / _TOKENIZER).is_file():
         path = folder / _TOKENIZER

@@ -102,7 +102,7 @@ def _place(path: str | Path) -> Path:
 
 
 def _ways(folder: Path, kind: str | None) -> Iterator[Found]:
-    """Every way to read a folder. Steps in it count only where it is no checkpoint itself: its own name was given."""
+    """Every way to read a folder. Steps in it count only if it is not a checkpoint itself: its own name was given."""
     own = [way for way in _own_ways(folder) if kind in (None, way.kind)]
     yield from own or (way for way in _steps(folder) if kind in (None, way.kind))
 
@@ -152,7 +152,7 @@ def _steps(folder: Path) -> Iterator[Found]:
     for child in newest.values():
         found = identify(child)
         if found.item is None and found.kind not in ("t5x_native", "t5x_pair"):
-            raise UserError(f"{child} is no checkpoint of a training run but a {KINDS[found.kind]}; name it itself")
+            raise UserError(f"{child} is not a checkpoint of a training run but a {KINDS[found.kind]}; name it itself")
         yield dataclasses.replace(found, mark=child.name, of_steps=True)
 
 
@@ -163,7 +163,7 @@ def _is_orbax(folder: Path) -> bool:
 
 def _nothing(folder: Path, kind: str | None) -> None:
     if kind is not None and (others := list(_ways(folder, None))):
-        raise UserError(f"{folder} is no {KINDS[kind]} but a {KINDS[others[0].kind]} ({others[0].mark})")
+        raise UserError(f"{folder} is not a {KINDS[kind]} but a {KINDS[others[0].kind]} ({others[0].mark})")
     pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
     if pickles:
         raise UserError(

@@ -36,8 +36,8 @@ def bundle_folder(path: str | Path) -> Path:
     found = identify(path)
     if found.kind != "bundle":
         raise UserError(
-            f"{path} is no bundle but a {KINDS[found.kind]}: make one with `speccascade export --format=bundle`, with "
-            "a drafter and a vocabulary"
+            f"{path} is not a bundle but a {KINDS[found.kind]}: make one with `speccascade export --format=bundle`, "
+            "with a drafter and a vocabulary"
         )
     return found.folder
 

@@ -42,7 +42,7 @@ def read(folder: Path, manifest: Mapping[str, Any], vocabulary: Vocabulary) -> N
 
     Raises:
       UserError: it was counted with another vocabulary, or is damaged: no array is read before all shapes fit, and no
-        table is returned whose laws are none.
+        table with an invalid distribution is returned.
     """
     if SECTION not in manifest:
         return None
@@ -91,13 +91,13 @@ def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
     """Ids within the vocabulary, shares that leave something over, pairs in order."""
     size = len(arrays["unigram"])
     if arrays["unigram"].min() < 0 or abs(float(arrays["unigram"].sum(dtype=np.float64)) - 1) > _ROUNDING:
-        raise UserError("unigram is no distribution")
+        raise UserError("unigram is not a distribution")
     for ids, shares in (("successors", "shares"), ("pair_successors", "pair_shares")):
         if ids in arrays and arrays[ids].size:
             if arrays[ids].min() < -1 or arrays[ids].max() >= size:
                 raise UserError(f"{ids} holds ids outside its {size}")
             if arrays[shares].min() < 0 or arrays[shares].sum(axis=-1, dtype=np.float64).max() > 1 + _ROUNDING:
-                raise UserError(f"{shares} is no part of a distribution")
+                raise UserError(f"{shares} is not part of a distribution")
     if "starts" in arrays:
         starts, seconds = arrays["starts"], arrays["seconds"]
         in_order = starts[0] == 0 and starts[-1] == len(seconds) and (np.diff(starts) >= 0).all()

@@ -64,7 +64,7 @@ def from_t5x(kind: str, folder: Path, found: Mapping[str, Tensor], **more: Any) 
     leaves: Mapping[str, Leaf] = found
     if is_scanned:
         if type(axis) is not int or axis < 0:
-            raise UserError(f"{source}: {architecture.SCAN_AXIS} = {axis!r} is no axis; it must be 0 or more")
+            raise UserError(f"{source}: {architecture.SCAN_AXIS} = {axis!r} is not an axis; it must be 0 or more")
         leaves = scanned.unstack(found, source, axis, beside.get("relative_position_tables"))
         is_scanned = any(leaves.get(name) is not tensor for name, tensor in found.items())
     config = architecture.from_shapes(leaves, beside, source)

@@ -79,7 +79,7 @@ def open_tensors(path: Path, *, branch: str | None = None) -> dict[str, Tensor]:
     """Flat names to the tensors of one Orbax checkpoint, none of them read yet.
 
     Raises:
-      UserError: it is no Orbax checkpoint, is damaged, or has no such branch.
+      UserError: it is not an Orbax checkpoint, is damaged, or has no such branch.
     """
     return _Checkpoint(path).below(f"{branch}/" if branch else "")
 
@@ -116,10 +116,10 @@ class _Checkpoint:
     Attributes:
       path: its folder.
       names: flat names of all arrays.
-      others: flat names of what is no array.
+      others: flat names of what is not an array.
 
     Raises:
-      UserError: it is no Orbax checkpoint, or is damaged.
+      UserError: it is not an Orbax checkpoint, or is damaged.
     """
 
     def __init__(self, path: Path):
@@ -137,7 +137,7 @@ class _Checkpoint:
         """Parameters: flat names below a prefix such as "target/", or all, to tensors that are not yet read.
 
         Raises:
-          UserError: there are none, one is no array, or they claim more than the files can hold.
+          UserError: there are none, one is not an array, or they claim more than the files can hold.
         """
         no_arrays = [name for name in self.others if name.startswith(prefix)]
         if no_arrays:

@@ -135,7 +135,7 @@ def _open(source: str | Path, vocabulary: str | Path | None, extra_ids: int) -> 
     """The source's model and its vocabulary without sentinels.
 
     Raises:
-      UserError: it is no T5, it has no vocabulary, or fewer rows than that has pieces.
+      UserError: it is not a T5, it has no vocabulary, or fewer rows than that has pieces.
     """
     opened = checkpoints.open_model(source)
     if not isinstance(opened.model, T5):
@@ -168,7 +168,7 @@ def _proto(file: Path) -> Any:
     proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
     if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.UNIGRAM:
         raise UserError(
-            f"{file} is no unigram model, so a text without dropped pieces could be cut anew: keep it whole"
+            f"{file} is not a unigram model, so a text without dropped pieces could be cut anew: keep it whole"
         )
     return proto
 

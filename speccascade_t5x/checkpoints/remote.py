@@ -1,7 +1,7 @@
 """Checkpoints at addresses such as gs://bucket/folder, through etils.epath.
 
 Whatever is remote is copied as a whole: readers and writers see local folders only, and so do their checks. The file
-that makes a folder a checkpoint goes last, so that a copy cut short is no checkpoint.
+that makes a folder a checkpoint goes last, so that a copy cut short is not a checkpoint.
 """
 
 from __future__ import annotations

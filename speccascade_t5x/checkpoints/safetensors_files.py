@@ -82,7 +82,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path} is damaged: its header is no object")
+        raise UserError(f"{path} is damaged: its header is not an object")
     header.pop(_METADATA, None)
     begin = _LENGTH.size + length
     spans = sorted((_checked(path, name, entry), name) for name, entry in header.items())

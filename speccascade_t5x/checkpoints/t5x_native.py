@@ -174,7 +174,7 @@ def _locate(folder: Path, name: str, spec: Mapping[str, Any], allow_drivers: Col
     where = _relative_path(name, spec)
     path = folder / where
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}); refusing to read it")
+        raise UserError(f"{folder}: tensor {name!r} points outside the checkpoint ({where}): copy its files there")
     if not (path / zarr.HEADER_FILE).is_file():
         raise UserError(f"{folder}: the files of tensor {name!r} are missing ({where}/.zarray)")
     tensor = zarr.open_array(path, name)

@@ -96,7 +96,7 @@ def row_bands(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]
 
 
 def require_plausible(leaves: Mapping[str, Leaf], on_disk: int, source: str) -> None:
-    """Refuses files that claim to hold far more than their bytes could: zeros that were packed, or never written.
+    """Rejects files that claim to hold far more than their bytes could: zeros that were packed, or never written.
 
     Parameters hardly compress. What is allowed beyond is for tables and small models that are mostly zeros.
 

@@ -23,8 +23,8 @@ GROUPS = {
         "tables": "count a task or tokenised shards into an n-gram table and store it in a bundle",
     },
     "Measure": {
-        "plan": "predict which draft length, drafter and K matrix pay, from measured acceptance and step costs",
-        "sweep": "measure methods x alphas on a task: frontier, operating points, report",
+        "plan": "predict which draft length, drafter and K matrix pay off, from measured acceptance and step costs",
+        "sweep": "measure methods at several alphas on a task: frontier, operating points, report",
     },
     "Checkpoints": {
         "inspect": "describe a checkpoint of any kind",
@@ -32,8 +32,8 @@ GROUPS = {
         "prune": "cut the vocabulary of a T5 down to the pieces that a task uses most",
     },
     "TPU": {
-        "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, what does not fit",
-        "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying there",
+        "precompile": "compile a pair for TPU slices without a TPU: memory, collectives, cost, and what does not fit",
+        "slice_plan": "predict tokens per second of a pair on a TPU slice, and when speculation stops paying off there",
     },
 }
 VERBS = {verb: purpose for verbs in GROUPS.values() for verb, purpose in verbs.items()}
@@ -69,14 +69,14 @@ def _verb(verb: str) -> Callable[[list[str]], int]:
 
 
 def run_verb(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without traceback."""
+    """Calls a verb's main. A UserError becomes one message on stderr and exit code 2, without a traceback."""
     code = _run(verb, argv, name)
     host_processes = sys.modules.get("speccascade_t5x.cli.host_processes")
     return host_processes.leave(code) if host_processes else code
 
 
 def _run(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    # Native libraries log while they load; what matters of it is said in our own words.
+    # Native libraries log while they load; the verbs report what matters of it themselves.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     streams.settle()

@@ -1,4 +1,4 @@
-"""Keeps JAX off a TPU library that is installed where no TPU is: it would complain, and lock out other processes."""
+"""Keeps JAX from loading libtpu on a machine without a TPU, where it would log errors and lock out other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 def settle() -> None:
-    """Tells JAX to use the CPU where libtpu is installed for its compiler only and nothing else says what to use.
+    """Tells JAX to use the CPU if libtpu is installed only for its compiler and JAX_PLATFORMS is not set.
 
     Has no effect once JAX has looked for devices.
     """
@@ -25,7 +25,7 @@ def settle() -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether this machine has a TPU chip or an NVIDIA GPU; what else there may be must be named in JAX_PLATFORMS."""
+    """Whether this machine has a TPU chip or an NVIDIA GPU; any other device must be named in JAX_PLATFORMS."""
     if any(os.path.exists(path) for path in _NVIDIA):
         return True
     vendors = (Path(path).read_text("ascii").strip() for path in glob.glob("/sys/bus/pci/devices/*/vendor"))

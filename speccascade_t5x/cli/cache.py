@@ -3,7 +3,7 @@
     speccascade cache --task=restore_de --output_dir=cached
     speccascade cache --task=restore_de --records=decoded --splits=train --output_dir=distilled
 
-Short flags are bindings: the resolved config.gin beside the shards says everything.
+Short flags are bindings; the config.gin beside the shards holds the resolved configuration.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from speccascade_t5x.common import storage
 # Short flag -> (type, help). These are macros of runs/cache.gin.
 _MACROS = {
     "task": (str, "a registered seqio task or mixture"),
-    "output_dir": (str, "where a folder for each split, and config.gin, go"),
-    "splits": (str, "splits, with commas between (default: train,validation)"),
-    "inputs_len": (int, "longest inputs in ids, EOS included; longer ones are cut and counted"),
-    "targets_len": (int, "longest targets; likewise"),
-    "limit": (int, "only the first so many examples of each split"),
+    "output_dir": (str, "folder to write to: one folder per split, and config.gin"),
+    "splits": (str, "splits, separated by commas (default: train,validation)"),
+    "inputs_len": (int, "maximum length of inputs in ids, EOS included; longer ones are cut and counted"),
+    "targets_len": (int, "maximum length of targets, in the same way"),
+    "limit": (int, "write only the first N examples of each split"),
     "records": (str, "the output folder of an `infer` job: its outputs become the targets"),
     "pair": (str, "with --records: the pair that wrote them, for its vocabulary (default: the task's)"),
 }
@@ -36,18 +36,18 @@ required:
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, OUTPUT_DIR, SPLITS, INPUTS_LEN, TARGETS_LEN, LIMIT, RECORDS, PAIR
-  cache.cache.task_lengths         give the lengths to the task's own preprocessors (span corruption needs them)
+  cache.cache.task_lengths         pass the lengths to the task's own preprocessors (span corruption needs them)
   cache.cache.unfinished           with RECORDS: keep outputs that do not end in EOS (default: leave them out)
-  cache.cache.seed                 of preprocessors that draw (default: 0)
-  cache.cache.examples_per_shard   examples in one file (default: 65536)
-  l10n.data_dir.path               corpus of the tasks restore_de and l10n_en_de
-  l10n.restore_de_rows.max_target_bytes   longest German text of restore_de
+  cache.cache.seed                 seed of preprocessors that draw random numbers (default: 0)
+  cache.cache.examples_per_shard   number of examples in one file (default: 65536)
+  l10n.data_dir.path               folder of the corpus of the tasks restore_de and l10n_en_de
+  l10n.restore_de_rows.max_target_bytes   maximum length of the German texts of restore_de, in bytes
 
 gin files:
-  --task=NAME reads runs/cache_NAME.gin where that is packaged, else runs/cache.gin.
+  --task=NAME reads runs/cache_NAME.gin if that file is packaged, else runs/cache.gin.
 
 The config.gin beside the shards repeats the run: speccascade cache --gin_file=FOLDER/config.gin
-Started again, a killed run keeps the splits that are whole and writes the rest; its files are the same.
+The same command continues a killed run: it keeps complete splits and writes the rest, with the same files as a result.
 """
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def _line(cached: Any) -> str:
-    """What a corpus holds, in a line."""
+    """Describes a corpus in one line."""
     manifest = cached.manifest
     tokens = ", ".join(
         f"{about['tokens']:,} {name} ids (mean {about['mean']:.1f}, longest {about['longest']})"
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _progress_line() -> Iterator[object]:
-    """A live line on stderr with examples and examples/s; nothing where stderr is not a terminal."""
+    """A live line on stderr with examples and examples/s; nothing is shown if stderr is not a terminal."""
     from rich.progress import SpinnerColumn, TimeElapsedColumn
 
     texts = ("caching {task.description}", "{task.completed:,.0f} examples", "{task.fields[speed]} examples/s")

@@ -1,6 +1,6 @@
-"""One output, token by token, in the colours of who wrote it.
+"""Renders an output token by token, coloured by which model wrote each token.
 
-Where colour does not reach (files, pipes, NO_COLOR), marks around the tokens say the same:
+Where colours are off (files, pipes, NO_COLOR), marks around the tokens show the same:
 
     H{ö}r zu, Kap[i]tän      accepted drafts plain, {bonus}, [residual]
 """
@@ -28,9 +28,9 @@ class Writer:
     """How the tokens of one source are shown.
 
     Attributes:
-      meaning: for the legend.
+      meaning: text in the legend.
       style: rich style on a terminal with colours.
-      marks: what stands before and after such tokens without colours.
+      marks: texts before and after such tokens when there are no colours.
     """
 
     meaning: str
@@ -52,16 +52,16 @@ _UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 def has_colour(console: Console) -> bool:
-    """Whether colours reach the reader: a terminal that has them, and no NO_COLOR."""
+    """Whether colours are on: the output is a terminal that supports them, and NO_COLOR is not set."""
     return console.color_system is not None and not console.no_color
 
 
 def trace(pieces: Sequence[str], sources: Sequence[int], *, colour: bool) -> Text:
-    """Shows every token in the way of its source; neighbours of one source stand together.
+    """Renders every token in the style of its source; neighbouring tokens of one source are joined.
 
     Args:
-      pieces: display text per token, as `Vocabulary.decode_pieces` gives it: '' for tokens that
-        show nothing by themselves, such as EOS or the first byte of an umlaut.
+      pieces: display text per token, as `Vocabulary.decode_pieces` gives it: '' for tokens without
+        a text of their own, such as EOS or the first byte of an umlaut.
       sources: `source` of the same tokens, SOURCE_*.
       colour: styles if True, marks if not.
 
@@ -82,7 +82,7 @@ def trace(pieces: Sequence[str], sources: Sequence[int], *, colour: bool) -> Tex
 
 
 def legend(sources: Iterable[int], *, colour: bool) -> Text:
-    """Explains the given sources, each shown in its own way."""
+    """A legend of the given sources, each rendered in its own style."""
     entries = []
     for source in sorted(set(sources)):
         entry = Text("plain: ") if source == SOURCE_ACCEPTED else Text()

@@ -35,7 +35,7 @@ from speccascade_t5x.tasks.folding import fold
 
 SENTENCES = "demo_de.tsv"
 PAIR = "restore_de_pair"
-# Fields of Settings that say which method: the rows of the table differ in them and in nothing else.
+# Fields of Settings that define the method: the rows of the table differ in these alone.
 _CHOICE = (
     *("method", "rule", "alpha", "rule_options", "verification"),
     *("draft_stop", "stop_threshold", "confidence", "quantile"),
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Runs the verb. Raises UserError where the flags or the bundle are wrong."""
     options, width = parse(argv)
     if hasattr(sys.stdout, "reconfigure"):
-        # A terminal that knows no umlauts shows '?' instead of ending the run.
+        # A terminal whose encoding has no umlauts shows '?', and the run does not fail.
         sys.stdout.reconfigure(errors="replace")
     console = terminal.console(width=width)
     log = terminal.console(stderr=True)
@@ -91,19 +91,19 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--text", action="append", default=[], metavar="TEXT", help="German text, plain or folded; repeatable")
-    add("--sentences", type=int, metavar="N", help="use only the first N packaged sentences (0: none)")
-    add("--alphas", nargs="+", metavar="ALPHA", help="two trade-offs for TokenV3 and MinP, from 0 to 1 (0.3 0.9)")
-    add("--repeats", type=int, default=DemoOptions.repeats, help="measured rounds (%(default)s)")
-    add("--bundle", type=Path, default=paths.pretrained_dir() / PAIR, help="another pair for restore_de")
-    add("--width", type=int, metavar="COLUMNS", help="of the output; the terminal's by default")
+    add("--text", action="append", default=[], metavar="TEXT", help="German text, plain or folded; may be repeated")
+    add("--sentences", type=int, metavar="N", help="use only the first N packaged sentences; 0 uses none")
+    add("--alphas", nargs="+", metavar="ALPHA", help="two alphas for TokenV3 and MinP, 0 to 1 (default: 0.3 0.9)")
+    add("--repeats", type=int, default=DemoOptions.repeats, help="number of measured rounds (default: %(default)s)")
+    add("--bundle", type=Path, default=paths.pretrained_dir() / PAIR, help="folder of another pair for restore_de")
+    add("--width", type=int, metavar="COLUMNS", help="width of the output in columns (default: the terminal's)")
     settings_flags.add_flags(parser, leave_out=_FIXED)
     gin_flags.add_flags(parser)
     return parser
 
 
 def _settings(flags: argparse.Namespace, bindings: Sequence[str]) -> Settings:
-    """What gin files, bindings and short flags ask for, in this order."""
+    """Settings from gin files, bindings and short flags, applied in this order."""
     import gin
 
     shorts = gin_flags.literal(settings_flags.bindings(flags))
@@ -134,7 +134,7 @@ def run_demo(options: DemoOptions, console: Console, progress: Callable[[str], N
     Args:
       options: what to do.
       console: where the output goes.
-      progress: told what is going on, in a few words, and '' before the first line is printed.
+      progress: called with a short description of the current step, and with '' before the first line is printed.
 
     Raises:
       UserError: no bundle or one without a drafter, nothing to decode, a text or option out of range.
@@ -205,7 +205,7 @@ def _methods(options: DemoOptions, pair: LoadedPair) -> dict[str, Settings]:
     for alpha in options.alphas:
         for rule in report.COMPARED:
             found[report.label(rule, alpha)] = dataclasses.replace(common, rule=rule, alpha=alpha)
-    Runner(pair, chosen)  # refuses parts that do not go together, before anything compiles
+    Runner(pair, chosen)  # rejects parts that do not go together, before anything compiles
     if chosen not in found.values():
         found[report.chosen_label(chosen)] = chosen
     return found
@@ -227,7 +227,7 @@ def _measure(
     rounds: dict[str, list[Generation]] = {name: [] for name in methods}
     order = list(methods)
     for i in range(options.repeats):
-        # Drift of the machine, and what runs first or last, then hit every method alike.
+        # Drift of the machine, and the effects of running first or last, then affect every method alike.
         for name in order[i % len(order) :] + order[: i % len(order)]:
             progress(f"round {i + 1} of {options.repeats}: {name}")
             settings = dataclasses.replace(methods[name], seed=options.settings.seed + i)
@@ -246,7 +246,7 @@ def _result(
     alone: Sequence[float],
     examples: Sequence[Example],
 ) -> MethodResult:
-    """Sums up the rounds of one method; `alone` is the verifier's tokens/s in each."""
+    """Summarises the rounds of one method; `alone` is the verifier's tokens/s in each round."""
     judged = [
         (example.reference, record["prediction"])
         for generation in rounds

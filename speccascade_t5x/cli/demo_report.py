@@ -1,4 +1,4 @@
-"""What `speccascade demo` prints: the table, what it does and does not show, and the traces."""
+"""What `speccascade demo` prints: the table, how far its differences are significant, and the traces."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _VISIBLE = 0.05  # the table shows one decimal
 
 
 def label(rule: str, alpha: float) -> str:
-    """How a rule at one alpha is called in the table."""
+    """The name of a rule at one alpha in the table."""
     return f"{_NAMES[rule]} alpha {alpha:g}"
 
 
 def chosen_label(settings: Settings) -> str:
-    """How the method a user chose is called in the table."""
+    """The name of the method that the user chose in the table."""
     options = ", ".join(f"{name}={value}" for name, value in settings.rule_options.items())
     parts = (
         (settings.method, settings.method != "speculative"),
@@ -48,7 +48,7 @@ def chosen_label(settings: Settings) -> str:
 
 
 def show(result: DemoResult, vocabulary: Vocabulary, console: Console) -> None:
-    """Prints everything that depends on the result alone."""
+    """Prints everything that depends only on the result."""
     console.print(_head(result, vocabulary))
     console.print()
     console.print(_table(result))
@@ -127,7 +127,7 @@ def _table(result: DemoResult) -> Table:
 
 
 def chance_notes(result: DemoResult) -> list[str]:
-    """How far two methods of the SAME law lie apart here: the yardstick for every other difference."""
+    """How far two methods with the SAME distribution differ here: the yardstick for every other difference."""
     apart = _gains(result, LOSSLESS)
     if not apart:
         return ["Quality is not judged, for no text has a reference: give plain German, not folded."]
@@ -136,15 +136,15 @@ def chance_notes(result: DemoResult) -> list[str]:
     sample = f"{_count(len(result.examples), 'text')}, {_count(result.options.repeats, 'seed')}"
     visible = {metric: abs(gain) for metric, gain in apart.items() if abs(gain) >= _VISIBLE}
     if not visible:
-        return [f"Quality is that of one sample ({sample}): small differences say nothing."]
+        return [f"Quality is that of one sample ({sample}): small differences show nothing."]
     return [
-        f"Lossless speculation follows the verifier's own law: the {_points(visible)} between the two are chance "
-        f"({sample}), and other differences of that order say nothing either."
+        f"Lossless speculation follows the verifier's own distribution: the {_points(visible)} between the two are "
+        f"chance ({sample}), and other differences of this size show nothing either."
     ]
 
 
 def truncation_notes(result: DemoResult) -> list[str]:
-    """Says how much of TokenV3's gain MinP shows as well: same kept tokens, no drafter in its law."""
+    """How much of TokenV3's gain MinP has too: it keeps the same tokens, with no drafter in its distribution."""
     chance = _gains(result, LOSSLESS)
     notes = []
     for alpha in result.options.alphas:
@@ -162,13 +162,13 @@ def truncation_notes(result: DemoResult) -> list[str]:
             verdict = "that part can come from leaving out unlikely tokens (truncation), not from the drafter"
         notes.append(
             f"{label('token_v3', alpha)} gains {_points(gains)} over the verifier alone{within}. MinP at the same "
-            f"alpha, with the same kept tokens and no drafter in its law, stands at {shown}: {verdict}."
+            f"alpha, with the same kept tokens and no drafter in its distribution, gains {shown}: {verdict}."
         )
     return notes
 
 
 def speed_notes(result: DemoResult) -> list[str]:
-    """What a reader should know before believing the speed-ups."""
+    """Caveats about the speed-ups."""
     speculative = [row for row in result.methods.values() if row.settings.method == "speculative"]
     notes = []
     if max(row.speedup for row in speculative) < 1:
@@ -185,7 +185,7 @@ def speed_notes(result: DemoResult) -> list[str]:
 
 
 def _gains(result: DemoResult, name: str) -> dict[str, float]:
-    """Points over the verifier alone, by metric; empty where nothing was judged."""
+    """Points gained over the verifier alone, by metric; empty if no text has a reference."""
     row, base = result.methods[name], result.methods[VERIFIER]
     judged = {
         "exact match": (row.exact_match, base.exact_match),

@@ -1,4 +1,4 @@
-"""What `speccascade demo` is asked for and what it measured."""
+"""The options of `speccascade demo` and the result of its measurement."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from speccascade_t5x.inference.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """What `run_demo` is asked for.
+    """The options of `run_demo`.
 
     Attributes:
       bundle: folder of the pair.
-      texts: given by the user, plain German or folded.
-      sentences: how many of the packaged ones; None takes all.
-      alphas: for TokenV3 and MinP.
-      repeats: measured rounds.
+      texts: the user's texts, plain German or folded.
+      sentences: how many of the packaged sentences to use; None uses all.
+      alphas: the alphas of TokenV3 and MinP.
+      repeats: number of measured rounds.
       settings: draft length, sampling options and seed hold for every row of the table; a method that the
         table does not have anyway makes a row of its own.
     """
@@ -45,14 +45,14 @@ class MethodResult:
     """One method over all rounds.
 
     Attributes:
-      label: for people.
+      label: human-readable name.
       settings: of the first round; later rounds differ in the seed.
       exact_match: percentage over all rounds; None where no text has a reference.
-      character_accuracy: likewise.
+      character_accuracy: the same, of characters.
       tokens_per_s: median over rounds.
       speedups: tokens/s over the verifier alone's in the same round, one per round.
       rates: see `accounting.rates`, over all rounds.
-      first: what the first round gave.
+      first: the outputs of the first round.
     """
 
     label: str
@@ -77,7 +77,7 @@ class MethodResult:
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What was measured, by label and in the order of the table."""
+    """The measurements, by label and in the order of the table."""
 
     options: DemoOptions
     examples: tuple[Example, ...]

@@ -4,7 +4,7 @@
     speccascade export --source=large/checkpoint_1000 --drafter=small/checkpoint_1000 \\
         --vocabulary=sentencepiece.model --target=pair --format=bundle --max_file_mb=15
 
-Short flags are bindings of runs/export.gin.
+Short flags are bindings: see runs/export.gin.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from speccascade_t5x.cli import gin_flags
 # Short flag -> (type, help). These are macros of runs/export.gin.
 _MACROS = {
     "source": (str, "a checkpoint of any kind, see `speccascade inspect`; a folder or a gs:// address"),
-    "target": (str, "the folder to make, or a gs:// address; T5X looks for checkpoint_<step>"),
+    "target": (str, "the folder to create, or a gs:// address; T5X expects the name checkpoint_<step>"),
     "format": (str, "bundle, orbax, t5x, huggingface, or t5x_pair (both models in one T5X checkpoint)"),
 }
 # Short flags that are arguments of checkpoints.export.export.
 _ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "dtype": (str, "of the parameters written: float32 (default), bfloat16 or float16"),
-    "step": (int, "training steps to note (default: the source's)"),
-    "max_file_mb": (float, "no file becomes larger, in MB of 10^6 bytes"),
-    "max_shard_mb": (float, "largest safetensors file (default: 5000)"),
+    "dtype": (str, "dtype of the written parameters: float32 (default), bfloat16 or float16"),
+    "step": (int, "number of training steps to record (default: the source's)"),
+    "max_file_mb": (float, "maximum size of a file, in MB of 10^6 bytes"),
+    "max_shard_mb": (float, "maximum size of a safetensors file, in MB (default: 5000)"),
     "kind": (str, gin_flags.KIND),
     "allow_drivers": (gin_flags.names, gin_flags.ALLOW_DRIVERS),
-    "drafter": (str, "of a bundle or t5x_pair made of two checkpoints; --source is the verifier"),
-    "vocabulary": (str, 'of a bundle: "bytes" or a SentencePiece model'),
-    "extra_ids": (int, "sentinels after its ordinary pieces (default: 125 for bytes, 100 otherwise)"),
-    "max_input_len": (int, "of a bundle: longest input in tokens (default: 256)"),
-    "max_len": (int, "of a bundle: longest output in tokens (default: 128)"),
-    "description": (str, "of a bundle, for people"),
+    "drafter": (str, "checkpoint of the drafter, for a bundle or t5x_pair; --source is then the verifier"),
+    "vocabulary": (str, 'vocabulary of a bundle: "bytes" or a SentencePiece model'),
+    "extra_ids": (int, "number of sentinels after its ordinary pieces (default: 125 for bytes, 100 otherwise)"),
+    "max_input_len": (int, "maximum length of inputs of a bundle, in tokens (default: 256)"),
+    "max_len": (int, "maximum length of outputs of a bundle, in tokens (default: 128)"),
+    "description": (str, "human-readable description of a bundle"),
 }
 _SWITCHES = {
-    "optimizer_state": "take the optimizer state along, from T5X and Orbax to t5x and orbax",
+    "optimizer_state": "keep the optimizer state (from T5X or Orbax to t5x or orbax)",
     "verify": "read the result back, compare parameters and logits, and keep it only if they are right",
-    "overwrite": "replace a checkpoint that is already there",
+    "overwrite": "replace an existing checkpoint",
 }
 
 _EPILOG = """\
@@ -55,7 +55,7 @@ bindings (each flag above stands for one of them):
 def main(argv: list[str]) -> int:
     """Parses flags, exports, prints what was written. Returns the exit code."""
     usage = ["--source=PATH --target=PATH --format=FORMAT [flags]"]
-    description = "Writes a checkpoint in another format, whole or not at all."
+    description = "Writes a checkpoint in another format. The target is written atomically: whole or not at all."
     parser = gin_flags.parser("export", usage, description, _EPILOG, _MACROS | _ARGUMENTS)
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)

@@ -1,4 +1,4 @@
-"""What the text of a flag stands for. A text that stands for nothing raises ValueError, as argparse wants it."""
+"""Parsers of flag values. A value that cannot be parsed raises ValueError, as argparse expects."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What gin files may reach: the files they include, the modules they import, and the names behind those.
 
-A gin file is code: it calls whatever it names. So files that nobody named come from the package alone, and names are
-taken from this package, from seqio, and from modules that the user has named; see docs/security.md.
+A gin file is code: it calls whatever it names. Files that the user did not name are therefore read from the package
+only, and names must belong to this package, to seqio, or to a module that the user named; see docs/security.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from speccascade_t5x.interfaces import UserError
 
 # This package and the library its configs use.
 _LIBRARIES = ("speccascade_t5x", "seqio")
-# Not even from these: a program's runner, and the verbs.
+# Closed to gin files nevertheless: the runner of programs, and the verbs.
 _CLOSED = ("speccascade_t5x.tasks.sandbox", "speccascade_t5x.cli")
 # T5X's name for a module of tasks: on the command line it means --module.
 MODULE_MACRO = "MIXTURE_OR_TASK_MODULE"
@@ -29,7 +29,7 @@ _BUILTINS = ("gin.macro", "gin.constant", "gin.singleton")
 
 
 class Asked(NamedTuple):
-    """What the flags of this process ask for.
+    """The gin-related flags of this process.
 
     Attributes:
       files: values of --gin_file.
@@ -46,7 +46,7 @@ _asked = Asked()
 
 
 def ask(asked: Asked) -> None:
-    """Takes what the flags say, in the place of what was said before."""
+    """Stores the flags, replacing those stored before."""
     global _asked
     _asked = asked
 
@@ -75,10 +75,10 @@ def import_modules() -> None:
 
 
 def check_module_macro(name: str | None) -> None:
-    """Refuses a module of tasks that a gin file names and the user does not.
+    """Rejects a module of tasks that a gin file names and the user does not.
 
     Raises:
-      UserError: there is one.
+      UserError: a gin file names such a module.
     """
     if name and name not in _asked.modules and not _below(name, _LIBRARIES):
         raise UserError(f"a gin file wants the module {name} of tasks: add --module={name} if you trust it")
@@ -90,10 +90,10 @@ def find(name: str, search_paths: Sequence[Path], hint: str = "") -> Path:
     Args:
       name: as it was given.
       search_paths: folders the user named.
-      hint: what to do where there is none, as the end of a sentence.
+      hint: end of the error message, which says what to do if the file does not exist.
 
     Raises:
-      UserError: there is none.
+      UserError: no such file exists.
     """
     packaged = paths.gin_configs_dir()
     folders = [*search_paths, packaged]
@@ -113,7 +113,7 @@ def _first(name: str, folders: Sequence[Path]) -> Path | None:
 
 @contextlib.contextmanager
 def fenced(search_paths: Sequence[Path]) -> Iterator[None]:
-    """While this holds, what gin parses reaches no further than this module says."""
+    """Context in which gin can only parse what this module allows."""
     original = config.ParseContext, config.parse_config_file
     config.ParseContext, config.parse_config_file = _Context, _includer(search_paths, original[1])
     try:
@@ -123,7 +123,7 @@ def fenced(search_paths: Sequence[Path]) -> Iterator[None]:
 
 
 def _includer(search_paths: Sequence[Path], parse: Any) -> Any:
-    """gin's `parse_config_file` with our search: a packaged file includes packaged ones, however it came to be read."""
+    """gin's `parse_config_file` with our search: a packaged file always includes packaged files."""
     packaged = paths.gin_configs_dir().resolve()
     reading: list[Path] = []
 
@@ -160,16 +160,16 @@ def _check_module(name: str, what: str) -> None:
 
 
 class _Context(config.ParseContext):
-    """gin's context of a file: what it imports, and what a name stands for."""
+    """gin's context of a file: what it imports, and how a name is resolved."""
 
     def process_import(self, statement: Any) -> None:
-        # gin itself makes a context with an import manager, to write a configuration down.
+        # gin itself makes a context with an import manager, to write a configuration as text.
         if self._import_manager is None and not statement.module.startswith("__gin__"):
             _check_module(statement.module, f"it imports {statement.module}")
         super().process_import(statement)
 
     def _resolve_selector(self, selector: str) -> Any:
-        """As gin does, but looks at each step: a module holds the modules that it imports."""
+        """Resolves a name as gin does, but checks each step, because a module holds the modules that it imports."""
         names = selector.split(".")
         found = None
         for end, name in enumerate(names, start=1):
@@ -183,7 +183,7 @@ class _Context(config.ParseContext):
                 break  # what a module gives that the user trusts
             last = end == len(names)
             if not inspect.ismodule(value) and not inspect.isclass(value) and not (last and callable(value)):
-                raise ImportError(f"it names {selector}, and {name} is no module, class or function")
+                raise ImportError(f"it names {selector}, and {name} is not a module, class or function")
             _check_module(_home(value), f"it names {selector}, which is of {_home(value)}")
         return super()._resolve_selector(selector)
 

@@ -21,7 +21,7 @@ from speccascade_t5x.common import paths
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
 
-ALLOW_DRIVERS = "tensorstore drivers, with commas between, by which a T5X checkpoint you trust may lie elsewhere"
+ALLOW_DRIVERS = "further tensorstore drivers, separated by commas, that a T5X checkpoint you trust may use"
 KIND = "how a folder is read that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 
@@ -32,8 +32,8 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags every gin-configured verb takes. Bindings themselves are read by `split`."""
-    group = parser.add_argument_group("gin (a gin file is code, somebody else's config.gin too: read it first)")
+    """Adds the flags that every gin-configured verb takes. `split` reads the bindings themselves."""
+    group = parser.add_argument_group("gin (a gin file is code, also somebody else's config.gin: read it first)")
     group.add_argument(
         "--gin_file",
         action="append",
@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--gin.NAME=VALUE",
         action="store_true",
         dest="_documented",
-        help="one binding, texts in quotes of their own; may be repeated",
+        help="one binding; texts need quotes of their own; may be repeated",
     )
 
 
@@ -75,9 +75,9 @@ def parser(
 
     Args:
       verb: its name.
-      usage: what may follow "speccascade VERB", one text a line.
-      description: what it does.
-      epilog: printed as it is.
+      usage: the forms of what may follow "speccascade VERB", one per line.
+      description: what the verb does.
+      epilog: end of the help, printed as it is.
       flags: name -> (type, help).
     """
     made = argparse.ArgumentParser(
@@ -94,7 +94,7 @@ def parser(
 
 
 def default_file(verb: str, task: str | None) -> str:
-    """The run file a verb reads where none is named: the packaged one for its task, else the one for all.
+    """The run file that a verb reads by default: the packaged one for its task, else the general one.
 
     The text tasks share `runs/infer_text_task.gin`; a few-shot task has the file of the plain one.
     """
@@ -104,11 +104,11 @@ def default_file(verb: str, task: str | None) -> str:
 
 
 def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[..., Any]:
-    """The function with what the loaded gin files bind.
+    """The function with the bindings of the loaded gin files.
 
     Args:
       function: the configurable.
-      needed: bindings its run files make -> what to do where a configuration makes none.
+      needed: bindings that its run files make -> advice for a configuration without them.
 
     Raises:
       UserError: the gin files configure another job or none.
@@ -122,13 +122,13 @@ def job(function: Callable[..., Any], needed: Mapping[str, str]) -> Callable[...
 
 
 def configured(binding: str) -> Any:
-    """What a loaded binding stands for: the result of its `@configurable()`, or its plain value."""
+    """The value of a loaded binding: the result of its `@configurable()`, or its plain value."""
     value = gin.query_parameter(binding)
     return value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference) else value
 
 
 def settled(macro: str, binding: str, config_text: str) -> str:
-    """The config with a plain value for a macro that a function gives, as other jobs read it in the written file.
+    """The config with the plain value of a macro that a function computes: other jobs read the written file.
 
     Args:
       macro: its name.
@@ -157,14 +157,14 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     What the flags let gin files reach holds until the next call: see `gin_files`.
 
     Raises:
-      UserError: a flag nobody knows, with the nearest named, or a value of the wrong kind.
+      UserError: a flag is unknown (the message names the nearest one), or a value has the wrong type.
     """
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage and exit
     bindings, rest, modules = [], [], []
     for argument in argv:
         match = _BINDING.fullmatch(argument)
         if argument.startswith("--gin.") and not match:
-            raise UserError(f"{argument!r} is no binding: write --gin.NAME=VALUE, texts in quotes of their own")
+            raise UserError(f"{argument!r} is not a binding: write --gin.NAME=VALUE, texts in quotes of their own")
         if match and match[1] == gin_files.MODULE_MACRO:
             modules.append(match[2].strip("'\""))
         elif match:
@@ -227,7 +227,7 @@ def literal(values: Mapping[str, Any]) -> list[str]:
 
 
 def _moved(file: str) -> str:
-    """What to write instead of a packaged file of an earlier release, as the end of a sentence."""
+    """The replacement of a packaged file of an earlier release, as the end of an error message."""
     task = re.search(r"(?:^|/)runs/infer_(\w+)\.gin$", file)
     if task and task[1] in LENGTHS:
         return f": use --gin_file=runs/infer_text_task.gin --task={task[1]} instead"
@@ -308,7 +308,7 @@ def _in_one_line(what: str):
 
 
 def _explain(error: Exception) -> str:
-    """gin's message in our words where we know it, with the nearest valid name; its first line otherwise."""
+    """A known message of gin in plain words, with the nearest valid name; the first line of any other message."""
     text = str(error)
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
     if parameter:
@@ -325,7 +325,7 @@ def _explain(error: Exception) -> str:
         return f"it includes {included[1]}, which is not there{_moved(included[1])}"
     bare = re.search(r"Failed to parse token '([^']+)'", text)
     if bare:
-        return f"{bare[1]!r} is no value: a text needs quotes of its own, \"'{bare[1]}'\" in a shell"
+        return f"{bare[1]!r} is not a value: a text needs quotes of its own, \"'{bare[1]}'\" in a shell"
     if isinstance(error, tokenize.TokenError):
         return "a bracket or a quote is not closed"
     if isinstance(error, SyntaxError):

@@ -1,8 +1,8 @@
-"""`--multihost`: this process becomes one of several, one on each host, that do a job together.
+"""`--multihost`: runs a verb as one of several processes, one per host, that do a job together.
 
-A verb that joins is two processes. The worker does the work. When another host dies, JAX's runtime ends the worker
-without asking (SIGABRT and a page of log), so a parent, which loads nothing, watches it and says in one sentence what
-happened. It hands signals on, and the worker ends when the parent does.
+Under this flag a verb is two processes. The worker does the work. When another host dies, JAX's runtime aborts the
+worker (SIGABRT and a page of log), so a parent process, which does not load JAX, watches it and reports in one sentence
+what happened. The parent forwards signals, and the worker ends when the parent does.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import NoReturn
 from speccascade_t5x.cli import preemption
 from speccascade_t5x.interfaces import UserError
 
-# What a verb exits with when another host is gone: BSD's EX_UNAVAILABLE.
+# Exit code of a verb when another host is gone: BSD's EX_UNAVAILABLE.
 EXIT_CODE = 69
-HEARTBEAT_S = 20  # a host that was not heard of for so long is dead, unless the flags say otherwise
-JOIN_S = 300  # until all hosts must have come
-_SHUTDOWN_S = 60  # between the ends of the first and the last host that have finished
-_LINGER_S = 2.0  # for others that make the same mistake, before the host that runs the service leaves
+HEARTBEAT_S = 20  # a host that was not heard of for this long is taken to be dead, unless the flags set another time
+JOIN_S = 300  # time in which all hosts must connect
+_SHUTDOWN_S = 60  # largest time between the ends of the first and the last host
+_LINGER_S = 2.0  # time for other hosts to report the same user error before the host that runs the service exits
 
 _REPORT = re.compile(rb"[EF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\S+?)[.:]")
 _RUNTIME = (b"coordination", b"client", b"distributed", b"preemption")  # sources of such reports when a host is lost
 # What errors say when another host is gone.
 _DEAD = ("heartbeat", "coordination", "gloo", "barrier", "socket closed", "connection reset", "connection refused")
 
-_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own, for a host that does not have the address it is known by
+_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's: where a host listens that is known by another address
 
 _joined: str | None = None  # the verb, in a worker
 
@@ -43,32 +43,31 @@ _joined: str | None = None  # the verb, in a worker
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of verbs that run on several hosts."""
     group = parser.add_argument_group("several hosts (start the same command on each; see docs/pods.md)")
-    group.add_argument("--multihost", action="store_true", help="work together; on TPUs and under Slurm that is all")
+    group.add_argument("--multihost", action="store_true", help="work with other hosts; enough on TPUs and Slurm")
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="elsewhere: where host 0 listens, "
-        f"to whoever reaches that address, so name one of a private network; {_BIND_VARIABLE}=ADDRESS:PORT listens "
-        "elsewhere",
+        help="elsewhere: address at which host 0 listens; whoever reaches it can join the job, so name an address of a "
+        f"private network ({_BIND_VARIABLE}=ADDRESS:PORT makes host 0 listen at another one)",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="elsewhere: how many hosts")
-    group.add_argument("--process_id", type=int, metavar="I", help="elsewhere: which one this is, from 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="elsewhere: number of hosts")
+    group.add_argument("--process_id", type=int, metavar="I", help="elsewhere: index of this host, from 0")
     group.add_argument(
         "--host_timeout", type=int, metavar="S", help=f"seconds until a silent host is dead (default: {HEARTBEAT_S})"
     )
 
 
 def join(flags: argparse.Namespace, name: str) -> None:
-    """Joins the other hosts where the flags say so. Call it before JAX looks for devices, and before threads start.
+    """Connects to the other hosts if the flags ask for it. Call it before JAX looks for devices and threads start.
 
-    Returns in the worker only.
+    It returns in the worker only.
 
     Args:
       flags: with those of `add_flags`.
-      name: of the verb, for messages.
+      name: the verb's name in messages.
 
     Raises:
-      UserError: flags that do not go together; the hosts did not find each other.
+      UserError: the flags do not go together, or the hosts did not find each other.
     """
     named = (flags.coordinator, flags.num_processes, flags.process_id)
     silent = HEARTBEAT_S if flags.host_timeout is None else flags.host_timeout
@@ -89,7 +88,7 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
     if coordinator is None or count is None or index is None:
         raise UserError("--coordinator, --num_processes and --process_id go together: name all three or none")
     if not re.fullmatch(r"\S+:\d+", coordinator):
-        raise UserError(f"--coordinator={coordinator!r} is no address: write HOST:PORT")
+        raise UserError(f"--coordinator={coordinator!r} is not an address: write HOST:PORT")
     if not 0 <= index < count:
         raise UserError(f"--process_id={index} is none of the {count} processes, which count from 0")
 
@@ -100,8 +99,8 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None, s
     set_already = jax.config.jax_cpu_collectives_implementation  # type: ignore[attr-defined]  # JAX adds its options
     if set_already is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    listens = None if _BIND_VARIABLE in os.environ else coordinator  # else JAX takes every interface
+    jax.config.update("jax_enable_preemption_service", False)  # otherwise it would handle SIGTERM itself
+    listens = None if _BIND_VARIABLE in os.environ else coordinator  # otherwise JAX listens on every interface
     if listens and index == 0:
         _check_free(listens)
     try:
@@ -124,7 +123,7 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None, s
 
 
 def _check_free(address: str) -> None:
-    """Refuses an address where this host cannot listen; JAX's service would crash."""
+    """Rejects an address at which this host cannot listen; JAX's service would crash."""
     host, _, port = address.rpartition(":")
     try:
         for family, kind, *_, place in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
@@ -139,7 +138,7 @@ def _check_free(address: str) -> None:
 
 
 def _fork(name: str) -> None:
-    """Leaves the caller in a child; the parent stays here until that has ended, and ends with its code."""
+    """Returns in a child process only; the parent stays here until the child has ended, and exits with its code."""
     global _joined
     sys.stdout.flush()
     sys.stderr.flush()
@@ -147,7 +146,7 @@ def _fork(name: str) -> None:
     alive, lives = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)  # so that a Ctrl-C comes once, through the parent
+        os.setpgid(0, 0)  # so that a Ctrl-C arrives once, through the parent
         os.dup2(said, 2)
         for end in (reports, said, lives):
             os.close(end)
@@ -164,7 +163,7 @@ def _fork(name: str) -> None:
 
 
 def _hand_on(child: int) -> Callable[[int, object], None]:
-    """A signal's handler that hands it on; one that comes when the worker has ended changes nothing any more."""
+    """A signal handler that forwards to the worker; a signal that comes after the worker has ended has no effect."""
 
     def handler(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -174,12 +173,12 @@ def _hand_on(child: int) -> Callable[[int, object], None]:
 
 
 def _end_with_parent(alive: int) -> NoReturn:
-    os.read(alive, 1)  # returns when nobody holds the other end
+    os.read(alive, 1)  # returns when no process holds the other end
     os._exit(1)
 
 
 def _watch(child: int, reports: int, name: str) -> int:
-    """Passes on what the worker says, but for the runtime's own report of a lost host. Returns the exit code."""
+    """Forwards the worker's stderr, except for the runtime's own report of a lost host. Returns the exit code."""
     held, ours = bytearray(), f"{name}: ".encode()
     said = False
     with os.fdopen(reports, "rb") as lines:
@@ -206,7 +205,7 @@ def _watch(child: int, reports: int, name: str) -> int:
 
 
 def _pass_on(said: bytes | bytearray) -> None:
-    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not to its buffer, which nothing guards
+    sys.stderr.write(bytes(said).decode("utf-8", "replace"))  # not its buffer: the terminal guard does not cover that
     sys.stderr.flush()
 
 
@@ -221,7 +220,7 @@ def _say(name: str, sentence: str) -> None:
 
 
 def first() -> bool:
-    """Whether this process prints results and writes what is written once."""
+    """Whether this process prints results and writes the files that are written once per job."""
     if not _joined:
         return True
     from speccascade_t5x.distributed import hosts
@@ -230,7 +229,7 @@ def first() -> bool:
 
 
 def failed(error: Exception, name: str) -> int | None:
-    """Says what went wrong in a worker. Returns its exit code; None where the caller knows better what to say."""
+    """Reports what went wrong in a worker. Returns its exit code; None if the caller reports the error instead."""
     if not _joined:
         return None
     from speccascade_t5x.distributed import hosts
@@ -248,7 +247,7 @@ def failed(error: Exception, name: str) -> int | None:
 
 
 def _names_a_dead_host(error: BaseException | None) -> bool:
-    """Whether an error, or one it came from, is what JAX, gloo or Orbax raise when another process is gone."""
+    """Whether an error, or its cause, is one that JAX, gloo or Orbax raise when another process is gone."""
     while error is not None:
         theirs = isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, UserError)
         if theirs and any(sign in str(error).lower() for sign in _DEAD):
@@ -258,9 +257,9 @@ def _names_a_dead_host(error: BaseException | None) -> bool:
 
 
 def leave(code: int) -> int:
-    """Ends a worker with this exit code; returns it in a process that is none.
+    """Ends a worker with this exit code; returns the code in a process that is not a worker.
 
-    Only a worker that has finished says goodbye to the others: after a failure that would wait for hosts that are gone.
+    Only a worker that has finished disconnects from the others: after a failure it would wait for hosts that are gone.
     """
     if not _joined:
         return code
@@ -269,7 +268,7 @@ def leave(code: int) -> int:
     from speccascade_t5x.distributed import hosts
 
     _flush()
-    if code in (0, preemption.EXIT_CODE):  # all hosts have come to this
+    if code in (0, preemption.EXIT_CODE):  # all hosts have reached this point
         try:
             jax.distributed.shutdown()
         except RuntimeError:

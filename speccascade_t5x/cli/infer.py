@@ -5,7 +5,7 @@
     echo "grusse aus munchen" | speccascade infer --input=- --temperature=0
     speccascade infer --task=restore_de --output_dir=out --operating_point=sweep/operating_points.json
 
-Short flags are bindings: the resolved config.gin beside the output says everything.
+Short flags are bindings; the config.gin beside the output holds the resolved configuration.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from speccascade_t5x.inference import records
 _MACROS = {
     "task": (str, "a registered seqio task"),
     "input": (str, 'a text file, a .jsonl file with "inputs" (and "targets"), or "-", instead of a task'),
-    "output_dir": (str, "where records, metrics and config.gin go; without it, predictions go to stdout"),
+    "output_dir": (str, "folder for records, metrics and config.gin; without it, predictions go to stdout"),
     "split": (str, "split of the task (default: test)"),
-    "limit": (int, "decode only the first so many examples"),
+    "limit": (int, "decode only the first N examples"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
 }
 _EPILOG = """\
@@ -49,21 +49,21 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
     k_matrix, lenience, max_ngram, min_ngram, ngram_fill, confidence, quantile, temperature, top_k, top_p, min_p,
     max_input_len, max_len, truncate, trace, num_samples, batch_size, seed; without a flag: rule_options,
     edge_rules, stop_sequences, buckets
-  infer.infer.batches_per_chunk      batches a killed run can lose (default: 8)
-  infer.infer.refill                 what --refill sets
-  infer.infer.host_patience_s        how long hosts wait for each other (default: 21600)
+  infer.infer.batches_per_chunk      number of batches a killed run can lose (default: 8)
+  infer.infer.refill                 the binding of --refill
+  infer.infer.host_patience_s        seconds that hosts wait for each other (default: 21600)
   partitioning.Topology.devices, data, model, submesh, rules, drafter_rules, strict    the mesh of --topology
-  l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
+  l10n.data_dir.path                 folder of the corpus of the tasks restore_de and l10n_en_de
 
 gin files:
-  --task=NAME reads runs/infer_NAME.gin where that is packaged, runs/infer_text_task.gin for wmt14_en_de and the like,
-  else runs/infer.gin. Name the run file first where other files follow it:
+  --task=NAME reads runs/infer_NAME.gin if that file is packaged, runs/infer_text_task.gin for a published text task,
+  such as wmt14_en_de, else runs/infer.gin. If you give further files, name the run file first:
     --gin_file=runs/infer_restore_de.gin --gin_file=rules/token_v3.gin
 
 The config.gin beside the output repeats the run: speccascade infer --gin_file=FOLDER/config.gin
-A run that gets SIGTERM leaves whole files only and exits with code 75; the same command continues it.
-Without --output_dir, samples are parted by tabs, and line breaks and tabs inside a prediction are printed as \\n, \\r
-and \\t; the files of --output_dir hold them exactly.
+A run that receives SIGTERM leaves complete files only and exits with code 75; the same command continues it.
+Without --output_dir, samples are separated by tabs, and line breaks and tabs inside a prediction are printed as \\n,
+\\r and \\t; the files of --output_dir hold them exactly.
 """
 
 
@@ -122,21 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = gin_flags.parser("infer", usage, description, _EPILOG, _MACROS)
     settings_flags.add_flags(parser)
     parser.add_argument("--topology", help=topology.HELP)
-    parser.add_argument("--refill", action="store_true", help="put new examples in the place of finished ones")
+    parser.add_argument("--refill", action="store_true", help="put new examples in the rows of finished ones")
     operating_point.add_flags(parser)
-    parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of refusing them")
+    parser.add_argument("--truncate", action="store_true", help="cut longer prompts instead of rejecting them")
     parser.add_argument("--trace", action="store_true", help="keep per-token diagnostics in the records")
     parser.add_argument(
         "--allow_code_execution",
         action="store_true",
-        help="measure pass@1: runs what the pair wrote, inside bubblewrap. A program can still forge its own verdict "
-        "(it shares an interpreter with its tests) and use up kernel memory until its time is over: see "
+        help="measure pass@1 by running what the pair wrote inside bubblewrap; a program can still forge its own "
+        "verdict (it shares an interpreter with its tests) and use up kernel memory until its time is over: see "
         "docs/security.md",
     )
     parser.add_argument(
         "--run_programs_unprotected",
         action="store_true",
-        help="with --allow_code_execution: run them without bubblewrap; they may then do all that you may do",
+        help="with --allow_code_execution: run them without bubblewrap; they can then do all that you can do",
     )
     host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[object]:
-    """A bar on stderr with examples/s and acceptance; nothing where stderr is not a terminal."""
+    """A bar on stderr with examples/s and acceptance; nothing is shown if stderr is not a terminal."""
     speed = "{task.fields[speed]} examples/s  acceptance {task.fields[acceptance]}"
     with progress.bar("decoding", speed) as bar:
         row = bar.add_task("", total=None, speed="-", acceptance="-")

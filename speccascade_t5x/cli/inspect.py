@@ -1,4 +1,4 @@
-"""`speccascade inspect PATH`: tells what a checkpoint holds, without reading its tensors.
+"""`speccascade inspect PATH`: describes what a checkpoint holds, without reading its tensors.
 
 speccascade inspect t5_1_1_small/checkpoint_1000000
 speccascade inspect flan-t5-base --json
@@ -17,14 +17,14 @@ def main(argv: list[str]) -> int:
     """Prints the description. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="speccascade inspect",
-        description="Tells kind, step, architecture, parameters, dtype and vocabulary of a checkpoint: a bundle or a "
+        description="Prints kind, step, architecture, parameters, dtype and vocabulary of a checkpoint: a bundle or a "
         "member of it, T5X (native or Orbax, scanned or not), plain Orbax, npz, or Hugging Face.",
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="PATH", help="its folder, a packaged name, or a gs:// address")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--verify", action="store_true", help="compare every file with its checksum, where there are any"
+        "--verify", action="store_true", help="compare every file with its checksum, if the checkpoint has any"
     )
     parser.add_argument("--allow_drivers", type=gin_flags.names, default=(), help=gin_flags.ALLOW_DRIVERS)
     parser.add_argument("--kind", help=gin_flags.KIND)

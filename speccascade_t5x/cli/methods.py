@@ -1,4 +1,4 @@
-"""`speccascade methods`: lists every execution, rule and drafter, with what alpha means and where it comes from."""
+"""`speccascade methods`: lists every execution, rule and drafter, with the meaning of alpha and the source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     executions = table("Executions (--method)", "name", "what it does", "reads", "source")
     for name, method in methods.METHODS.items():
         executions.add_row(name, method.what, ", ".join(method.reads) or "-", method.source)
-    listed = table("Rules (--rule, --alpha)", "name", "alpha", "what its ends mean", "source")
+    listed = table("Rules (--rule, --alpha)", "name", "alpha", "meaning of its ends", "source")
     for name in rules.names():
         cls = rules.get(name)
         alpha = "none" if cls.alpha_range is None else rules.describe_range(cls)

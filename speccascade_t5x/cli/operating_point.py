@@ -1,4 +1,4 @@
-"""`--operating_point=FILE`: the method and alpha a sweep has found, in place of `--rule` and `--alpha`."""
+"""`--operating_point=FILE`: takes method and alpha from the results of a sweep, in place of `--rule` and `--alpha`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--operating_point",
         metavar="FILE",
-        help="operating_points.json of `speccascade sweep`; without a limit, the fastest at the verifier's quality",
+        help="operating_points.json of a sweep; without a limit, its fastest point at the verifier's quality",
     )
     group.add_argument("--latency_budget", type=float, help="best quality within this share of the verifier's time")
-    group.add_argument("--quality_floor", type=float, help="fastest at this quality or better, in the sweep's metric")
+    group.add_argument("--quality_floor", type=float, help="fastest at this quality or better, by the sweep's metric")
 
 
 def chosen(flags: argparse.Namespace) -> Mapping[str, Any] | None:
-    """The point the flags ask for, see `operating_points.choose`; None where no file is named.
+    """The point the flags ask for, see `operating_points.choose`; None if no file is named.
 
     Args:
       flags: parsed; its temperature, top_p and draft_len choose among conditions of the sweep.
@@ -46,10 +46,10 @@ def chosen(flags: argparse.Namespace) -> Mapping[str, Any] | None:
 
 
 def bindings(point: Mapping[str, Any] | None, flags: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    """gin bindings of the point; none without one. None stands for what it leaves as it is by default.
+    """gin bindings of the point; empty without a point. None as a value leaves the default.
 
     Args:
-      point: that was chosen.
+      point: the chosen point.
       flags: parsed.
       given: bindings of the command line, "NAME = VALUE".
 
@@ -73,13 +73,13 @@ def bindings(point: Mapping[str, Any] | None, flags: argparse.Namespace, given: 
 def checked(
     job: Callable[..., Any], binding: str, flags: argparse.Namespace, point: Mapping[str, Any] | None
 ) -> Callable[..., Any]:
-    """The job, with its pair loaded and known to be the one of the operating points; says which point it is.
+    """The job with its pair loaded and checked to be the one of the operating points; reports the point on stderr.
 
     Args:
-      job: configured.
-      binding: of its pair.
+      job: the configured job.
+      binding: the binding of its pair.
       flags: parsed.
-      point: that was chosen, or None: then the job as it is.
+      point: the chosen point; with None the job is returned as it is.
 
     Raises:
       UserError: the points were measured with another pair, or a gin file sets what the point leaves as it is.
@@ -102,7 +102,7 @@ def checked(
     other = offered["pair"] != plan_files.identity(pair)
     if other or offered.get("weights") not in (None, infer.pair_identity(pair)):
         raise UserError(
-            f"the operating points {flags.operating_point} are of another pair: run `speccascade sweep` with this one"
+            f"the operating points {flags.operating_point} were measured with another pair: run `sweep` with this one"
         )
     if host_processes.first():
         print(f"operating point {operating_points.in_words(point, offered['metric'])}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`speccascade plan`: predicts which draft length, drafter and K matrix pay, and whether speculation pays at all.
+"""`speccascade plan`: predicts which draft length, drafter and K matrix pay off, and whether speculation does at all.
 
     speccascade plan --input=lines.txt --batch_size=1 --output_dir=plan --measure=3
     speccascade infer --input=more.txt --batch_size=1 --draft_len=auto --plan=plan/plan.json
@@ -21,13 +21,13 @@ from speccascade_t5x.common import storage, text_table
 _MACROS = {
     "task": (str, "a registered seqio task to measure on"),
     "input": (str, 'a text file, a .jsonl file with "inputs", or "-", instead of a task'),
-    "output_dir": (str, "where plan.json and config.gin go"),
+    "output_dir": (str, "folder for plan.json and config.gin"),
     "split": (str, "split of the task (default: validation)"),
-    "limit": (int, "measure on the first so many examples (default: 16)"),
-    "measure": (int, "decode with so many of the best, and show what they gain on examples they were not chosen by"),
+    "limit": (int, "measure on the first N examples (default: 16)"),
+    "measure": (int, "decode with the N best, and show their gain on examples that did not choose them"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
-    "acceptance": (rows, 'instead of measuring: "0.8,0.5;0.6", a row per reviewer, Max-Gram last'),
-    "costs": (numbers, "with --acceptance: a step of each drafter model, in steps of the verifier"),
+    "acceptance": (rows, 'acceptance to use instead of measuring: "0.8,0.5;0.6", one row per reviewer, Max-Gram last'),
+    "costs": (numbers, "with --acceptance: cost of a step of each drafter model, in steps of the verifier"),
 }
 _LEFT_OUT = (
     *("method", "draft_len", "plan", "draft_stop", "stop_threshold", "drafter", "k_matrix"),
@@ -37,18 +37,18 @@ _SHOWN = 12
 
 _EPILOG = """\
 required:
-  --input or --task; or --acceptance and --costs, and nothing is measured
+  --input or --task; or --acceptance and --costs, with which nothing is measured
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, MEASURE, PAIR, ACCEPTANCE, COSTS
-  generate.Settings.rule, alpha, temperature, top_k, top_p, min_p, verification, batch_size, ...: give them as the run
-    that follows the plan will have them; infer --draft_len=auto refuses a plan made under others
+  generate.Settings.rule, alpha, temperature, top_k, top_p, min_p, verification, batch_size, ...: give the values of the
+    run that will follow the plan; infer --draft_len=auto rejects a plan made with other values
 
 gin files:
-  --task=NAME reads runs/plan_NAME.gin where that is packaged, else runs/plan.gin.
+  --task=NAME reads runs/plan_NAME.gin if that file is packaged, else runs/plan.gin.
 
-The predicted gain is tokens per second over the verifier alone, in the decoding loop: (tokens per round x the
-verifier's step) / (drafting + the verifier's block + what a round takes beside them). Above 1 speculation pays.
+The predicted gain is tokens per second relative to the verifier alone, in the decoding loop: (tokens per round x the
+verifier's step) / (drafting + the verifier's block + the rest of a round). Above 1, speculation pays off.
 """
 
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def lines(found: Any) -> list[str]:
-    """What is printed of a plan."""
+    """The lines to print for a plan."""
     measured = any(candidate.measured is not None for candidate in found.candidates)
     rows = [("rank", "how", "predicted gain", *(["measured"] if measured else []), "tokens/round", "calls/token")]
     for i, candidate in enumerate(found.candidates):
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "--task=NAME [--output_dir=FOLDER] [flags]",
         "--acceptance=ROWS --costs=NUMBERS",
     )
-    description = "Predicts which draft length, drafter and K matrix pay, and whether speculation pays at all."
+    description = "Predicts which draft length, drafter and K matrix pay off, and whether speculation does at all."
     parser = gin_flags.parser("plan", usage, description, _EPILOG, _MACROS)
     settings_flags.add_flags(parser, leave_out=_LEFT_OUT)
     gin_flags.add_flags(parser)

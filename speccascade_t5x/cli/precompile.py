@@ -28,16 +28,16 @@ from speccascade_t5x.interfaces import UserError
 _ALL = "all"
 # Short flag -> (type, help). These are macros of runs/precompile.gin.
 _MACROS = {
-    "pairs": (gin_flags.names, "with commas between: of pairs/, FAMILY_SIZE_SIZE, DRAFTER:VERIFIER of models/; or all"),
-    "topologies": (gin_flags.names, "slices, with commas between, such as v4-8 or v4:2x2x1; or all"),
-    "output_dir": (str, "where tables and results go; a run there is continued"),
-    "batch_size": (int, "inputs decoded at a time by the whole slice (default: 16, or one for each group of chips)"),
-    "input_len": (int, "encoder positions (default: 512)"),
-    "max_len": (int, "output tokens (default: 128)"),
-    "draft_len": (int, "tokens drafted per round (default: 5)"),
-    "model": (int, "chips that share the weights (default: the fewest that hold the pair)"),
+    "pairs": (gin_flags.names, "pairs, separated by commas: of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER; or all"),
+    "topologies": (gin_flags.names, "slices, separated by commas, such as v4-8 or v4:2x2x1; or all"),
+    "output_dir": (str, "folder for tables and results; a run found there is continued"),
+    "batch_size": (int, "inputs that the slice decodes at a time (default: 16, or one per group of chips)"),
+    "input_len": (int, "number of encoder positions (default: 512)"),
+    "max_len": (int, "number of output tokens (default: 128)"),
+    "draft_len": (int, "number of tokens drafted per round (default: 5)"),
+    "model": (int, "number of chips that share the weights (default: the fewest that hold the pair)"),
     "programs": (gin_flags.names, "of encoder, loop, refill, train_drafter, train_verifier (default: all but refill)"),
-    "timeout_s": (float, "most seconds for the process of a cell (default: 3600)"),
+    "timeout_s": (float, "time limit of the process of a cell, in seconds (default: 3600)"),
 }
 _EPILOG = """\
 required: nothing
@@ -46,8 +46,8 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   PAIRS, TOPOLOGIES, OUTPUT_DIR, BATCH_SIZE, INPUT_LEN, MAX_LEN, DRAFT_LEN, MODEL, PROGRAMS, TIMEOUT_S
   slice_cells.Options.rule, alpha, num_samples, train_batch_size, targets_len, microbatches, drafter_rules
 
-Every cell of the table is compiled in a process of its own; one that crashes or takes too long costs only itself, and
-the same command with the same --output_dir compiles what is missing.
+Every cell of the table is compiled in a process of its own. A cell that crashes or takes too long does not affect the
+others, and the same command with the same --output_dir compiles what is missing.
 """
 
 
@@ -85,7 +85,7 @@ def model_files() -> list[str]:
 
 
 def all_pairs() -> tuple[str, ...]:
-    """The packaged pairs whose name tells their architectures."""
+    """The packaged pairs whose name contains their architectures."""
     known = set(model_files())
     stems = sorted(path.stem for path in (paths.gin_configs_dir() / "pairs").glob("*.gin"))
     return tuple(stem for stem in stems if set(parts(stem)) <= known)
@@ -101,10 +101,10 @@ def parts(pair: str) -> tuple[str, str]:
 
 
 def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, tuple[Any, Any]]:
-    """Pair -> (drafter, verifier), as the files of models/ configure them. Replaces what gin was configured with.
+    """Pair -> (drafter, verifier), as the files of models/ configure them. Replaces the configuration of gin.
 
     Raises:
-      UserError: a model there is no file for.
+      UserError: a model has no file.
     """
     from speccascade_t5x.models import t5
 
@@ -121,7 +121,7 @@ def architectures(pairs: tuple[str, ...], search_paths: str = "") -> dict[str, t
 
 
 def check_compiler() -> None:
-    """Refuses to go on without libtpu.
+    """Checks that libtpu is installed.
 
     Raises:
       UserError: it is not installed.
@@ -134,7 +134,7 @@ def check_compiler() -> None:
 
 
 def _libtpu() -> str:
-    """The requirement that the installed jax has for it."""
+    """The version of libtpu that the installed jax requires."""
     for requirement in importlib.metadata.requires("jax") or ():
         found = re.match(r"libtpu\s*([^;]*)", requirement)
         if found:
@@ -143,7 +143,7 @@ def _libtpu() -> str:
 
 
 def environment() -> dict[str, str]:
-    """That of a process which compiles: no accelerator, no question to a cloud's metadata server, this package."""
+    """The environment of a compiling process: no accelerator, no request to a cloud's metadata server, this package."""
     package = str(Path(__file__).resolve().parents[2])
     known = [package, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
     own = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

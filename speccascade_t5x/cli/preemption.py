@@ -1,4 +1,4 @@
-"""SIGTERM, by which clouds announce that a machine will be taken away: the work in hand is ended, files stay whole."""
+"""Handles SIGTERM, by which clouds announce a preemption: the current unit of work is finished, files stay complete."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-# What a verb that was told to stop exits with: BSD's EX_TEMPFAIL, "try the same again later".
+# Exit code of a verb that was stopped by SIGTERM: BSD's EX_TEMPFAIL, "try the same again later".
 EXIT_CODE = 75
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come. Outside the main thread none arrives, so it never has."""
+    """Yields a function that returns whether SIGTERM has arrived. Outside the main thread it is always False."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield told.is_set

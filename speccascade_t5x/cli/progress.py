@@ -1,4 +1,4 @@
-"""How a verb shows that it works: a live line on stderr, and scalars for TensorBoard."""
+"""Progress of a verb: a live line on stderr, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from speccascade_t5x.cli import terminal
 
 @contextlib.contextmanager
 def live(*columns: Any) -> Iterator[Any]:
-    """A rich `Progress` on stderr, which draws nothing where stderr is not a terminal.
+    """A rich `Progress` on stderr, which draws nothing if stderr is not a terminal.
 
     Args:
-      columns: of rich, or texts that stand for a `TextColumn`.
+      columns: columns of rich, or texts, each of which makes a `TextColumn`.
     """
     from rich.progress import Progress, TextColumn
 
@@ -28,7 +28,7 @@ def live(*columns: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def bar(*texts: str) -> Iterator[Any]:
-    """`live` with the columns of a bar: the first text, the bar, how many of how many, further texts, time left."""
+    """`live` with the columns of a bar: the first text, the bar, the count, further texts, time left."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
     with live(texts[0], BarColumn(), MofNCompleteColumn(), *texts[1:], TimeRemainingColumn()) as shown:
@@ -36,7 +36,7 @@ def bar(*texts: str) -> Iterator[Any]:
 
 
 class Scalars:
-    """TensorBoard files of several curves, written through clu; without it, one line says that there are none.
+    """TensorBoard files of several curves, written through clu; without clu, one line reports that none are written.
 
     Args:
       say: prints a line.

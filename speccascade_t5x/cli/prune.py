@@ -3,7 +3,7 @@
     speccascade prune --task=text_de --vocabulary=flan-t5-small/spiece.model --source=flan-t5-small \\
         --target=flan-t5-small-de --rows=12288
 
-Short flags are bindings of runs/prune.gin.
+Short flags are bindings: see runs/prune.gin.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from speccascade_t5x.cli import gin_flags
 
 # Short flag -> (type, help). These are macros of runs/prune.gin.
 _MACROS = {
-    "source": (str, "a checkpoint of a T5, see `speccascade inspect`"),
-    "target": (str, "the Hugging Face folder to make"),
+    "source": (str, "checkpoint of a T5; `speccascade inspect` describes it"),
+    "target": (str, "the Hugging Face folder to create"),
     "task": (str, "a registered seqio task or mixture, whose texts are counted"),
     "vocabulary": (str, "the source's SentencePiece model, which also reads the task"),
-    "rows": (int, "of the embedding, sentinels included"),
+    "rows": (int, "number of rows of the embedding, sentinels included"),
     "split": (str, "split of the task (default: train)"),
-    "limit": (int, "count only the first so many examples of each task"),
+    "limit": (int, "count only the first N examples of each task"),
 }
 # Short flags that are arguments of checkpoints.pruning.prune.
 _ARGUMENTS = {
-    "extra_ids": (int, "sentinels after the ordinary pieces (default: 100)"),
-    "add_from": (int, "give a row to a character without a piece that so many texts have (default: none)"),
+    "extra_ids": (int, "number of sentinels after the ordinary pieces (default: 100)"),
+    "add_from": (int, "give a row to each character without a piece that occurs in at least N texts (default: none)"),
 }
 _SHOWN = 12  # characters in a message
 
@@ -38,7 +38,7 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   pruning.prune.extra_ids, add_from, overwrite
 
 gin files:
-  --task=NAME reads runs/prune_NAME.gin where that is packaged, else runs/prune.gin.
+  --task=NAME reads runs/prune_NAME.gin if that file is packaged, else runs/prune.gin.
 """
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     usage = ["--task=NAME --source=PATH --vocabulary=FILE --target=FOLDER --rows=N [flags]"]
     description = "Cuts the vocabulary of a T5 down to the pieces that a task's texts use most."
     parser = gin_flags.parser("prune", usage, description, _EPILOG, _MACROS | _ARGUMENTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     gin_flags.add_flags(parser)
     flags, bindings = gin_flags.split(parser, argv)
     shorts = {name.upper(): getattr(flags, name) for name in _MACROS}

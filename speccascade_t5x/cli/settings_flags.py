@@ -23,35 +23,35 @@ def k_matrix(text: str) -> tuple[tuple[int, ...], ...]:
 
 SETTINGS: dict[str, tuple[Any, str]] = {
     "method": (str, '"speculative" (default), or another of `speccascade methods`'),
-    "rule": (str, "which rule (default: lossless)"),
-    "alpha": (float, "the rule's trade-off"),
-    "draft_len": (draft_len, 'tokens drafted per round; "auto" follows --plan'),
+    "rule": (str, "the cascade rule (default: lossless)"),
+    "alpha": (float, "the rule's trade-off; `speccascade methods` explains its range"),
+    "draft_len": (draft_len, 'number of tokens drafted per round; "auto" takes it from --plan'),
     "plan": (str, "the plan.json of `speccascade plan`, for --draft_len=auto"),
     "drafter": (str, '"model" (default), "max_gram", "prompt_lookup", "ngram" or "cascade"'),
-    "k_matrix": (k_matrix, "of a cascade: rows with semicolons between, such as 5,0;0,3"),
-    "lenience": (float, "of a cascade: L >= 1 between drafters (default: exact)"),
-    "max_ngram": (int, "longest match that Max-Gram or prompt lookup counts"),
-    "min_ngram": (int, "shortest match (default: 1)"),
-    "ngram_fill": (str, '"argmax" (default) or "sample": how Max-Gram goes on from the n-gram table'),
-    "verification": (str, '"token" (default) or "block"'),
-    "draft_stop": (str, '"confidence" or "entropy": end a draft early'),
-    "stop_threshold": (float, "of draft_stop: a probability, or nats"),
-    "confidence": (str, 'of a sequence cascade: "mean" (default), "sum" or "quantile"'),
-    "quantile": (float, "which, for --confidence=quantile"),
-    "temperature": (float, "0 to 2 (default: 1); 0 takes the argmax"),
+    "k_matrix": (k_matrix, "K matrix of a cascade of drafters: rows separated by semicolons, such as 5,0;0,3"),
+    "lenience": (float, "lenience L >= 1 between the drafters of a cascade (default: none, reviews are exact)"),
+    "max_ngram": (int, "longest match that Max-Gram or prompt lookup uses, in tokens"),
+    "min_ngram": (int, "shortest match that they use (default: 1)"),
+    "ngram_fill": (str, '"argmax" (default) or "sample": how Max-Gram takes tokens from the n-gram table'),
+    "verification": (str, 'verification of drafts: "token" (default) or "block"'),
+    "draft_stop": (str, 'end drafts early by the drafter\'s "confidence" or "entropy"'),
+    "stop_threshold": (float, "threshold of --draft_stop: a probability, or nats"),
+    "confidence": (str, 'confidence of a sequence cascade: "mean" (default), "sum" or "quantile"'),
+    "quantile": (float, "the quantile for --confidence=quantile"),
+    "temperature": (float, "from 0 to 2 (default: 1); 0 is greedy"),
     "top_k": (int, "0 is off"),
     "top_p": (float, "1 is off"),
     "min_p": (float, "0 is off"),
-    "max_input_len": (int, "longest prompt in tokens"),
-    "max_len": (int, "longest output in tokens"),
-    "num_samples": (int, "outputs per input"),
-    "batch_size": (int, "inputs decoded together"),
-    "seed": (int, "of the random key"),
+    "max_input_len": (int, "maximum length of a prompt in tokens"),
+    "max_len": (int, "maximum length of an output in tokens"),
+    "num_samples": (int, "number of outputs per input"),
+    "batch_size": (int, "number of inputs decoded together"),
+    "seed": (int, "seed of the random key"),
 }
 
 
 def add_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
-    """Adds the flags, but those a verb sets by itself."""
+    """Adds the flags, except those that a verb sets itself."""
     for name, (kind, text) in SETTINGS.items():
         if name not in leave_out:
             parser.add_argument(f"--{name}", type=kind, help=text)
@@ -63,7 +63,7 @@ def bindings(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_unsupported(argv: Sequence[str]) -> None:
-    """Refuses by name what no method here can do.
+    """Rejects options by name that no method here supports.
 
     Raises:
       UserError: a flag or binding asks for beam search, a penalty or the like.

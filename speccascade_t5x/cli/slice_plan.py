@@ -1,4 +1,4 @@
-"""`speccascade slice_plan`: tokens/s of a pair on a TPU slice, and when speculation stops paying there.
+"""`speccascade slice_plan`: predicts tokens/s of a pair on a TPU slice, and when speculation stops paying off there.
 
     speccascade slice_plan --pair=t5_1_1_base_xxl --topology=v4:2x2x1 --acceptance=0.8
     speccascade slice_plan --pair=t5_1_1_small_xl --topology=v5e:4x4 --plan=plan/plan.json --batch_sizes=1,16,256
@@ -18,21 +18,21 @@ from speccascade_t5x.common import storage
 
 # Short flag -> (type, help). These are macros of runs/slice_plan.gin.
 _MACROS = {
-    "pair": (str, "of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
+    "pair": (str, "a pair: file of pairs/, FAMILY_SIZE_SIZE or DRAFTER:VERIFIER of models/ (default: t5_1_1_base_xxl)"),
     "topology": (str, "a slice, such as v5e-16 or v5e:4x4 (default: v4:2x2x1)"),
     "acceptance": (
         numbers,
-        "how often a drafted token stands, or one figure per draft position: 0.85,0.8,0.75",
+        "acceptance rate of drafted tokens: one figure, or one per draft position: 0.85,0.8,0.75",
     ),
-    "plan": (str, "plan.json of `speccascade plan` instead, made on any machine"),
-    "batch_sizes": (wholes, "rows decoded at a time by the whole slice (default: 1,4,16,64,256,1024)"),
-    "draft_lens": (wholes, "tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
-    "input_len": (int, "encoder positions (default: 512)"),
-    "max_len": (int, "output tokens (default: 128)"),
-    "rule": (str, "of the decode (default: lossless); one that reads the drafter's law costs a step more"),
-    "alpha": (float, "its trade-off"),
-    "model": (int, "chips that share the weights (default: the fewest that hold the pair)"),
-    "output_dir": (str, "where slice_plan.json, slice_plan.md and config.gin go"),
+    "plan": (str, "plan.json of `speccascade plan`, made on any machine, instead of --acceptance"),
+    "batch_sizes": (wholes, "numbers of rows that the whole slice decodes at a time (default: 1,4,16,64,256,1024)"),
+    "draft_lens": (wholes, "numbers of tokens drafted per round (default: 1,2,3,4,5,6,8,10)"),
+    "input_len": (int, "number of encoder positions (default: 512)"),
+    "max_len": (int, "number of output tokens (default: 128)"),
+    "rule": (str, "the rule (default: lossless); one that reads the drafter's distribution costs one more step"),
+    "alpha": (float, "the rule's trade-off"),
+    "model": (int, "number of chips that share the weights (default: the fewest that hold the pair)"),
+    "output_dir": (str, "folder for slice_plan.json, slice_plan.md and config.gin"),
 }
 _EPILOG = """\
 required:
@@ -41,7 +41,7 @@ required:
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   PAIR, TOPOLOGY, ACCEPTANCE, PLAN, BATCH_SIZES, DRAFT_LENS, INPUT_LEN, MAX_LEN, RULE, ALPHA, MODEL, OUTPUT_DIR
 
-"pays above" is the acceptance, the same at every draft position, above which that draft length would gain.
+"pays above" is the acceptance rate, the same at every draft position, above which that draft length would pay off.
 """
 
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pair=NAME --topology=NAME --acceptance=NUMBERS [flags]",
         "--pair=NAME --topology=NAME --plan=FILE [flags]",
     )
-    description = "Predicts tokens/s of a pair on a TPU slice per batch and draft length."
+    description = "Predicts tokens/s of a pair on a TPU slice, per batch size and draft length."
     parser = gin_flags.parser("slice_plan", usage, description, _EPILOG, _MACROS)
     gin_flags.add_flags(parser)
     return parser

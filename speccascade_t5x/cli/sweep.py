@@ -1,4 +1,4 @@
-"""`speccascade sweep`: measures methods x alphas on a task and shows what each setting buys.
+"""`speccascade sweep`: measures methods at several alphas on a task and compares their quality, speed and calls.
 
     speccascade sweep --task=restore_de --output_dir=sweep --methods=token_v3,opt,lossy_sd
     speccascade sweep --task=restore_de --output_dir=found --methods=token_v3,chow --calibrate=deferral_rate=0.3
@@ -23,23 +23,23 @@ from speccascade_t5x.common import storage, text_table
 _MACROS = {
     "task": (str, "a registered seqio task with targets"),
     "input": (str, 'a .jsonl file with "inputs" and "targets" instead of a task; quality is then the NLL'),
-    "output_dir": (str, "where cells, report, plots and operating points go"),
+    "output_dir": (str, "folder for cells, report, plots and operating points"),
     "split": (str, "split of the task (default: validation)"),
-    "limit": (int, "only the first so many examples (default: 200)"),
+    "limit": (int, "use only the first N examples (default: 200)"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
-    "metric": (str, 'what quality is: a metric of the task (default: its first), or "nll"'),
-    "methods": (words, "token_v3,opt+block,lossless@max_gram,...: [execution:]rule[+block][@drafter]"),
-    "alphas": (alphas, '"token_v3=0.1,0.3;opt=0": alphas of your own'),
-    "alpha_points": (int, "alphas per rule, spread over its range (default: 6)"),
-    "refine": (int, "further alphas per rule, where its curve bends (default: 2)"),
+    "metric": (str, 'measure of quality: a metric of the task (default: its first), or "nll"'),
+    "methods": (words, "methods, such as token_v3,opt+block,lossless@max_gram: [execution:]rule[+block][@drafter]"),
+    "alphas": (alphas, 'alphas to use instead of the grid: "token_v3=0.1,0.3;opt=0"'),
+    "alpha_points": (int, "number of alphas per rule, spread over its range (default: 6)"),
+    "refine": (int, "number of further alphas per rule, where its curve bends (default: 2)"),
     "draft_lens": (
         wholes,
-        "the first is the main condition's, the others change one at a time (default: 5)",
+        "draft lengths; the first is the main condition's, the others vary one at a time (default: 5)",
     ),
     "temperatures": (numbers, "likewise (default: 1)"),
     "top_ps": (numbers, "likewise (default: 1)"),
-    "seeds": (wholes, "random keys; one is used at temperature 0 (default: 0,1,2)"),
-    "calibrate": (rate, "deferral_rate=0.3: instead of sweeping, find the alphas that reach a rate"),
+    "seeds": (wholes, "seeds of the random keys; only the first is used at temperature 0 (default: 0,1,2)"),
+    "calibrate": (rate, "find the alphas that reach a rate instead of sweeping, such as deferral_rate=0.3"),
 }
 _SHARED = ("top_k", "min_p", "max_input_len", "max_len", "batch_size")
 _EPILOG = """\
@@ -53,11 +53,11 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   generate.Settings.batch_size, max_input_len, max_len, top_k, min_p, buckets, truncate: shared by all methods
 
 gin files:
-  --task=NAME reads runs/sweep_NAME.gin where that is packaged, else runs/sweep.gin.
+  --task=NAME reads runs/sweep_NAME.gin if that file is packaged, else runs/sweep.gin.
 
-Always measured in the same run: the verifier and the drafter alone, lossless speculation, lossy speculative decoding
-with both residuals, BiLD fixed and as published, a token and a sequence cascade; and MinP at every alpha of TokenV3.
-A killed sweep started again with the same command continues at the first missing cell.
+These baselines are always measured in the same run: the verifier and the drafter alone, lossless speculation, lossy
+speculative decoding with both residuals, BiLD with fixed windows and as published, a token and a sequence cascade, and
+MinP at every alpha of TokenV3. The same command continues a killed sweep at the first missing cell.
 """
 
 
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> Any:
 
 
 def lines(result: Any) -> list[str]:
-    """What is printed of a result."""
+    """Prints a result."""
     if result.calibrated:
         return [*_calibrated(result.calibrated), f"wrote {result.files['calibration']}"]
     from speccascade_t5x.evaluation import frontier
@@ -131,9 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         "--task=NAME --output_dir=FOLDER [flags]",
         "--input=FILE.jsonl --output_dir=FOLDER [flags]",
     )
-    description = "Measures methods x alphas on a task and shows what each setting buys."
+    description = "Measures methods at several alphas on a task and compares their quality, speed and calls."
     parser = gin_flags.parser("sweep", usage, description, _EPILOG, _MACROS)
-    parser.add_argument("--report_only", action="store_true", help="measure nothing: report the cells that are there")
+    parser.add_argument("--report_only", action="store_true", help="measure nothing, report the existing cells")
     settings_flags.add_flags(parser, leave_out=[name for name in settings_flags.SETTINGS if name not in _SHARED])
     host_processes.add_flags(parser)
     gin_flags.add_flags(parser)
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[Any], None]]:
-    """A table of the latest cells with an ETA on stderr; single lines, one in a while, where that is no terminal."""
+    """A table of the latest cells with an ETA on stderr; if that is not a terminal, an occasional line instead."""
     from rich.live import Live
 
     console = terminal.console(stderr=True)
@@ -162,7 +162,7 @@ def _live() -> Iterator[Callable[[Any], None]]:
 
 
 def _plain(news: Any, console: Any) -> None:
-    """One line in each tenth of the way."""
+    """Prints one line per tenth of the work."""
     step = max(news.total // 10, 1)
     if news.done % step == 0 or news.done == news.total:
         console.print(f"{_head(news)}", soft_wrap=True)

@@ -18,11 +18,11 @@ from speccascade_t5x.cli import gin_flags
 _MACROS = {
     "task": (str, "a registered seqio task"),
     "cached": (str, "a folder of `speccascade cache`, instead of a task"),
-    "output_dir": (str, "the bundle to make; the pair's own folder puts the table into it"),
+    "output_dir": (str, "the bundle to create; the pair's own folder adds the table to that bundle"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
     "split": (str, "split of the task (default: train)"),
     "order": (int, "2 for bigrams, 3 for trigrams on top of them (default: 3)"),
-    "limit": (int, "count only the first so many examples"),
+    "limit": (int, "count only the first N examples"),
 }
 
 _EPILOG = """\
@@ -31,14 +31,14 @@ required:
 
 bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
   TASK, CACHED, OUTPUT_DIR, PAIR, SPLIT, ORDER, LIMIT
-  tables.tables.successors   most successors kept per context (default: 16)
-  tables.tables.discount     mass a successor gives up to the shorter context (default: 0.5)
-  l10n.data_dir.path         corpus of the tasks restore_de and l10n_en_de
+  tables.tables.successors   maximum number of successors kept per context (default: 16)
+  tables.tables.discount     count that is moved from each successor to the shorter context (default: 0.5)
+  l10n.data_dir.path         folder of the corpus of the tasks restore_de and l10n_en_de
 
 gin files:
-  --task=NAME reads runs/tables_NAME.gin where that is packaged, else runs/tables.gin.
+  --task=NAME reads runs/tables_NAME.gin if that file is packaged, else runs/tables.gin.
 
-To count what the verifier itself writes: decode with `speccascade infer`, cache the records, give the shards here.
+To count the verifier's own outputs, decode with `speccascade infer`, cache the records, and give the shards here.
 """
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--task=NAME --output_dir=FOLDER [flags]",
         "--cached=FOLDER --output_dir=FOLDER [flags]",
     )
-    description = "Counts a task or tokenised shards into an n-gram table and stores it in a bundle, to draft with."
+    description = "Counts a task or tokenised shards into an n-gram table and stores it in a bundle, for drafters."
     parser = gin_flags.parser("tables", usage, description, _EPILOG, _MACROS)
     gin_flags.add_flags(parser)
     return parser

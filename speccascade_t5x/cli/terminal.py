@@ -1,9 +1,9 @@
-"""The one place where text meets a terminal.
+"""Escapes what a terminal would interpret; the only module that does so.
 
 Descriptions, paths, predictions and messages may hold anything: escape sequences that redraw or retitle a terminal,
-carriage returns that write over what was said, controls that turn the direction of reading, tabs and line breaks that
-forge columns and lines. `line` makes one line of a text wherever it goes. `guard` shows on terminals what would steer
-them: \\u001b for an escape. A pipe or a file gets the other characters as they are.
+carriage returns that overwrite earlier output, controls that change the reading direction, tabs and line breaks that
+forge columns and lines. `line` turns a text into one line wherever it is written. `guard` shows control characters as
+codes on terminals, such as \\u001b for an escape. Pipes and files get the other characters as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 _STEERING = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-# All at which some reader ends a line or a column, and what no encoding can write.
+# Characters at which some reader ends a line or a column, and those that no encoding can write.
 _BREAKING = re.compile("[\t\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029\ud800-\udfff]")
 _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 # How libraries redraw their progress bars, at the beginning of what they write.
@@ -44,12 +44,12 @@ def lines(found: Any) -> Any:
 
 
 def clean(text: str) -> str:
-    """What a terminal may be given: line feeds, tabs and all that it only draws; the rest as its code."""
+    """Text that is safe to print on a terminal: line feeds, tabs and printable characters stay, others become codes."""
     return _STEERING.sub(_escape, text)
 
 
 class _Guarded:
-    """A terminal's stream that cleans what is written."""
+    """A terminal's stream that escapes what is written."""
 
     def __init__(self, raw: TextIO):
         self.raw = raw
@@ -69,7 +69,7 @@ class _Guarded:
 
 
 def guard() -> None:
-    """Puts a guard before standard output and error where they are terminals, for the rest of the process."""
+    """Guards standard output and error if they are terminals, for the rest of the process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Guarded) and stream.isatty():
@@ -77,7 +77,7 @@ def guard() -> None:
 
 
 def console(*, stderr: bool = False, **options: Any) -> Any:
-    """rich's console over standard output or error, which may steer the terminal; the texts it prints may not."""
+    """rich's console over standard output or error: it may control the terminal, the texts that it prints may not."""
     from rich.console import Console
 
     class Clean(Console):

@@ -13,7 +13,7 @@ _DEVICES = "partitioning.Topology.devices"
 
 
 def configured(name: str | None) -> tuple[list[str], dict[str, int]]:
-    """What a topology adds to a configuration: (gin files, bindings); nothing for None.
+    """The gin files and bindings that a topology adds to a configuration; both are empty for None.
 
     Args:
       name: a slice of `distributed.slices`, "cpu_N" or "gpu_N", "DATAxMODEL", or a file of gin_configs/topologies/.

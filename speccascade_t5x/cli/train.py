@@ -3,7 +3,7 @@
     speccascade train --model=restore_de_drafter --cached=shards/train --output_dir=run --steps=2000
     speccascade train --gin_file=runs/train_restore_de_verifier.gin --gin.OUTPUT_DIR="'run'"
 
-Short flags are bindings: the resolved config.gin beside the checkpoints says everything.
+Short flags are bindings; the config.gin beside the checkpoints holds the resolved configuration.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from speccascade_t5x.training import train_loop
 
 # Short flag -> (type, help). These are macros of runs/train.gin.
 _MACROS = {
-    "output_dir": (str, "where checkpoints, curves and config.gin go; a run found there is continued"),
-    "steps": (int, "updates in all (default: 10000)"),
+    "output_dir": (str, "folder for checkpoints, curves and config.gin; a run found there is continued"),
+    "steps": (int, "total number of updates (default: 10000)"),
     "cached": (str, "folder of tokenised shards to train on"),
     "task": (str, "a registered seqio task, instead of --cached"),
     "eval_cached": (str, "folder of tokenised shards to evaluate on"),
-    "start_from": (str, "checkpoint or bundle to begin with"),
-    "teacher": (str, "checkpoint or bundle to compare with, and to learn from where a loss is configured"),
-    "inputs_len": (int, "encoder positions of a row"),
-    "targets_len": (int, "decoder positions of a row"),
-    "batch_size": (int, "rows of a batch"),
-    "eval_every": (int, "steps between evaluations (0: at both ends only)"),
-    "checkpoint_every": (int, "steps between checkpoints"),
-    "log_every": (int, "steps between reports"),
-    "seed": (int, "of initialisation, dropout and the order of the data"),
+    "start_from": (str, "checkpoint or bundle with the initial parameters"),
+    "teacher": (str, "checkpoint or bundle to compare with, and to distil from if a distillation loss is configured"),
+    "inputs_len": (int, "number of encoder positions of a row"),
+    "targets_len": (int, "number of decoder positions of a row"),
+    "batch_size": (int, "number of rows of a batch"),
+    "eval_every": (int, "number of steps between evaluations (0: only before and after training)"),
+    "checkpoint_every": (int, "number of steps between checkpoints"),
+    "log_every": (int, "number of steps between progress reports"),
+    "seed": (int, "seed of the initialisation, of dropout and of the order of the data"),
 }
 
 _EPILOG = """\
@@ -52,17 +52,17 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   losses.LossConfig.z_loss, label_smoothing, normalizer
   losses.DistillConfig.divergence, weight, temperature
   optimizers.Schedule.name, base, warmup_steps, total_steps, final_share
-  optimizers.Adafactor and optimizers.AdamW, see there
-  train.train.devices                how many devices share a batch (default: all)
+  the fields of optimizers.Adafactor and optimizers.AdamW
+  train.train.devices                number of devices that share a batch (default: all)
   partitioning.Topology.devices, data, model, submesh, rules, strict    the mesh of --topology
 
 gin files:
-  --task=NAME reads runs/train_NAME.gin where that is packaged, else runs/train.gin
-  --model=NAME reads models/NAME.gin after it
+  --task=NAME reads runs/train_NAME.gin if that file is packaged, else runs/train.gin.
+  --model=NAME reads models/NAME.gin after it.
 
 The config.gin beside the checkpoints repeats the run: speccascade train --gin_file=FOLDER/config.gin
-A killed run is continued by the same command, with the same bits on one device in float32. A run that gets SIGTERM
-writes a checkpoint first and exits with code 75.
+The same command continues a killed run; on one device in float32 the result is bit-identical. A run that receives
+SIGTERM writes a checkpoint and exits with code 75.
 """
 
 
@@ -128,7 +128,7 @@ def _observer(tensorboard: bool) -> Iterator[Live]:
 
 
 class Live(train_loop.Observer):
-    """A live line where stderr is a terminal, plain lines elsewhere; scalars for TensorBoard through clu."""
+    """A live line if stderr is a terminal, else plain lines; scalars for TensorBoard through clu."""
 
     def __init__(self, bar: Any, tensorboard: bool):
         self._bar, self._scalars = bar, progress.Scalars(self._say) if tensorboard else None

@@ -1,9 +1,9 @@
-"""`speccascade train_deferral`: fits when to defer, and calibrations of the plug-in rules' input, for a pair.
+"""`speccascade train_deferral`: fits deferral heads, and calibrations of the input of plug-in rules, for a pair.
 
     speccascade train_deferral --task=restore_de --output_dir=deferral
     speccascade infer --pair=deferral/bundle --rule=learned_gap --alpha=0.2 --input=lines.txt
 
-Short flags are bindings: the resolved config.gin beside the output says everything.
+Short flags are bindings; the config.gin beside the output holds the resolved configuration.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from speccascade_t5x.training.deferral import train_deferral
 
 # Short flag -> (type, help). These are macros of runs/train_deferral.gin.
 _MACROS = {
-    "output_dir": (str, "where columns, checkpoints, report and bundle go; a run found there is continued"),
+    "output_dir": (str, "folder for columns, checkpoints, report and bundle; a run found there is continued"),
     "pair": (str, "a bundle's folder, or the name of a packaged one (default: restore_de_pair)"),
     "task": (str, "a registered seqio task to collect labels on"),
-    "cached": (str, "a folder of `speccascade cache`, of one split, instead of a task"),
+    "cached": (str, "a folder of `speccascade cache` for one split, instead of a task"),
     "split": (str, "split of the task (default: validation)"),
-    "limit": (int, "collect on the first so many examples (default: 4000)"),
-    "kind": (str, "prefix (the loss gap, for learned_gap) or token (candidates, for learned_token)"),
-    "loss": (str, "zero_one or log: whose gap a prefix head estimates"),
-    "objective": (str, "squared, surrogate or co_llm for a prefix head; likelihood for a token head"),
-    "steps": (int, "updates at most (default: 3000)"),
-    "batch_size": (int, "examples scored together"),
+    "limit": (int, "collect on the first N examples (default: 4000)"),
+    "kind": (str, "kind of head: prefix (the loss gap, for learned_gap) or token (candidates, for learned_token)"),
+    "loss": (str, "loss whose gap a prefix head estimates: zero_one or log"),
+    "objective": (str, "objective: squared, surrogate or co_llm for a prefix head; likelihood for a token head"),
+    "steps": (int, "maximum number of updates (default: 3000)"),
+    "batch_size": (int, "number of examples scored together"),
 }
 _EPILOG = """\
 required:
@@ -43,12 +43,12 @@ bindings (each flag above stands for one of them; any other is set with --gin.NA
   fitting.FitConfig.seeds, folds, learning_rate, weight_decay, batch_size, eval_every, patience, alphas,
     softness
   train_deferral.train_deferral.calibrations, temperature, devices
-  l10n.data_dir.path                 corpus of the tasks restore_de and l10n_en_de
+  l10n.data_dir.path                 folder of the corpus of the tasks restore_de and l10n_en_de
 
 gin files:
-  --task=NAME reads runs/train_deferral_NAME.gin where that is packaged, else runs/train_deferral.gin.
+  --task=NAME reads runs/train_deferral_NAME.gin if that file is packaged, else runs/train_deferral.gin.
 
-A killed run is continued by the same command. With --kind=token give --objective=likelihood.
+The same command continues a killed run. --kind=token needs --objective=likelihood.
 """
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def _report(trained: train_deferral.Trained, output_dir: Path) -> None:
-    """Evaluates a prefix head on the test split and prints what matters; a token head gives no gap to evaluate."""
+    """Evaluates a prefix head on the test split and prints its figures; a token head has no gap to evaluate."""
     for each in trained.summary["seeds"]:
         early = ", stopped early" if each["stopped_early"] else ""
         losses = f"{records.shown(each['left_out'])} (at first {records.shown(each['first'])})"
@@ -105,7 +105,7 @@ def _observer(tensorboard: Path | None) -> Iterator[Live]:
 
 
 class Live(train_deferral.Observer):
-    """A live line where stderr is a terminal, plain lines elsewhere; scalars for TensorBoard through clu."""
+    """A live line if stderr is a terminal, else plain lines; scalars for TensorBoard through clu."""
 
     def __init__(self, bar: Any, tensorboard: Path | None):
         self._bar, self._tensorboard, self._scalars = bar, tensorboard, progress.Scalars(self._say)

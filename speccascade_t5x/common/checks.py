@@ -1,7 +1,7 @@
 """Checks of option values: each names the option and what it must be.
 
 What an option must be is what its annotation says, so `fields` and `arguments` check all of a dataclass or function at
-once; only ranges are added. Numbers end in int32 and float32 arrays, so one that these cannot hold is refused here.
+once; only ranges are added. Numbers end in int32 and float32 arrays, so one that these cannot hold is rejected here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from speccascade_t5x.interfaces import UserError
 
-# What other decoders offer and no method here can grant.
+# Options of other decoders that no method here supports.
 _UNSUPPORTED = {
     *("num_beams", "beam_size", "beams", "length_penalty", "early_stopping"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
@@ -37,13 +37,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def refuse_unsupported(name: str) -> None:
-    """Refuses beam search, penalties and logit bias by name.
+    """Rejects beam search, penalties and logit bias by name.
 
     Raises:
       UserError: `name` is one of their options.
     """
     if name in _UNSUPPORTED:
-        raise UserError(f"{name} is not supported: speculative execution samples from a rule's law, without it")
+        raise UserError(f"{name} is not supported: leave it out, as outputs are sampled from a rule's distribution")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -90,7 +90,7 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
         raise UserError(f"{_said(name, value)} is outside its range: it must be a number{span}")
     if value and not math.isinf(value) and not _LEAST_REAL <= abs(value) <= MOST_REAL:
         raise UserError(
-            f"{_said(name, value)} is no number that float32 can hold: it must be 0, or between {_LEAST_REAL:.3g} and "
+            f"{_said(name, value)} is beyond float32: it must be 0, or between {_LEAST_REAL:.3g} and "
             f"{MOST_REAL:.3g} in size"
         )
 
@@ -102,17 +102,17 @@ def text(name: str, value: Any) -> None:
       UserError: it is not.
     """
     if not isinstance(value, str):
-        raise UserError(f"{_said(name, value)} is no text")
+        raise UserError(f"{_said(name, value)} is not a text")
 
 
 def sequence(name: str, value: Any) -> tuple:
-    """`value` as a tuple; one text is no sequence of texts here.
+    """`value` as a tuple; one text is not a sequence of texts here.
 
     Raises:
       UserError: it is neither a list nor a tuple.
     """
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"{_said(name, value)} is no list: put it in brackets")
+        raise UserError(f"{_said(name, value)} is not a list: put it in brackets")
     return tuple(value)
 
 
@@ -184,7 +184,7 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         return value if isinstance(value, tuple) and all(map(_same, found, value)) else found
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise UserError(f"{_said(name, value)} is no dictionary")
+            raise UserError(f"{_said(name, value)} is not a dictionary")
         keys = [as_type(f"a name in {name}", key, parts[0]) for key in value]
         found = {key: as_type(f"{name}[{key!r}]", value[key], parts[1], range) for key in keys}
         return value if all(_same(found[key], value[key]) for key in keys) else found
@@ -199,9 +199,9 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
     elif kind is types.NoneType and value is not None:
         raise UserError(f"{_said(name, value)} must be None")
     elif origin is Callable and not callable(value):
-        raise UserError(f"{_said(name, value)} is no function")
+        raise UserError(f"{_said(name, value)} is not a function")
     elif _is_class(kind) and not isinstance(value, kind):
-        raise UserError(f"{_said(name, value)} is no {kind.__name__}")
+        raise UserError(f"{_said(name, value)} is not of type {kind.__name__}")
     return value
 
 

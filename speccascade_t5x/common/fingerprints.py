@@ -1,8 +1,8 @@
 """Short texts that differ where arrays differ, without moving sharded parameters to the host.
 
 The digest of an array is a sum over its elements of a hash of (bits, place), modulo 2**32, twice with two seeds. A sum
-does not care in which order or on which device its terms are made: each device adds up what it holds, and two numbers
-per array travel. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
+does not depend on the order or the device of its terms: each device adds up what it holds, and only two numbers per
+array are moved. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = 2**20  # elements hashed at a time on the host
 
 
 def of_tree(tree: PyTree) -> str:
-    """16 hexadecimal digits that depend on names, shapes, types and values of all leaves, wherever these live."""
+    """16 hexadecimal digits that depend on names, shapes, types and values of all leaves, on whichever devices."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -33,7 +33,7 @@ def of_tree(tree: PyTree) -> str:
 def of_array(array: Any) -> tuple[int, int]:
     """The two sums of one array."""
     near = not isinstance(array, jax.Array) or (
-        len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"  # read where it lies
+        len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"  # hashed on its own devices
     )
     if near:
         return _on_host(np.asarray(array))
@@ -43,7 +43,7 @@ def of_array(array: Any) -> tuple[int, int]:
 
 def _mixed(bits: Any, place: Any, seed: int) -> Any:
     """A hash of 32 bits at a place, for arrays of uint32 of numpy and jax alike."""
-    number = np.uint32  # wraps around for both
+    number = np.uint32  # wraps around in both libraries
     found = bits ^ (place * number(0x9E3779B1) + number(seed))
     found = (found ^ (found >> number(16))) * number(0x85EBCA6B)
     found = (found ^ (found >> number(13))) * number(0xC2B2AE35)
@@ -65,7 +65,7 @@ def _on_host(array: np.ndarray) -> tuple[int, int]:
 
 @jax.jit
 def _on_devices(array: Array) -> tuple[Array, Array]:
-    """The same where the array lives. Elements of at most 32 bits, as JAX has them."""
+    """The same, computed on the devices of the array. Elements have at most 32 bits, as in JAX."""
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)

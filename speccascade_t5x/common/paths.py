@@ -1,12 +1,12 @@
 """Where the package finds its gin files, its tasks and its data, however it was installed.
 
-`tasks/` and `gin_configs/` are top-level folders of a checkout and travel as
-`speccascade_t5x.tasks` and `speccascade_t5x.gin_configs` in an installed package. Python started
+`tasks/` and `gin_configs/` are top-level folders of a checkout; an installed package has them as
+`speccascade_t5x.tasks` and `speccascade_t5x.gin_configs`. Python started
 inside a clone imports the clone's `speccascade_t5x/`, which has neither folder inside, even where
 the package is installed as well. So a package that runs from a checkout puts a finder for these two
-names before all others: they resolve to the checkout's own folders, also where an editable install
-of another clone would answer for them. The names are the same in every case, so no task is
-registered twice.
+names before all others: they resolve to the checkout's own folders, even if an editable install
+of another clone also has them. The names are the same in every case, so no task is registered
+twice.
 
 Standard library only: this module is loaded by `import speccascade_t5x`.
 """
@@ -48,7 +48,7 @@ class CheckoutFinder(importlib.abc.MetaPathFinder):
 
 
 def checkout_dir() -> Path | None:
-    """Returns the root of the checkout this package runs from; None where it was installed."""
+    """Returns the root of the checkout this package runs from; None if it was installed."""
     root = _PACKAGE_DIR.parent
     # setup.py tells a checkout from a site-packages folder that happens to hold a `tasks` package.
     whole = all((root / name / "__init__.py").is_file() for name in _CHECKOUT_FOLDERS)
@@ -78,9 +78,7 @@ def gin_configs_dir() -> Path:
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(
-        f"{_PACKAGE} in {_PACKAGE_DIR} carries no gin_configs; install it again with `pip install`."
-    )
+    raise FileNotFoundError(f"{_PACKAGE} in {_PACKAGE_DIR} has no gin_configs: install it again with `pip install`")
 
 
 def pretrained_dir() -> Path:

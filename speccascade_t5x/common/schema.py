@@ -1,10 +1,10 @@
-"""JSON that anybody may have written: parsed strictly, compared with what its reader needs, refused in one sentence.
+"""Reads JSON from untrusted sources: parsed strictly, checked against a schema, rejected with a clear error.
 
     facts = schema.read_versioned(path, 1, "the plan", schema.record({"alpha": schema.number(0, 1)}))
 
-A check takes a value and where it stands ("plan.json: alpha"), and returns the value or raises a UserError that names
-the place. Parsing refuses what JSON does not have or what programs read in two ways: NaN, repeated names, numbers
-beyond a float, half surrogate pairs, a byte order mark, nesting beyond Python's depth.
+A check takes a value and its place ("plan.json: alpha"), and returns the value or raises a UserError that names the
+place. Parsing rejects what is not JSON or what programs interpret differently: NaN, repeated names, numbers beyond the
+range of a float, half surrogate pairs, a byte order mark, and nesting beyond Python's recursion limit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _Refused(ValueError):
-    """What a hook of the parser found, and the characters it was found in."""
+    """An error found by a hook of the parser, and the characters it was found in."""
 
     def __init__(self, what: str, token: str = ""):
         super().__init__(what)
@@ -43,10 +43,10 @@ def parse(text: str | bytes, source: str) -> Any:
 
     Args:
       text: the JSON, as text or as its UTF-8 bytes.
-      source: where it stands, for messages: a file, or a file and a line.
+      source: its place for messages: a file, or a file and a line.
 
     Raises:
-      UserError: it is not valid JSON, or holds what is refused.
+      UserError: it is not valid JSON, or has content that is rejected, see above.
     """
     if isinstance(text, bytes):
         text = _decoded(text, source)
@@ -73,7 +73,7 @@ def parse(text: str | bytes, source: str) -> Any:
     surrogate = _ESCAPED_SURROGATE.search(text)
     if surrogate and not _is_text(value):
         row = text.count("\n", 0, surrogate.start()) + 1
-        raise UserError(f"{source} is not usable JSON: half a surrogate pair is no character (line {row})")
+        raise UserError(f"{source} is not usable JSON: half a surrogate pair is not a character (line {row})")
     return value
 
 
@@ -82,11 +82,11 @@ def read(path: str | Path, check: Check | None = None, *, largest: int = LARGEST
 
     Args:
       path: the file.
-      check: what its members must be; any object will do if None.
-      largest: bytes; a larger file is refused unread.
+      check: the check of its members; None accepts any object.
+      largest: maximum size in bytes; a larger file is rejected without being read.
 
     Raises:
-      UserError: the file cannot be read, is not JSON, holds no object, or does not pass the check.
+      UserError: the file cannot be read, is not JSON, does not hold an object, or does not pass the check.
     """
     value = parse(read_bytes(path, largest), str(path))
     if not isinstance(value, dict):
@@ -103,18 +103,18 @@ def read_versioned(
     format: str | None = None,
     largest: int = LARGEST_FILE,
 ) -> dict[str, Any]:
-    """The object in a JSON file that says which version of its format it has.
+    """The object in a JSON file that holds the version of its format.
 
     Args:
       path: the file.
       version: the newest version that can be read.
-      what: what the file is, for messages: "the plan".
-      check: what its members must be, "version" aside.
-      format: what its member "format" must be, if it has one.
-      largest: bytes; a larger file is refused unread.
+      what: name of the file's kind in messages: "the plan".
+      check: the check of its members other than "version".
+      format: the required value of its member "format", if it has one.
+      largest: maximum size in bytes; a larger file is rejected without being read.
 
     Raises:
-      UserError: see `read`; or it is something else, or was written by a newer release.
+      UserError: see `read`; or the file is of another kind, or was written by a newer release.
     """
     value = read(path, largest=largest)
     found = value.get("version")
@@ -139,7 +139,7 @@ def read_text(path: str | Path, largest: int = LARGEST_FILE) -> str:
 
 
 def read_bytes(path: str | Path, largest: int = LARGEST_FILE) -> bytes:
-    """A small file. Only a regular one is opened: a pipe or a device would keep the reader waiting.
+    """The bytes of a small file. Only a regular file is opened, because a pipe or a device would block the reader.
 
     Raises:
       UserError: it cannot be read, or is too large.
@@ -160,7 +160,7 @@ def read_bytes(path: str | Path, largest: int = LARGEST_FILE) -> bytes:
 
 
 def whole(least: int = 0, most: int = WIDEST) -> Check:
-    """A whole number in a range; true and 1.0 are none."""
+    """A check for a whole number in a range; true and 1.0 do not pass."""
 
     def check(value: Any, where: str) -> Any:
         if type(value) is not int or not least <= value <= most:
@@ -171,7 +171,7 @@ def whole(least: int = 0, most: int = WIDEST) -> Check:
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Check:
-    """A finite number in a range; true is none."""
+    """A check for a finite number in a range; true does not pass."""
 
     def check(value: Any, where: str) -> Any:
         real = isinstance(value, int | float) and not isinstance(value, bool)
@@ -268,7 +268,7 @@ def _kind(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a message: escaped, and cut off."""
+    """A value as shown in a message: escaped, and shortened."""
     if isinstance(value, dict | list):
         return f"{_kind(value)} of {len(value)}"
     text = repr(value)
@@ -299,7 +299,7 @@ def _float(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise _Refused(f"{name} is no number in JSON")
+    raise _Refused(f"{name} is not a number in JSON")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Files that appear whole, and JSON that is the same on every run.
+"""Files that are written atomically, and JSON that is the same on every run.
 
-A file is written beside its place, flushed to disk and renamed, so that a reader never meets half of one.
+A file is written under a temporary name beside its final one, flushed to disk and renamed, so that no reader sees a
+partial file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from speccascade_t5x.interfaces import UserError
 
 
 def file_stem(task: str) -> str:
-    """The task name as it stands in file names: ':' and '/' become '_'."""
+    """The task name as used in file names: ':' and '/' become '_'."""
     return task.replace(":", "_").replace("/", "_")
 
 
@@ -32,18 +33,19 @@ def as_utf8(text: str) -> str:
 
 @contextlib.contextmanager
 def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[None]:
-    """Holds a folder for one job of this process, so that a second one started there is refused.
+    """Locks a folder for one job of this process, so that a second job started there is rejected.
 
-    The lock is the operating system's, on a file that is removed at the end: a killed process leaves none, and the
-    file it leaves blocks nobody. Where no lock can be had, as on some network file systems, nothing is held.
+    The lock is one of the operating system, on a file that is removed at the end: the lock of a killed process is
+    released, and the file it leaves blocks no other job. If the file system has no locks, as some network file systems,
+    nothing is locked.
 
     Args:
-      folder: where the job writes; made if missing, and removed if it is still empty at the end.
-      job: what must not run there twice. Jobs of different names do not exclude each other.
-      holds: whether this host is the one that holds it; False does nothing.
+      folder: where the job writes; created if missing, and removed if it is still empty at the end.
+      job: name of the job that must not run there twice. Jobs of different names do not exclude each other.
+      holds: whether this host takes the lock; False does nothing.
 
     Raises:
-      UserError: another process, or another call in this one, is at work there.
+      UserError: another process, or another call in this one, is working there.
     """
     if not holds:
         yield
@@ -56,19 +58,19 @@ def one_writer(folder: str | Path, job: str, holds: bool = True) -> Iterator[Non
     finally:
         if handle is not None:
             with contextlib.suppress(OSError):
-                path.unlink()  # while it is held, or another process could hold what is removed
+                path.unlink()  # while the lock is held, or another process could hold the removed file
                 if not there:
                     path.parent.rmdir()  # of a job that failed before it wrote anything
             os.close(handle)
 
 
 def _locked(path: Path, job: str) -> int | None:
-    """The open file of a lock; None where none can be had."""
+    """The open file of a lock; None if no lock can be taken."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # what is written there next says why
+        except OSError:  # the next write there will raise the error
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,12 +111,12 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON that is the same on every run: keys in the order given, floats as `repr`.
+    """JSON text that is the same on every run: keys in the given order, floats as `repr`.
 
     Numpy and jax scalars and arrays become plain numbers and lists.
 
     Raises:
-      UserError: a NaN or infinity, or something JSON has no word for.
+      UserError: a NaN, an infinity, or a value without a JSON form.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_plain)
@@ -148,7 +150,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that grows; none without a file. A line left unfinished is left out."""
+    """The objects of a growing file of JSON lines; empty if there is no file. An unfinished last line is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
@@ -160,10 +162,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_bytes(path: str | Path, chunks: Iterable[bytes]) -> Path:
-    """Writes a file in one step: beside it, flushed to disk, then renamed.
+    """Writes a file atomically: to a temporary file, which is flushed to disk and renamed.
 
     Raises:
-      UserError: the disk is full, or the place cannot be written. Nothing is left behind.
+      UserError: the disk is full, or the file cannot be written. Nothing is left behind.
     """
     path = Path(path)
     partial: Path | None = None
@@ -232,7 +234,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut; file systems that cannot are left alone."""
+    """Makes a rename survive a power cut, on file systems that support it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

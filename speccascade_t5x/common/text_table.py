@@ -1,4 +1,4 @@
-"""Rows of texts as a table, and texts in Markdown: a cell ends no row, opens no tag and follows no link."""
+"""Rows of texts as a table, and texts escaped for Markdown: a cell cannot end a row, open a tag or make a link."""
 
 from __future__ import annotations
 

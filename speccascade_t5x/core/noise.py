@@ -29,7 +29,7 @@ def threefry(key: Array) -> Array:
         words count.
 
     Raises:
-      UserError: `key` is no random key, or more than one.
+      UserError: `key` is not a random key, or more than one.
     """
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -39,7 +39,7 @@ def threefry(key: Array) -> Array:
         raise UserError(f"key holds {key.shape} random keys, but one is wanted: a row's own is folded from it")
     words = jax.random.key_data(key) if typed else key
     if not typed and (dtype != jnp.uint32 or len(words.shape) != 1 or words.shape[0] < 2):
-        raise UserError(f"key={key!r} is no random key: give jax.random.key(seed)")
+        raise UserError(f"key={key!r} is not a random key: give jax.random.key(seed)")
     words = jnp.ravel(words)
     found = jax.random.wrap_key_data(words[:2], impl=_IMPL)
     for place in range(2, words.shape[0]):

@@ -1,8 +1,8 @@
-"""From logits to laws: the one sampler order of this package, used by drafter, verifier, target and bonus alike.
+"""From logits to distributions: the one order of sampling steps, used by drafter, verifier, target and bonus alike.
 
 The order is: vocabulary mask, temperature, top-k, renormalise, top-p, min-p, renormalise. `raw` and
 `tempered` are the part up to temperature; `truncate` (written Tr in the docs) is the part after it.
-All laws are float32, [..., V], and sum to 1.
+All distributions are float32, [..., V], and sum to 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHUNK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a law is shaped before it is sampled. All fields are traced: sweeping them never recompiles.
+    """How a distribution is shaped before it is sampled. All fields are traced: sweeping them never recompiles.
 
     Attributes:
-      temperature: 0 takes the argmax (ties to the lower id), 1 leaves the law as it is. Scalar or [B].
+      temperature: 0 takes the argmax (ties to the lower id), 1 leaves the distribution as it is. Scalar or [B].
       top_k: keep the k most likely tokens; 0 is off. Scalar or [B].
       top_p: keep a token iff the mass strictly before it, in descending order, is below top_p; 1 is off.
         Scalar or [B].
@@ -61,10 +61,10 @@ def raw(logits: Array, vocab_size: int | None = None) -> Array:
 
 
 def is_broken(law: Array) -> Array:
-    """Whether NaN went into laws as `raw` and `tempered` make them: [..., V] -> [...] bool.
+    """Whether NaN went into distributions as `raw` and `tempered` make them: [..., V] -> [...] bool.
 
-    A softmax with one NaN is NaN everywhere, so one entry tells. No reduction is asked: XLA may lose a NaN in a maximum
-    (on CPUs it does, above some size).
+    A softmax with one NaN is NaN everywhere, so one entry is enough. No reduction is used, because XLA may lose a NaN
+    in a maximum (on CPUs it does, above some size).
     """
     return jnp.isnan(law[..., 0])
 
@@ -82,7 +82,7 @@ def argmax(values: Array) -> Array:
 
 
 def greedy(logits: Array) -> Array:
-    """The one-hot law of the argmax, ties to the lower id."""
+    """The one-hot distribution of the argmax, ties to the lower id."""
     return jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
 
 
@@ -113,14 +113,14 @@ def tempered(
     any_greedy = jnp.any(is_greedy)
     if law_raw is None:
         return jax.lax.cond(any_greedy, sharpened, lambda law: law, soften())
-    # One branch per case, not one cond after another: a branch that hands on a law still in use copies it.
+    # One branch per case, not one cond after another: a branch that hands on a distribution still in use copies it.
     case = 2 * any_greedy.astype(jnp.int32) + jnp.any(divisor != 1.0)
     cases = (lambda: law_raw, soften, lambda: sharpened(law_raw), lambda: sharpened(soften()))
     return jax.lax.switch(case, cases)
 
 
 def gather(laws: Array, tokens: Array) -> Array:
-    """The probability of each token under its law: [..., V] x [...] -> [...]."""
+    """The probability of each token under its distribution: [..., V] x [...] -> [...]."""
     return jnp.take_along_axis(laws, tokens[..., None], axis=-1)[..., 0]
 
 
@@ -139,7 +139,7 @@ def _truncate_sorted(law: Array, sampling: Sampling) -> Array:
     law = normalise(jnp.where(rank < jnp.where(top_k > 0, top_k, vocab), law, 0.0))
     descending = jnp.take_along_axis(law, order, axis=-1)
     before = jnp.cumsum(descending, axis=-1) - descending
-    # top_p = 1 must keep all of a law whose float32 cumulative sum overshoots 1.
+    # top_p = 1 must keep all of a distribution whose float32 cumulative sum overshoots 1.
     keep = (before < top_p) | (top_p >= 1.0)
     return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), law, 0.0)
 
@@ -151,7 +151,7 @@ def _truncates(sampling: Sampling) -> tuple[Array, Array]:
 
 
 def is_plain(sampling: Sampling) -> Array:
-    """Whether every row samples at temperature 1 without truncation, so that `raw` is the law; bool, traced."""
+    """Whether every row samples at temperature 1 without truncation, that is, from `raw`; bool, traced."""
     return jnp.all(jnp.asarray(sampling.temperature) == 1.0) & ~_truncates(sampling)[1]
 
 
@@ -175,15 +175,15 @@ DRAW = 2  # uniforms that `sample` takes for one id
 
 
 def sample(law: Array, uniforms: Array) -> Array:
-    """Draws ids from laws by inverse cumulative sums: one uniform finds a chunk of ids, one the id inside it.
+    """Draws ids from distributions by inverse cumulative sums: one uniform finds a chunk of ids, one the id inside it.
 
     So no scan runs over a whole vocabulary, and the grid of the uniforms is that of a short sum: with N chunks of W
-    ids, what is drawn is within (N + W) / 2^25 of the law in total variation, rounding of the sums apart, where one
-    uniform over all V ids could not draw part of the tail (V / 2^25). An id of probability 0 is never returned,
-    whatever the rounding, unless the whole law is zero (then 0 is).
+    ids, the draw is within (N + W) / 2^25 of the distribution in total variation, apart from rounding of the sums,
+    whereas one uniform over all V ids could not draw part of the tail (V / 2^25). An id of probability 0 is never
+    returned, whatever the rounding, unless the whole distribution is zero (then 0 is).
 
     Args:
-      law: [..., V] laws, or non-negative weights: they are taken relative to their sum.
+      law: [..., V] distributions, or non-negative weights, which are taken relative to their sum.
       uniforms: [..., DRAW] in [0, 1), on a grid of 2^-24 (see `core.noise.uniforms`).
 
     Returns:

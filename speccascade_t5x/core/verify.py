@@ -1,9 +1,9 @@
-"""Verification: which drafted tokens stand, and what follows them, so that the emitted law is exactly pi.
+"""Verification: which drafted tokens are accepted, and what follows them, so that outputs follow exactly pi.
 
-Both functions take the law d each drafted token was really drawn from, and the target law pi; which rule
-or models made them is of no concern here. Uniforms are arguments, so a test can script them.
+Both functions take the distribution d from which each drafted token was really drawn, and the target distribution pi,
+whatever rule or models they come from. Uniforms are arguments, so a test can script them.
 Sources: GenSpecSample of "Faster Cascades via Speculative Decoding"; Sun et al. 2024, block verification,
-here for any target law.
+here for any target distribution.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Verification:
     """Outcome of one round.
 
     Attributes:
-      accepted: [B] how many drafted tokens stand.
+      accepted: [B] how many drafted tokens are accepted.
       token: [B] the token after them: from the residual after a rejection, else the bonus token.
-      bonus: [B] bool, True where the whole draft stands.
+      bonus: [B] bool, True where the whole draft is accepted.
     """
 
     accepted: Array
@@ -72,7 +72,7 @@ def token(
       draft: [B, G] drafted ids; G may be 0.
       lengths: [B] how many of them count.
       law: [B, G, V] d.
-      target: [B, G + 1, V] pi; position i is the law given the first i drafted tokens.
+      target: [B, G + 1, V] pi; position i is the distribution given the first i drafted tokens.
       accept_noise: [B, G] uniforms in [0, 1).
       residual_noise: [B, probs.DRAW] uniforms in [0, 1).
     """
@@ -86,9 +86,9 @@ def token(
 def block(
     draft: Array, lengths: Array, law: Array, target: Array, accept_noise: Array, residual_noise: Array
 ) -> Verification:
-    """Block verification: the longest prefix that passes a joint test stands.
+    """Block verification: the longest prefix that passes a joint test is accepted.
 
-    Same law as `token`, and at least as many tokens per round in expectation. Arguments as for `token`.
+    Same distribution as `token`, and at least as many tokens per round in expectation. Arguments as for `token`.
     With p_0 = 1, p_i = min(1, p_{i-1} pi_i(x_i) / d_i(x_i)) and S_i = sum_v max(0, p_i pi_{i+1}(v) - d_{i+1}(v)),
     position i passes with probability h_i = S_i / (S_i + 1 - p_i), or p_i at the end of the row's draft.
     """

@@ -1,6 +1,6 @@
-"""Prompts of many lengths to batches of few shapes.
+"""Turns prompts of many lengths into batches of few shapes.
 
-Every new shape is a new compile. `make_batches` gives all batches the same number of rows and pads
+Every new shape needs a compile. `make_batches` gives all batches the same number of rows and pads
 their prompts to one of a few bucket lengths, so the number of distinct shapes (= compiles) is at
 most `len(buckets)`, whatever the number of examples.
 """
@@ -28,7 +28,7 @@ class Batch:
         right; S is `bucket`.
       example_ids: [B] int32, `index` of each row's example.
       valid: [B] bool, False for the rows that only fill up the last batch of a bucket. They repeat
-        the first row, so that they end when it ends and cost no round of their own.
+        the first row, so that they end when it ends and need no further round.
       bucket: the padded length S.
     """
 
@@ -61,14 +61,14 @@ def make_batches(
     """Groups prompts by length bucket into batches of exactly `batch_size` rows.
 
     Short buckets come first; inside a bucket the order of `examples` is kept. The result depends on
-    nothing but the arguments, so chunk numbers mean the same after a restart.
+    the arguments alone, so chunk numbers have the same meaning after a restart.
 
     Args:
       examples: the prompts.
       batch_size: B.
-      feature_length: no prompt is longer, see `examples.fit`.
+      feature_length: maximum length of a prompt, see `examples.fit`.
       buckets: padded lengths, increasing, the last one `feature_length`; `default_buckets` if None.
-      pad_id: what padding is filled with.
+      pad_id: id of padding.
 
     Raises:
       UserError: no examples, or a bad batch size or bucket list.

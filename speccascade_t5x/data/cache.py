@@ -19,19 +19,19 @@ from speccascade_t5x.data import mixing, shards
 from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.text import vocabulary
 
-# Called with (what is read, examples so far) every so often.
+# Called from time to time with (name of what is read, examples so far).
 Progress = Callable[[str, int], None]
 _EVERY = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """One corpus a `cache` job has left behind.
+    """One corpus written or kept by a `cache` job.
 
     Attributes:
-      folder: where it is; for a mixture that of the mixture.
-      manifest: what it says of itself.
-      kept: it was there already, whole, from an earlier run with the same options.
+      folder: its folder; for a mixture that of the mixture.
+      manifest: the content of its manifest.
+      kept: whether it was complete already, from an earlier run with the same options.
     """
 
     folder: Path
@@ -56,29 +56,30 @@ def cache(
     config_text: str = "",
     progress: Progress | None = None,
 ) -> list[Cached]:
-    """Writes one folder of shards per split. Started again after a kill, it keeps whole splits and redoes the rest.
+    """Writes one folder of shards per split. After a kill, it keeps complete splits and writes the others again.
 
-    A task goes to `output_dir/<split>`; the tasks of a mixture to `output_dir/<split>/<task>`, beside a file of their
-    rates. Records of an `infer` job become (its inputs, the model's own outputs), for distillation. A folder that is
-    whole is known again by the options and settings it was made with; whether its data changed since is not seen.
+    A task is written to `output_dir/<split>`, the tasks of a mixture to `output_dir/<split>/<task>`, beside a file of
+    their rates. Records of an `infer` job become (its inputs, the model's own outputs), for distillation. A complete
+    folder is recognised by the options and settings it was made with; changes of its data since are not detected.
 
     Args:
-      output_dir: where the folders go.
-      task: a registered seqio task or mixture. With records_dir: the task they are of, needed where the folder holds
+      output_dir: folder that holds the folders of the splits.
+      task: a registered seqio task or mixture. With records_dir: the task of the records, needed if the folder holds
         several.
-      splits: one name or several, of the task. With records_dir: the one split the records are of.
-      inputs_len: longest inputs, EOS included; longer ones are cut, their EOS kept, and counted. None cuts nothing.
-      targets_len: likewise.
+      splits: one or several splits of the task. With records_dir: the split of the records.
+      inputs_len: maximum length of inputs, EOS included; longer ones are cut, with their EOS kept, and counted. None
+        cuts nothing.
+      targets_len: maximum length of targets, in the same way.
       task_lengths: give both lengths to the task's own preprocessors, as span corruption needs it; what these cut
         is not counted.
       records_dir: the output folder of an `infer` job, read instead of the task's data.
       spoken: the vocabulary of the records; None takes the task's.
       unfinished: keep outputs that do not end in EOS, which are otherwise left out and counted.
-      limit: only the first so many examples of each split.
-      seed: of preprocessors that draw.
-      examples_per_shard: how many go into one file.
+      limit: number of examples of each split to write, from the first; None writes all.
+      seed: seed of preprocessors that draw random numbers.
+      examples_per_shard: number of examples in one file.
       config_text: the resolved configuration; kept in the manifests, without the folder and the splits.
-      progress: called now and then.
+      progress: called from time to time.
 
     Raises:
       UserError: bad options, an unknown task or split, records that are damaged or of another split, features with
@@ -112,7 +113,7 @@ def pair_vocabulary(path: str | Path | None = None) -> vocabulary.Vocabulary | N
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What all corpora of a job have in common."""
+    """The options that all corpora of a job share."""
 
     output_dir: Path
     lengths: Mapping[str, int | None]
@@ -130,7 +131,7 @@ class _Job:
         spoken: vocabulary.Vocabulary,
         source: Mapping[str, Any],
     ) -> Cached:
-        """Writes a corpus, or keeps the one that is there if it was made with the same options."""
+        """Writes a corpus, or keeps an existing one that was made with the same options."""
         source = dict(source) | ({"limit": self.limit} if self.limit else {}) | {"settings": self.settings}
         with storage.one_writer(self.output_dir, f"the corpus {folder.relative_to(self.output_dir)}"):
             if (folder / shards.MANIFEST).exists():
@@ -281,14 +282,14 @@ def _record_files(folder: Path, task: str | None) -> tuple[str, list[Path]]:
     missing = [i for i in range(counts[wanted]) if i not in found[wanted]]
     if missing:
         raise UserError(
-            f"{folder} lacks part {missing[0]} of {counts[wanted]} of the records of {wanted!r}: let the `infer` job "
-            "finish first"
+            f"part {missing[0]} of {counts[wanted]} of the records of {wanted!r} is missing in {folder}: let the "
+            "`infer` job finish first"
         )
     return wanted, [found[wanted][i] for i in range(counts[wanted])]
 
 
 def _split_of(folder: Path, stem: str, splits: Sequence[str]) -> str:
-    """The split the records are of: the one named, which must not contradict what the `infer` job has noted."""
+    """The split of the records: the given one, which must not contradict what the `infer` job recorded."""
     if len(splits) != 1:
         raise UserError(f"records are of one split, but splits={splits!r} names {len(splits)}: name theirs (SPLITS)")
     noted = None
@@ -309,11 +310,11 @@ def _outputs(files: Sequence[Path]) -> Iterator[tuple[str, list[int]]]:
         for number, record in enumerate(storage.read_records(path), start=1):
             text, tokens = record.get("inputs"), record.get("tokens")
             if not isinstance(text, str) or not isinstance(tokens, list):
-                raise UserError(f'{path}, line {number} lacks a text under "inputs" or ids under "tokens"')
+                raise UserError(f'{path}, line {number} has no text under "inputs" or no ids under "tokens"')
             samples = tokens if tokens and isinstance(tokens[0], list) else [tokens]
             for output in samples:
                 if not all(isinstance(i, int) for i in output):
-                    raise UserError(f'{path}, line {number} has something else than ids under "tokens"')
+                    raise UserError(f'{path}, line {number} has a value under "tokens" that is not ids')
                 yield text, output
 
 

@@ -1,4 +1,4 @@
-"""Examples to decode: a text and its ids, checked and cut to length in one place, wherever the text came from."""
+"""Examples to decode: a text and its ids, checked and cut to length in one place for all sources of text."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Example:
       index: its place in the data, counted from 0; decoding derives its random numbers from it.
       inputs: [S] int32 ids, with the EOS where the task or the bundle appends one.
       inputs_text: the text before it was tokenised, or the decoded ids where a task kept none.
-      targets: [T] int32 ids likewise; None where there are none.
-      targets_text: the reference; None where there is none.
+      targets: [T] int32 ids of the reference, or None.
+      targets_text: the reference, or None.
     """
 
     index: int
@@ -34,8 +34,8 @@ def cut(ids: np.ndarray, room: int | None, eos_id: int | None) -> np.ndarray:
 
     Args:
       ids: [S] ids.
-      room: how many may stay; None keeps all.
-      eos_id: what a cut sequence ends with in place of its last id; None where sequences have no EOS.
+      room: how many ids to keep; None keeps all.
+      eos_id: replaces the last id of a cut sequence; None if sequences have no EOS.
     """
     ids = np.asarray(ids, np.int32)
     if room is None or len(ids) <= room:
@@ -73,13 +73,13 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str, name: str) -> None:
 
 
 def fit(ids: np.ndarray, room: int | None, where: str, *, truncate: bool, eos_id: int | None) -> np.ndarray:
-    """Input ids that fit the feature length: as they are, cut, or refused.
+    """Input ids that fit the feature length: as they are, cut, or rejected.
 
     Args:
       ids: [S] ids.
-      room: the feature length; None is open.
-      where: what a message calls the example.
-      truncate: cut what is too long instead of refusing it.
+      room: the feature length; None is unlimited.
+      where: name of the example in messages.
+      truncate: cut what is too long instead of rejecting it.
       eos_id: see `cut`.
 
     Raises:
@@ -98,10 +98,10 @@ class PromptForm:
     """How a text becomes a prompt.
 
     Attributes:
-      vocabulary: what encodes it.
-      max_len: longest prompt in tokens, EOS included.
+      vocabulary: the vocabulary that encodes it.
+      max_len: maximum length of a prompt in tokens, EOS included.
       eos: end every prompt with EOS.
-      truncate: cut longer prompts instead of refusing them.
+      truncate: cut longer prompts instead of rejecting them.
     """
 
     vocabulary: Vocabulary
@@ -110,10 +110,10 @@ class PromptForm:
     truncate: bool = False
 
     def encode(self, index: int, text: str, where: str, targets_text: str | None = None) -> Example:
-        """The example of a text; `where` is what a message calls it.
+        """The example of a text; `where` is its name in messages.
 
         Raises:
-          UserError: no text, or a text that is too long while `truncate` is off.
+          UserError: the value is not a text, or the text is too long while `truncate` is off.
         """
         eos_id = self.vocabulary.eos_id if self.eos else None
         ids = np.array([*ids_of(self.vocabulary, text, where), *([] if eos_id is None else [eos_id])], np.int32)

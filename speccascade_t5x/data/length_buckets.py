@@ -1,4 +1,4 @@
-"""Which examples share a row or a shape: arithmetic on lengths alone."""
+"""Decides which examples share a row or a shape, from their lengths alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def best_buckets(lengths: np.ndarray, count: int, points: int = 128) -> list[tup
 
     Args:
       lengths: [examples, 2] lengths of inputs and targets.
-      count: most buckets wanted.
-      points: candidates for a cut; the work grows with its square.
+      count: maximum number of buckets.
+      points: number of candidates for a cut; the work grows with its square.
 
     Returns:
       Lengths that grow in both numbers.
     """
     order = np.argsort(lengths.sum(axis=1), kind="stable")
-    # Running maxima make later buckets hold whatever earlier ones do.
+    # Running maxima make every bucket hold what the earlier ones hold.
     widest = np.maximum.accumulate(np.maximum(lengths[order], 1), axis=0)
     widths = widest.sum(axis=1)
     # Candidates at even counts, and at even widths for the sake of a thin tail of long examples.
@@ -72,16 +72,16 @@ def first_fit(taken: np.ndarray, rooms: tuple[int, int]) -> list[np.ndarray]:
 
 
 def given_buckets(buckets: Sequence[tuple[int, int]], rooms: tuple[int, int]) -> list[tuple[int, int]]:
-    """Checks buckets that were given, cut to the longest lengths `rooms`, and adds these for what fits nowhere else.
+    """Checks buckets that were given, cut to the longest lengths `rooms`, and adds these as the last bucket.
 
     Raises:
-      UserError: a bucket that is no pair of lengths, or lengths that do not grow together.
+      UserError: a bucket that is not a pair of lengths, or lengths that do not grow together.
     """
     found = []
     for pair in checks.sequence("buckets", buckets):
         pair = checks.sequence("a bucket", pair)
         if len(pair) != 2:
-            raise UserError(f"the bucket {pair!r} is no pair of lengths: write (inputs, targets)")
+            raise UserError(f"the bucket {pair!r} is not a pair of lengths: write (inputs, targets)")
         for value in pair:
             checks.whole("a bucket's length", value, 1)
         found.append((min(int(pair[0]), rooms[0]), min(int(pair[1]), rooms[1])))
@@ -92,10 +92,10 @@ def given_buckets(buckets: Sequence[tuple[int, int]], rooms: tuple[int, int]) ->
 
 
 def rows(tokens_per_batch: int, lengths: tuple[int, int], multiple_of: int) -> int:
-    """How many rows of these lengths a batch of `tokens_per_batch` ids has.
+    """The number of rows of these lengths in a batch of `tokens_per_batch` ids.
 
     Raises:
-      UserError: not even the least.
+      UserError: there is no room for `multiple_of` rows.
     """
     count = tokens_per_batch // sum(lengths) // multiple_of * multiple_of
     if not count:

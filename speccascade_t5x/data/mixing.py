@@ -1,4 +1,4 @@
-"""Where training examples come from: one corpus, or several seen at their rates."""
+"""Sources of training examples: one corpus, or several, each seen at its rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTENT = schema.record({"parts": schema.list_of(_PART)})
 
 
 class Source(Protocol):
-    """Where examples come from: a `shards.Corpus` or a `Mixed`, say."""
+    """A source of examples, such as a `shards.Corpus` or a `Mixed`."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,14 +60,14 @@ class Source(Protocol):
 class Mixed:
     """Several corpora, each seen at its rate.
 
-    Every corpus is gone through whole, in an order of its own, before an example of it comes again.
+    All examples of a corpus are seen once, in an order of its own, before one of them is seen again.
 
     Args:
-      parts: (corpus, rate) each; rates are relative to each other.
-      examples_per_epoch: how many examples make an epoch; None takes as many as there are.
+      parts: pairs (corpus, rate); rates are relative to each other.
+      examples_per_epoch: number of examples in an epoch; None takes the total of all corpora.
 
     Raises:
-      UserError: no corpus, a rate that is not above 0, or two vocabularies.
+      UserError: there is no corpus, a rate is not above 0, or the vocabularies differ.
     """
 
     def __init__(self, parts: Sequence[tuple[shards.Corpus, float]], examples_per_epoch: int | None = None):
@@ -86,7 +86,7 @@ class Mixed:
         total = examples_per_epoch or len(self)
         checks.whole("examples_per_epoch", total, 1)
         shares = np.array([rate for _, rate in parts], np.float64)
-        # Rounded so that the epochs are of one length and no corpus is left out of all of them.
+        # Rounded so that all epochs have the same length and every corpus is in some of them.
         self._ends = np.rint(np.cumsum(shares) / shares.sum() * total).astype(np.int64)
         self._counts = np.diff(self._ends, prepend=0)
         if not self._counts.all():
@@ -133,11 +133,11 @@ class Mixed:
 
 
 def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Corpus:
-    """The first examples as one corpus: of a mixture, the first of an epoch, so that each part has its share.
+    """The first examples as one corpus; for a mixture the first of an epoch, so that each part has its share.
 
     Args:
-      source: where they come from.
-      limit: how many; None takes all.
+      source: the source of the examples.
+      limit: number of examples; None takes all.
     """
     few = limit is not None and limit < len(source)
     if isinstance(source, shards.Corpus):
@@ -147,7 +147,7 @@ def first(source: shards.Corpus | Mixed, limit: int | None = None) -> shards.Cor
 
 
 def write(folder: str | Path, rates: Mapping[str, float]) -> Path:
-    """Makes a mixture of the corpora in the folders below `folder`, each at its rate. Returns the file's path."""
+    """Writes the file of a mixture of the corpora in the folders below `folder`, with their rates. Returns its path."""
     content = {"format": FORMAT, "version": VERSION, "parts": [{"folder": k, "rate": v} for k, v in rates.items()]}
     return storage.write_json(Path(folder) / MIXTURE, content)
 
@@ -156,11 +156,11 @@ def read(folder: str | Path, spoken: Vocabulary | None = None) -> shards.Corpus 
     """Reads what `speccascade cache` wrote: a corpus, or a mixture of several.
 
     Args:
-      folder: of a corpus (`manifest.json`) or of a mixture (`mixture.json`).
-      spoken: the vocabulary the model speaks; None takes the corpus's.
+      folder: folder of a corpus (`manifest.json`) or of a mixture (`mixture.json`).
+      spoken: the vocabulary of the model; None takes the corpus's.
 
     Raises:
-      UserError: what `shards.read` raises, or a mixture file that is damaged.
+      UserError: the errors of `shards.read`, or a mixture file is damaged.
     """
     path = Path(folder) / MIXTURE
     if not path.is_file():

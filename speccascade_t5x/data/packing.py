@@ -1,10 +1,10 @@
-"""Training batches that hold little padding, each a pure function of the step number.
+"""Training batches with little padding, each a pure function of the step number.
 
-No iterator has a state to save: the batch of a step follows from the corpus, the options, the seed and the step, so
-a run that continues asks for the next number, and every process that asks for a number gets the same arrays. An
-epoch sees every example once. Its last batch may end in empty rows (weight 0). Which rows share a row or a batch is
-decided anew each epoch; the number of steps is that of the first, and where a later epoch needs one batch more or
-less, its surplus is left out or its beginning is taken again.
+There is no iterator state to save: the batch of a step follows from the corpus, the options, the seed and the step. A
+continued run asks for the next step, and every process that asks for a step gets the same arrays. An epoch contains
+every example once. Its last batch may end in empty rows (weight 0). Which examples share a row or a batch is decided
+anew in each epoch. All epochs have the number of steps of the first: if a later one needs a batch more or less, its
+surplus is left out or its first batch is repeated.
 
 Features are named and shaped as T5X's encoder-decoder models take them: decoder inputs are the targets shifted
 right behind `start_id`; in packed rows segments count from 1, positions restart and each segment begins with
@@ -36,7 +36,7 @@ class _Planned(abc.ABC):
     def __init__(self, source: Source, seed: int, rooms: tuple[int, int], start_id: int, *key: object):
         checks.whole("seed", seed, 0, 2**32 - 1)
         self._source, self._seed, self._start_id = source, seed, start_id
-        # What an example takes of a row, once cut.
+        # Length of each example in a row, after cutting.
         self._taken = np.stack(
             [np.minimum(source.input_lengths, rooms[0]), np.minimum(source.target_lengths, rooms[1])], axis=1
         )
@@ -68,7 +68,7 @@ class _Planned(abc.ABC):
         if epoch not in self._planned:
             order = self._source.epoch(self._seed, epoch)
             plan = self._plan(order, epoch)
-            # Batches in an order of their own: what a plan puts side by side is alike in length.
+            # Batches are shuffled, because a plan puts batches of similar length side by side.
             shuffled = shards.permutation(len(plan), self._seed, epoch, 1)
             self._planned = {
                 **({epoch - 1: self._planned[epoch - 1]} if epoch - 1 in self._planned else {}),
@@ -95,10 +95,10 @@ class _Planned(abc.ABC):
 
 
 class Packed(_Planned):
-    """Several short examples to a row of fixed lengths, kept apart by segment ids.
+    """Several short examples in each row of fixed lengths, separated by segment ids.
 
-    Rows are filled first-fit, longest examples first, within windows of the shuffled epoch: what shares a row
-    changes from epoch to epoch, and little room is left over.
+    Rows are filled first-fit, longest examples first, within windows of the shuffled epoch: the examples that share a
+    row change from epoch to epoch, and little room is left over.
 
     Args:
       source: where examples come from.
@@ -106,14 +106,14 @@ class Packed(_Planned):
       inputs_len: width of the encoder's rows; longer inputs are cut, their EOS kept.
       targets_len: width of the decoder's rows; likewise.
       seed: of the order.
-      window: examples among which the packing chooses; larger leaves less padding and takes longer.
+      window: number of examples among which the packing chooses; a larger one leaves less padding and takes longer.
       start_id: what the decoder starts with.
 
     Attributes:
       padding_share: share of all slots, encoder's and decoder's, that hold nothing; measured over the first epoch.
       steps_per_epoch: batches of an epoch.
       tokens_per_epoch: input and target ids of the first epoch.
-      cut_examples, cut_share: how many examples lose ids to the lengths.
+      cut_examples, cut_share: number and share of examples that are cut to the lengths.
       fingerprint: sha256; equal if every batch is.
 
     Raises:
@@ -142,7 +142,7 @@ class Packed(_Planned):
         for start in range(0, len(order), self._window):
             chosen = order[start : start + self._window]
             rows += [chosen[members] for members in length_buckets.first_fit(self._taken[chosen], self._rooms)]
-        # Rows of one window come in falling fullness; a batch takes them from everywhere.
+        # Rows of one window are sorted by fullness, so a batch takes rows from all windows.
         mixed = shards.permutation(len(rows), self._seed, epoch, 2).tolist()
         size, shape = self._batch_size, (self._batch_size, *self._rooms)
         return [(shape, [rows[i] for i in mixed[at : at + size]]) for at in range(0, len(rows), size)]
@@ -166,14 +166,14 @@ class Packed(_Planned):
 
 
 class Bucketed(_Planned):
-    """One example to a row; examples of like lengths share a batch of one of a few shapes.
+    """One example per row; examples of similar lengths share a batch of one of a few shapes.
 
     Args:
       source: where examples come from.
       tokens_per_batch: slots of a batch, encoder's and decoder's together: short buckets get more rows.
       inputs_len: longest inputs; longer ones are cut, their EOS kept.
       targets_len: longest targets; likewise.
-      buckets: how many shapes, chosen so that least is padding; or the (inputs, targets) lengths themselves.
+      buckets: number of shapes, chosen for the least padding; or the (inputs, targets) lengths themselves.
       seed: of the order.
       multiple_of: rows of a batch are a multiple of this, such as the number of devices.
       start_id: what the decoder starts with.
@@ -291,7 +291,7 @@ class InOrder:
         return (self(step) for step in range(len(self)))
 
     def indices(self, step: int) -> np.ndarray:
-        """Which examples the first rows of batch `step` hold; rows beyond are empty."""
+        """The examples in the first rows of batch `step`; further rows are empty."""
         return np.arange(step * self._size, min((step + 1) * self._size, len(self._source)))
 
 

@@ -1,8 +1,9 @@
 """seqio tasks as plain numpy examples, in a fixed order, for decoding and for fitting.
 
-The only module of the library that loads TensorFlow and seqio. It does so quietly and with no
-accelerator in TensorFlow's sight, so that JAX has the devices to itself. Tasks are registered by
-whoever imports the module that defines them (usually a gin file); this module only looks them up.
+This is the only module of the library that loads TensorFlow and seqio. It does so without log
+output, and hides the accelerators from TensorFlow, so that JAX has the devices to itself. Tasks are
+registered when the module that defines them is imported (usually by a gin file); this module only
+looks them up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from speccascade_t5x.text.vocabulary import ByteVocabulary, SentencePieceVocabul
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Holds back what native libraries write to file descriptor 2; shows it if the block fails.
+    """Captures what native libraries write to file descriptor 2, and shows it only if the block fails.
 
     TensorFlow logs before its logging can be configured, and no environment variable stops that.
     """
@@ -73,18 +74,18 @@ def examples(
     truncate: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> list[Example]:
-    """Reads a split whole, unshuffled, so that every bad example is met before work starts.
+    """Reads a whole split, unshuffled, so that every bad example is found before work starts.
 
-    The task is run without sequence lengths, so its preprocessors cut nothing by themselves; a task
-    that shapes its examples by them (span corruption, packing) is not for this function.
+    The task is run without sequence lengths, so its preprocessors cut nothing by themselves. Tasks
+    that shape their examples by these lengths (span corruption, packing) are not supported here.
 
     Args:
       task_name: a registered seqio task.
       split: one of its splits.
-      feature_lengths: longest "inputs" and, if given, "targets", in ids with the EOS. Targets over
-        their length are always cut.
-      limit: read only the first so many examples; None reads all.
-      truncate: cut inputs that are too long instead of refusing them. A cut feature keeps its EOS
+      feature_lengths: maximum lengths of "inputs" and, if given, "targets", in ids with the EOS.
+        Longer targets are always cut.
+      limit: number of examples to read, from the first; None reads all.
+      truncate: cut inputs that are too long instead of rejecting them. A cut feature keeps its EOS
         as last id where the task appends one.
       shard: (i, n) reads the i-th of n parts that together are the split, as seqio divides it: by files where there
         are enough, else every n-th example. Indices are then those of the part.
@@ -137,14 +138,14 @@ def stream(
     Args:
       task_name: a registered seqio task.
       split: one of its splits.
-      limit: only the first so many examples; None yields all.
-      task_lengths: given to the task's own preprocessors; those that shape examples by them (span corruption) need
+      limit: number of examples to yield, from the first; None yields all.
+      task_lengths: lengths for the task's own preprocessors; those that shape examples by them (span corruption) need
         them. seqio then cuts longer examples by itself.
-      seed: of preprocessors that draw.
+      seed: seed of preprocessors that draw random numbers.
 
     Raises:
-      UserError: at once, for an unknown task or split, a mixture, a task without inputs or targets; later, for
-        preprocessors that need `task_lengths`.
+      UserError: at the call, for an unknown task or split, a mixture, or a task without inputs or targets; while
+        iterating, for preprocessors that need `task_lengths`.
     """
     features = _task(task_name).output_features
     dataset = _dataset(task_name, split, task_lengths, seed)
@@ -196,7 +197,7 @@ def texts(name: str, split: str = "train", limit: int | None = None) -> Iterator
     Args:
       name: a registered seqio task or mixture; of a mixture each task is read once, whatever its rate.
       split: one split of it.
-      limit: only the first so many examples of each task; None reads all.
+      limit: number of examples of each task to read, from the first; None reads all.
 
     Raises:
       UserError: at the first text, for an unknown name or split.
@@ -247,10 +248,10 @@ def check(task_name: str, split: str) -> seqio.Task:
 
 
 def parts(name: str) -> list[tuple[str, float]]:
-    """Returns the tasks of a mixture with their rates, by name; a task is its own only part, at rate 1.
+    """Returns the tasks of a mixture with their rates, by name; a plain task gives itself at rate 1.
 
     Raises:
-      UserError: there is neither a task nor a mixture of that name, or the rates cannot be told.
+      UserError: there is neither a task nor a mixture of that name, or the rates cannot be computed.
     """
     if name not in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
         if name not in seqio.TaskRegistry.names() and seqio.MixtureRegistry.names():
@@ -260,7 +261,7 @@ def parts(name: str) -> list[tuple[str, float]]:
     try:
         return [(task.name, float(mixture.get_rate(task))) for task in sorted(mixture.tasks, key=lambda t: t.name)]
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"the rates of mixture {name!r} cannot be told ({error}): give it numbers") from error
+        raise UserError(f"the rates of mixture {name!r} cannot be computed ({error}): give it numbers") from error
 
 
 def _example(
@@ -305,7 +306,7 @@ def _task(name: str) -> seqio.Task:
     """Looks a task up.
 
     Raises:
-      UserError: there is none of that name, or it is a mixture.
+      UserError: no task has that name, or it is a mixture.
     """
     tasks = seqio.TaskRegistry.names()
     if name in tasks:
@@ -342,7 +343,7 @@ def as_vocabulary(spoken: seqio.Vocabulary) -> Vocabulary:
     """Returns the same vocabulary without seqio, so that it can be compared with a pair's.
 
     Raises:
-      UserError: a kind that only seqio knows.
+      UserError: it is of a kind that only seqio supports.
     """
     if isinstance(spoken, seqio.ByteVocabulary):
         return ByteVocabulary(spoken.extra_ids)
@@ -424,7 +425,7 @@ def _name_of(metric: Callable[..., Any]) -> str:
 
 @contextlib.contextmanager
 def _named(task_name: str, what: str) -> Iterator[None]:
-    """Turns whatever a task's own code raises into one sentence."""
+    """Turns an exception of a task's own code into a UserError of one sentence."""
     try:
         yield
     except UserError:
@@ -433,14 +434,14 @@ def _named(task_name: str, what: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [""]
         said = re.sub(r"^\{\{function_node \S+\}\} ", "", lines[0])
         told = " ".join(f"{type(error).__name__}: {said}".split())[:300]
-        raise UserError(f"the {what} of task {task_name!r} failed with {told}; mend it and run again") from error
+        raise UserError(f"the {what} of task {task_name!r} failed with {told}: fix it and run again") from error
 
 
 def metric_value(value: Any) -> Any:
-    """What a metric function returned, as JSON types: numbers, texts, lists and mappings of them.
+    """The result of a metric function as JSON types: numbers, texts, lists and mappings of them.
 
-    seqio's `Scalar` and `Text` stand for what they hold. NaN and infinities become None. Of seqio's pictures, sounds
-    and histograms, and of any other object, the kind is kept.
+    seqio's `Scalar` and `Text` are replaced by their values. NaN and infinities become None. Images, sounds and
+    histograms of seqio, and any other object, are replaced by the name of their type.
     """
     if isinstance(value, seqio.metrics.Scalar):
         return metric_value(value.value)

@@ -1,11 +1,11 @@
-"""A tokenised corpus on disk: written once where seqio is, read anywhere with numpy alone.
+"""A tokenised corpus on disk: written once on a machine with seqio, read anywhere with numpy alone.
 
     <folder>/shard-00000-of-0000N.npz   flat ids and offsets of "inputs" and "targets"
     <folder>/vocabulary.model           the SentencePiece model; bytes need none
     <folder>/manifest.json              counts, lengths, vocabulary, checksums; written last
 
-A folder with a manifest is whole. A writer that was killed leaves none, and the next one starts afresh; the
-files depend on the examples and the options alone, so both runs give the same bytes.
+A folder with a manifest is complete. A killed writer leaves no manifest, and the next one starts from the beginning.
+The files depend on the examples and the options alone, so every run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Progress = Callable[[int], None]
 
 
 def cut(ids: np.ndarray, room: int | None, eos_id: int) -> np.ndarray:
-    """Returns the first `room` ids; where the whole ended in EOS, so does what is left of it."""
+    """Returns the first `room` ids; if the sequence ended in EOS, the cut one does too."""
     if room is None or len(ids) <= room:
         return ids
     short = np.array(ids[:room])
@@ -57,7 +57,7 @@ def cut(ids: np.ndarray, room: int | None, eos_id: int) -> np.ndarray:
 def permutation(size: int, *key: int) -> np.ndarray:
     """Returns a permutation of range(size) that depends on the numbers of `key` alone.
 
-    Made from raw generator output, which numpy keeps the same between its versions; its own shuffles may change.
+    It is made from raw generator output, which stays the same between versions of numpy; numpy's shuffles may change.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(raw, kind="stable")
@@ -70,9 +70,9 @@ class Corpus:
     Attributes:
       ids: feature -> the ids of all examples, one after the other.
       offsets: feature -> [examples + 1] int64; example i has ids[offsets[i]:offsets[i + 1]].
-      vocabulary: what the ids mean.
-      fingerprint: sha256; equal if ids and their order are.
-      manifest: of the folder it was read from; empty where it was made in memory.
+      vocabulary: the vocabulary of the ids.
+      fingerprint: sha256; equal if the ids and their order are equal.
+      manifest: the manifest of the folder it was read from; empty for a corpus made in memory.
     """
 
     ids: Mapping[str, np.ndarray]
@@ -112,7 +112,7 @@ class Corpus:
         return self.ids[name][start:end]
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """The examples of an epoch in the order they are seen: all, permuted by (seed, epoch)."""
+        """All examples in the order of an epoch, permuted by (seed, epoch)."""
         return permutation(len(self), seed, epoch)
 
     def select(self, which: np.ndarray) -> Corpus:
@@ -156,19 +156,20 @@ def write(
     """Writes a corpus, holding one shard in memory at a time. Returns the manifest.
 
     Args:
-      folder: made if missing; what a killed writer left in it is replaced.
+      folder: created if missing; what a killed writer left in it is replaced.
       examples: (inputs, targets) ids, read once.
-      name: of the task or mixture.
-      split: of it.
-      spoken: what the ids mean.
-      lengths: longest "inputs" and "targets"; longer ones are cut, their EOS kept, and counted. None cuts nothing.
-      source: what else says where the examples came from, as JSON types; part of the manifest.
-      examples_per_shard: how many go into one file.
+      name: name of the task or mixture.
+      split: the split.
+      spoken: the vocabulary of the ids.
+      lengths: maximum lengths of "inputs" and "targets"; longer ones are cut, with their EOS kept, and counted. None
+        cuts nothing.
+      source: further facts about the origin of the examples, as JSON types; part of the manifest.
+      examples_per_shard: number of examples in one file.
       progress: called after each shard.
 
     Raises:
-      UserError: the folder holds a whole corpus already, there is no example, an id lies outside the vocabulary,
-        or the disk is full. Nothing is left that a reader would take for whole.
+      UserError: the folder holds a complete corpus already, there is no example, an id lies outside the vocabulary,
+        or the disk is full. Nothing is left that a reader would take for complete.
     """
     folder, rooms = Path(folder), {feature: (lengths or {}).get(feature) for feature in FEATURES}
     checks.whole("examples_per_shard", examples_per_shard, 1)
@@ -207,10 +208,10 @@ def write(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Reads what a folder says of itself.
+    """Reads the manifest of a folder.
 
     Raises:
-      UserError: there is no manifest, or it is none of ours, or one of a newer version.
+      UserError: there is no manifest, it is not one of a tokenised corpus, or it has a newer version.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -227,12 +228,12 @@ def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> Cor
     """Reads a whole corpus into memory (two bytes per token for vocabularies up to 65,536 ids) and checks it.
 
     Args:
-      folder: what `write` wrote.
-      spoken: the vocabulary the model speaks; None takes the corpus's.
+      folder: the folder given to `write`.
+      spoken: the vocabulary of the model; None takes the corpus's.
 
     Raises:
       UserError: no manifest, a newer format, a shard that is missing or damaged, no example, or ids of another
-        vocabulary (both fingerprints are named).
+        vocabulary (the message holds both fingerprints).
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -250,7 +251,7 @@ def read(folder: str | Path, spoken: vocabulary.Vocabulary | None = None) -> Cor
 
 
 class _Tally:
-    """Cuts examples to their lengths and counts what the manifest tells."""
+    """Cuts examples to their lengths and counts for the manifest."""
 
     def __init__(self, rooms: Mapping[str, int | None], eos_id: int):
         self._rooms, self._eos_id = rooms, eos_id
@@ -312,7 +313,7 @@ def _id_type(spoken: vocabulary.Vocabulary) -> np.dtype:
 
 
 def _write_shard(folder: Path, number: int, buffer: _Buffer) -> dict[str, Any]:
-    """Writes and empties the buffer. Returns the shard's entry of the manifest, its file name still to come."""
+    """Writes and empties the buffer. Returns the shard's entry of the manifest, without the file name."""
     data = storage.npz(buffer.arrays())
     storage.write_bytes(folder / _UNFINISHED / f"{number:05d}.npz", [data])
     entry = {"file": "", "examples": buffer.count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -345,7 +346,7 @@ def _own_vocabulary(folder: Path, manifest: Mapping[str, Any]) -> vocabulary.Voc
     try:
         return vocabulary.from_spec(spec, folder / _MODEL_FILE if by_file else None)
     except UserError as error:
-        raise UserError(f"the tokenised corpus {folder} does not say what its ids mean: {error}") from error
+        raise UserError(f"the tokenised corpus {folder} has no usable vocabulary: {error}") from error
 
 
 def _check_vocabulary(folder: Path, own: vocabulary.Vocabulary, spoken: vocabulary.Vocabulary) -> None:
@@ -374,7 +375,7 @@ def _read_shard(path: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"the shard {path} is no npz file of arrays: write the corpus again") from error
+        raise UserError(f"the shard {path} is not an npz file of arrays: write the corpus again") from error
 
 
 def _assemble(

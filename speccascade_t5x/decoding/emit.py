@@ -68,7 +68,7 @@ def emit(program: Program, state: State, emission: Emission) -> tuple[State, Arr
     grown, ended = trim(program.config, tokens, state.committed, emission.grown, width)
     grown = jnp.where(alive, grown, 0)
     kept = jnp.arange(width) < grown[:, None]
-    tiny = jnp.finfo(jnp.float32).tiny  # a law at temperature 1 may underflow where the sampled one did not
+    tiny = jnp.finfo(jnp.float32).tiny  # a distribution at temperature 1 may underflow where the sampled one did not
     log_prob = jnp.log(jnp.where(emission.prob_raw < tiny, tiny, emission.prob_raw))  # and NaN stays NaN
     trace = state.trace
     if trace is not None and emission.trace is not None:

@@ -1,4 +1,4 @@
-"""From logits to the laws of one scored block: pi, its raw form, and what a trace shows."""
+"""From logits to the distributions of one scored block: pi, its raw form, and what a trace shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Laws:
     Attributes:
       target: [B, G + 1, V] pi, tempered and truncated: what is emitted.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
-      broken: [B, G + 1] bool, True where NaN went into a law that was read here, whatever the rule has made of it.
+      broken: [B, G + 1] bool, True where NaN went into a distribution that was read, whatever the rule made of it.
       trace: [B, G + 1] columns of the trace, or None; `log_prob` is filled when the tokens are known.
     """
 
@@ -39,9 +39,9 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
 
     Args:
       program: its rule, sampling and vocabulary size are used.
-      pair_raw: both models' laws at temperature 1, [B, G + 1, V]; q is None where the rule does not read it.
+      pair_raw: both models' distributions at temperature 1, [B, G + 1, V]; q is None where the rule does not read it.
       logits: [B, G + 1, V] of the verifier.
-      q: [B, G + 1, V] the drafter's law after temperature, untruncated; None likewise.
+      q: [B, G + 1, V] the drafter's distribution after temperature, untruncated; None likewise.
       plain: static; True where the caller has found `probs.is_plain`, and nothing is left to shape.
     """
     rule, sampling = program.rule, program.sampling
@@ -66,7 +66,7 @@ def rule_laws(program: Program, pair_raw: Pair, logits: Array, q: Array | None, 
 
 
 def describe(q: Array | None, p: Array | None, q_raw: Array | None, p_raw: Array | None) -> Trace:
-    """Columns of the trace from whichever laws are known ([..., V] each); NaN for the others, and for laws of NaN."""
+    """Columns of the trace from the known distributions, [..., V] each; NaN for unknown ones and for those of NaN."""
     known = next(law for law in (q_raw, p_raw) if law is not None)
     unknown = jnp.full(known.shape[:-1], jnp.nan, jnp.float32)
 

@@ -34,7 +34,7 @@ class Speculative:
     """GenSpecSample of "Faster Cascades via Speculative Decoding"; plain autoregression where nothing is drafted.
 
     Attributes:
-      solo: who stands in the verifier's place where nothing is drafted: "verifier", "drafter" (a model alone,
+      solo: the model in the verifier's place if nothing is drafted: "verifier", "drafter" (a model alone,
         counted as such), or "oracle" (the verifier is charged only at the tokens a prefix rule defers, as if
         its test were free: Oracle[Diff]).
     """
@@ -113,7 +113,7 @@ class Speculative:
 
 
 def _as_drafter(trace: Trace | None) -> Trace | None:
-    """Columns of a model that stands in the verifier's place, moved to where the drafter's are."""
+    """Columns of a model in the verifier's place, moved to those of the drafter."""
     if trace is None:
         return None
     return dataclasses.replace(
@@ -133,7 +133,7 @@ class Judgement:
     Attributes:
       outcome: what stands.
       tokens: [B, G + 1] the accepted tokens, and after them the round's last one in every column.
-      prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated; NaN where a law that was read is.
+      prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated; NaN if a distribution read was.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
       trace: [B, G + 1] diagnostics, or None.
     """
@@ -161,8 +161,8 @@ def judge(
 
     `hidden` [B, G + 1, D] are its last hidden states, for rules that read them.
 
-    Where no row asks for a temperature or a truncation, the raw laws are the laws: the branch for that makes no
-    second copy of them. Laws as wide as the vocabulary stay inside a branch, since what leaves it is copied.
+    If no row asks for a temperature or a truncation, the raw distributions are used as they are: the branch for that
+    case makes no second copy. Distributions as wide as the vocabulary stay inside a branch, since outputs are copied.
     """
     p_raw = probs.raw(logits, program.config.vocab_size)
     position = positions[:, None] + jnp.arange(logits.shape[1])
@@ -184,7 +184,7 @@ def judge(
         )
         tokens = jnp.where(column < outcome.accepted[:, None], padded, outcome.token[:, None])
         broken = laws.broken
-        if program.config.verification != "token":  # the laws of the whole draft decide how much of it stands
+        if program.config.verification != "token":  # reads the distributions of the whole draft
             broken = jnp.any(broken & (column <= proposal.lengths[:, None]), axis=1, keepdims=True)
         prob_raw = jnp.where(broken, jnp.nan, program.rule.target_at(pair_raw, tokens))
         return Judgement(outcome, tokens, prob_raw, laws.deferral, laws.trace)
@@ -194,10 +194,10 @@ def judge(
 
 
 def _broken(proposal: Proposal) -> Array:
-    """[B, 1] bool: the draft came from a law that is none (NaN, or zero all over), or its drafter says so.
+    """[B, 1] bool: the draft came from an invalid distribution (NaN, or all zero), or its drafter reports it as broken.
 
     A NaN of the drafter would otherwise pass unseen under a rule whose pi does not read it. It shows at the drafted
-    token: no token of probability 0 is ever drawn from a law, and a softmax with one NaN is NaN everywhere.
+    token: no token of probability 0 is ever drawn from a distribution, and a softmax with one NaN is NaN everywhere.
     """
     counted = jnp.arange(proposal.tokens.shape[1]) < proposal.lengths[:, None]
     found = jnp.any(counted & ~(probs.gather(proposal.law, proposal.tokens) > 0), axis=1, keepdims=True)

@@ -58,7 +58,7 @@ class TokenCascade:
         tokens = jnp.where(turn, token[:, None], drafted)
         by_drafter = jnp.pad(probs.gather(proposal.q_raw, tokens[:, :-1]), ((0, 0), (0, 1)))
         by_verifier = jnp.take_along_axis(p_raw, token[:, None], axis=-1)
-        # The drafter's law is read where the rule defers, too.
+        # The drafter's distribution is read where the rule defers, too.
         broken = jnp.pad(probs.is_broken(proposal.q_raw), ((0, 0), (0, 1)))
         broken |= turn & probs.is_broken(p_raw)[:, None]
         trace = None

@@ -1,4 +1,4 @@
-"""Meshes and who holds which part of an array; several hosts; what collectives a program has."""
+"""Meshes and the placement of arrays, several hosts, and the collectives of a program."""
 
 from speccascade_t5x.distributed.partitioning import Partitioning, Topology
 

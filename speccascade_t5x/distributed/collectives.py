@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""The collectives of a compiled program, read from its HLO text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Collective:
 
     Attributes:
       kind: HLO's name for it: "all-gather", "all-reduce", "all-to-all", "collective-permute", ...
-      nbytes: of its result on one device; the parts of a result in several parts together.
+      nbytes: size of its result on one device, summed over the parts of a result in several parts.
       result: type of the result, as HLO prints it.
     """
 
@@ -28,10 +28,10 @@ class Collective:
 
 
 def in_program(text: str) -> list[Collective]:
-    """Every collective of a program, those of a loop or of a branch once.
+    """Every collective of a program; those inside a loop or a branch are counted once.
 
     Args:
-      text: compiled HLO (`jax.stages.Compiled.as_text`): what a device runs, after partitioning.
+      text: compiled HLO (`jax.stages.Compiled.as_text`) of one device, after partitioning.
     """
     found = []
     for match in map(_LINE.search, text.splitlines()):

@@ -1,12 +1,12 @@
-"""Several hosts, one process each: who takes which share, and how they agree on small things.
+"""Several hosts, one process each: how work is shared, and how the hosts agree on small values.
 
-Nothing here moves arrays. Small values go through the key-value store of JAX's coordination service, which runs in the
-process of host 0; records and cells go through a folder that all hosts see. A host that dies is noticed by the
-heartbeats of that service, which then ends every other process; `cli.host_processes` says so in a sentence.
+No arrays are moved here. Small values go through the key-value store of JAX's coordination service, which runs in the
+process of host 0; records and cells go through a folder that all hosts see. The heartbeats of that service detect a
+host that dies, and the service then ends every other process; `cli.host_processes` reports that in one sentence.
 
-Decoding needs no host but the own: each *team* has a mesh of its own and a share of the batches. A team is one host,
-or, where the weights need more devices than a host has, as few hosts as hold them; its hosts run the same programs on
-the same batches, and its first host writes. Training has one mesh over all devices.
+Decoding needs no communication between teams: each *team* has a mesh of its own and a share of the batches. A team is
+one host or, if the weights need more devices than a host has, the smallest number of hosts that hold them. The hosts of
+a team run the same programs on the same batches, and its first host writes. Training has one mesh over all devices.
 
     +-- team 0 --+  +-- team 1 --+
     | host 0, 1  |  | host 2, 3  |    4 hosts of 4 devices, model=8
@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import distributed  # JAX gives the service's key-value store no public name
+from jax._src import distributed  # JAX has no public name for the service's key-value store
 
 from speccascade_t5x.distributed.partitioning import Partitioning, Topology
 from speccascade_t5x.interfaces import UserError
 
-# How long hosts wait for each other before one is taken to hang: longer than one may work alone while others wait
-# (wall times of a sweep, metrics that run programs). A dead host is noticed much sooner, see `cli.host_processes`.
+# How long hosts wait for each other before one is taken to hang: longer than any host works alone while the others wait
+# (wall times of a sweep, metrics that run programs). A dead host is detected much sooner, see `cli.host_processes`.
 PATIENCE_S = 6 * 3600.0
 LOST = "another host of this job has stopped, so this one stops too; the same command, on every host, continues"
 _SHARED_S = 15.0  # until a file that one host wrote is seen by the others
@@ -35,11 +35,11 @@ _PREFIX = "speccascade"
 
 
 class HostLost(Exception):
-    """Another host has died or hangs. What is on disk is whole; the same command continues."""
+    """Another host has died or hangs. The files on disk are complete; the same command continues."""
 
 
 class Preempted(Exception):
-    """The job was told to stop. What is on disk is whole; the same command continues it."""
+    """The job was told to stop. The files on disk are complete; the same command continues it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Hosts:
     """The hosts of this job, seen from one of them.
 
     Attributes:
-      index: of this host.
-      count: of all.
-      patience_s: how long to wait for the others.
+      index: index of this host.
+      count: number of hosts.
+      patience_s: how long to wait for the others, in seconds.
     """
 
     index: int = 0
@@ -58,18 +58,18 @@ class Hosts:
 
     @property
     def first(self) -> bool:
-        """Whether this host writes what is written once."""
+        """Whether this host writes the files that are written once per job."""
         return self.index == 0
 
     def gather(self, what: str, value: Any = None) -> list[Any]:
-        """Waits until all hosts have come here, and returns what each of them brought, in their order.
+        """Waits until all hosts have called this, and returns the values of all hosts, in the order of the hosts.
 
         Args:
-          what: names this meeting, for messages too; every host comes to it once per job.
-          value: small, of JSON types.
+          what: name of this barrier, also in messages; every host calls it once per job.
+          value: a small value of JSON types.
 
         Raises:
-          HostLost: a host did not come.
+          HostLost: a host did not call it in time.
         """
         if self.count == 1:
             return [value]
@@ -77,11 +77,11 @@ class Hosts:
         return [self._get(f"{what}/{i}", what, i) for i in range(self.count)]
 
     def wait(self, what: str) -> None:
-        """Waits until all hosts have come here; see `gather`."""
+        """Waits until all hosts have called this; see `gather`."""
         self.gather(what)
 
     def share(self, what: str, value: Any = None) -> Any:
-        """What host 0 brought; the others wait for it, and host 0 for none. See `gather`."""
+        """The value of host 0; the others wait for it, and host 0 waits for no one. See `gather`."""
         if self.count == 1:
             return value
         if self.first:
@@ -89,7 +89,7 @@ class Hosts:
         return self._get(what, what, 0)
 
     def announce(self, what: str, value: Any) -> None:
-        """Tells all hosts something once; what is told first stands."""
+        """Publishes a value to all hosts; only the first value counts."""
         try:
             self._set(what, value)
         except jax.errors.JaxRuntimeError as error:
@@ -97,7 +97,7 @@ class Hosts:
                 raise
 
     def announced(self, what: str) -> Any:
-        """What some host has told, None before."""
+        """The published value, or None."""
         try:
             return json.loads(_client().key_value_try_get(f"{_PREFIX}/{what}"))
         except jax.errors.JaxRuntimeError as error:
@@ -106,14 +106,14 @@ class Hosts:
             return None
 
     def see(self, there: Callable[[], bool], what: object) -> None:
-        """Waits until this host sees what another has written: network file systems take some seconds for that.
+        """Waits until this host sees a file that another has written; network file systems take some seconds for that.
 
         Args:
-          there: whether it does now.
-          what: names it, for the message.
+          there: returns whether the file is visible.
+          what: name of the file in the message.
 
         Raises:
-          UserError: it does not, so the folder is not shared.
+          UserError: the file does not appear, so the folder is not shared.
         """
         give_up = time.monotonic() + _SHARED_S
         while self.count > 1 and not there():
@@ -134,14 +134,14 @@ class Hosts:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise HostLost(LOST) from error
             raise HostLost(
-                f"host {host} did not come to {what!r} within {self.patience_s:g} s, so this host stops; what was "
+                f"host {host} did not reach {what!r} within {self.patience_s:g} s, so this host stops; what was "
                 "finished is kept, and the same command, on every host, continues"
             ) from error
         return json.loads(found)
 
 
 def current() -> Hosts:
-    """The hosts of this process's job: one, unless `jax.distributed` was initialised."""
+    """The hosts of this process's job: a single one, unless `jax.distributed` was initialised."""
     state = distributed.global_state
     return Hosts() if state.client is None else Hosts(state.process_id, state.num_processes)
 
@@ -155,8 +155,8 @@ class Team:
     """The hosts that decode the same batches.
 
     Attributes:
-      hosts: of the job.
-      members: of the team, by index.
+      hosts: the hosts of the job.
+      members: indices of the hosts of the team.
     """
 
     hosts: Hosts
@@ -164,7 +164,7 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this host writes what its team has decoded."""
+        """Whether this host writes the outputs of its team."""
         return self.hosts.index == self.members[0]
 
     def mine(self, items: Sequence[Any]) -> list[Any]:
@@ -185,7 +185,7 @@ def partitioning(topology: Topology) -> Partitioning:
     """The mesh of this host's team: `topology` itself for one host, else the team's part of it.
 
     Raises:
-      UserError: what `Topology.mesh` raises; a mesh that does not take all devices of all hosts, or groups that fill
+      UserError: the errors of `Topology.mesh`; the mesh does not take all devices of all hosts, or a group fills
         neither a part of a host nor whole hosts.
     """
     here = current()
@@ -208,20 +208,20 @@ def partitioning(topology: Topology) -> Partitioning:
 
 
 def check_whole(devices: int) -> None:
-    """Refuses a mesh that leaves devices of some host out.
+    """Checks that a mesh over several hosts takes all their devices.
 
     Raises:
       UserError: there are more than `devices` devices on several hosts.
     """
     total = jax.device_count()
     if current().count > 1 and devices != total:
-        raise UserError(f"a mesh over several hosts takes all their {total} devices, not {devices}")
+        raise UserError(f"a mesh over several hosts must take all their {total} devices, not {devices}")
 
 
 class StopInDecoding:
-    """Whether to stop before the next batch: once one host was told, all are.
+    """Whether to stop before the next batch: all hosts stop once one of them was told to.
 
-    The hosts of a team must leave at the same batch; there the first one decides for the others.
+    The hosts of a team must stop at the same batch, so the first one decides for the others.
     """
 
     def __init__(self, mine: Team, told: Callable[[], bool]):
@@ -242,11 +242,11 @@ class StopInDecoding:
 
 
 class StopInTraining:
-    """Whether to stop after a step: all hosts at the same one, some steps after one of them was told.
+    """Whether to stop after a step: all hosts stop at the same step, some steps after one of them was told to.
 
     Args:
-      hosts: of the job.
-      told: whether this host was.
+      hosts: the hosts of the job.
+      told: whether this host was told to stop.
       ahead: by how many steps a host may be ahead of another.
     """
 

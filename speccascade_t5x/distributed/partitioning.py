@@ -1,6 +1,6 @@
-"""Meshes: which devices share the work, and which part of every array lives where.
+"""Meshes: which devices share the work, and which part of every array each device holds.
 
-A mesh has two axes: 'data', over which batches are split, and 'model', over which the weights of each layer are. Arrays
+A mesh has two axes: batches are split over 'data', and the weights of each layer over 'model'. Arrays
 name their dimensions by T5X's logical axes ('embed', 'heads', 'batch' and so on); a table of rules maps these to mesh
 axes, as in T5X, and may differ between verifier and drafters. See docs/pods.md.
 """
@@ -46,7 +46,7 @@ STANDARD_RULES: Rules = (
     ("mlp_activations", None),
 )
 _CACHE_AXES = ("batch", "heads", "length", "kv")
-_CACHES = ("self", "cross")  # where models keep keys and values in their caches
+_CACHES = ("self", "cross")  # names of keys and values in the caches of models
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
@@ -59,24 +59,24 @@ def standard_rules() -> Rules:
 def replicated_rules() -> Rules:
     """The standard table with nothing split over 'model': every device of a group holds and runs the whole model.
 
-    For a small drafter: its step then needs no collective, at the price of computing the same on each of them.
+    This suits a small drafter: its step needs no collective, but every device computes the same step.
     """
     return tuple((name, axis if axis == "data" else None) for name, axis in STANDARD_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """How many devices there are and how they share the work. `--topology` configures one.
+    """The number of devices and how they share the work. `--topology` configures one.
 
     Attributes:
-      devices: devices in all; None takes `data` x `model`, or all there are.
-      data: groups that each decode a part of the batch; None makes as many as `devices` allows.
-      model: devices of a group, which share the weights.
+      devices: total number of devices; None takes `data` x `model`, or all devices.
+      data: number of groups, each of which decodes a part of the batch; None makes as many as `devices` allows.
+      model: number of devices of a group, which share the weights.
       submesh: on a TPU, the block of the torus that a group fills, as (x, y, z, cores per chip) or less of it; its
         product is `model`. T5X calls it model_parallel_submesh. None leaves the layout to JAX.
       rules: logical axis rules of the verifier, and of the decode itself.
-      drafter_rules: those of drafters; None takes `rules`.
-      strict: refuse a model whose axes do not divide, instead of keeping such axes whole on every device.
+      drafter_rules: logical axis rules of drafters; None takes `rules`.
+      strict: reject a model whose axes do not divide, instead of keeping such axes whole on every device.
     """
 
     devices: int | None = None
@@ -94,13 +94,13 @@ class Topology:
         if self.submesh is not None:
             sides = self.submesh
             if len(sides) > 4 or math.prod(sides) != self.model:
-                raise UserError(f"submesh={sides} is no block of model={self.model} devices: its product must be that")
+                raise UserError(f"submesh={sides} is not a block of model={self.model} devices: change its product")
 
     def mesh(self, among: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh ('data', 'model') of the first of some devices, all there are (of all hosts) if None.
+        """The mesh ('data', 'model') of the first of some devices; None takes all devices of all hosts.
 
         Raises:
-          UserError: there are not that many devices, or they cannot be laid out so.
+          UserError: there are too few devices, or they cannot be laid out in this way.
         """
         data, found = self._data(), among or jax.devices()
         count = data * self.model
@@ -133,19 +133,19 @@ class Topology:
         return devices // self.model
 
     def partitioning(self, among: Sequence[jax.Device] | None = None) -> Partitioning:
-        """The mesh with its rules. Arguments and errors as of `mesh`."""
+        """The mesh with its rules. Arguments and errors are those of `mesh`."""
         drafter = self.rules if self.drafter_rules is None else with_batch_of(self.drafter_rules, self.rules)
         return Partitioning(self.mesh(among), self.rules, drafter, self.strict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partitioning:
-    """A mesh and the rules of both roles: where parameters, inputs and decode state live.
+    """A mesh and the rules of both roles: the placement of parameters, inputs and decode state.
 
     Attributes:
-      mesh: with the axes 'data' and 'model'.
-      rules: of the verifier and of everything that belongs to no model.
-      drafter_rules: of drafters; split batches as `rules` do.
+      mesh: the mesh, with the axes 'data' and 'model'.
+      rules: rules of the verifier and of everything that belongs to no model.
+      drafter_rules: rules of drafters; they split batches as `rules` does.
       strict: see `Topology`.
     """
 
@@ -155,7 +155,7 @@ class Partitioning:
     strict: bool = False
 
     def described(self) -> str:
-        """The mesh in words, and the rules where they are not T5X's."""
+        """Human-readable description of the mesh, and of the rules if they are not T5X's."""
         sizes = " x ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
         own = {"rules": self.rules, "drafter_rules": self.drafter_rules}
         return sizes + "".join(f", {name} {rules}" for name, rules in own.items() if rules != STANDARD_RULES)
@@ -171,7 +171,7 @@ class Partitioning:
         return NamedSharding(self.mesh, PartitionSpec(dict(reversed(self.rules)).get("batch")))
 
     def check_batch(self, rows: int) -> None:
-        """Refuses a batch that cannot be shared out evenly.
+        """Checks that a batch can be divided evenly.
 
         Raises:
           UserError: it cannot.
@@ -191,7 +191,7 @@ class Partitioning:
 
         Args:
           model: a LanguageModel with a `config` of `models`.
-          drafter: whether the drafters' rules hold.
+          drafter: whether the drafters' rules apply.
 
         Raises:
           UserError: a logical axis without a rule; with `strict`, a dimension that does not divide.
@@ -211,18 +211,18 @@ class Partitioning:
         return found
 
     def placement(self, model: Any, drafter: bool = False) -> Placement:
-        """The same for `checkpoints.load`, by flat name. Raises what `params` raises."""
+        """The same for `checkpoints.load`, by flat name. It raises the errors of `params`."""
         flat = flat_params.flatten(self.params(model, drafter))
         return lambda name, shape: flat[name]
 
     def put(self, bound: Bound, drafter: bool = False) -> Bound:
-        """Moves the parameters of a model where they belong; those that are there already stay."""
+        """Moves the parameters of a model to their shardings; those that have them already stay."""
         if not hasattr(bound.model, "config"):  # tables and other drafters without a network
             return Bound(bound.model, placing.put(bound.params, self.whole))
         return Bound(bound.model, placing.put(bound.params, self.params(bound.model, drafter)))
 
     def program(self, program: Program) -> Program:
-        """A program with everything that lies on no mesh yet (options, tables) copied to every device."""
+        """A program whose leaves that are not on the mesh yet (options, tables) are copied to every device."""
         here = lambda leaf: isinstance(getattr(leaf, "sharding", None), NamedSharding)  # noqa: E731
         return jax.tree.map(lambda leaf: leaf if here(leaf) else placing.put(leaf, self.whole), program)
 
@@ -246,8 +246,8 @@ class Partitioning:
     def like_params(self, model: Any, state: PyTree) -> PyTree:
         """The sharding of every leaf of a training state, given as arrays or shapes.
 
-        A leaf whose name ends as a parameter's does and that has its shape (the parameter itself, a moment) lies where
-        the parameter lies; all others (counters, factored moments) are whole on every device.
+        A leaf whose name ends in a parameter's name and that has its shape (the parameter itself, a moment) has the
+        sharding of the parameter; all others (counters, factored moments) are whole on every device.
         """
         flat = jax.tree_util.tree_leaves_with_path(param_shapes(model.config))
         places = jax.tree.leaves(self.params(model))
@@ -265,9 +265,9 @@ class Partitioning:
     def _spec(
         self, names: Sequence[str], sizes: Sequence[int], rules: Rules, fallen: dict[tuple[str, int, str], None]
     ) -> PartitionSpec:
-        """The mesh axis of each dimension: the first rule of its name whose axis is free and divides it.
+        """The mesh axis of each dimension: that of the first rule of its name whose axis is free and divides it.
 
-        Notes in `fallen` (name, size, mesh axis) where a rule was passed over because it does not divide.
+        Adds (name, size, mesh axis) to `fallen` if a rule was skipped because its axis does not divide the dimension.
         """
         found: dict[int, str | None] = {}
         for name, axis in rules:
@@ -285,7 +285,7 @@ class Partitioning:
         return PartitionSpec(*(found.get(place) for place in range(len(names))))
 
     def _fall_back(self, role: str, name: str, size: int, axis: str) -> None:
-        """Says that an axis stays whole. Raises UserError where the topology is strict."""
+        """Logs that an axis stays whole. Raises UserError if the topology is strict."""
         what = f"{size} heads" if name in ("joined_kv", "heads") else f"axis {name!r} of size {size}"
         where = f"{axis}={self.mesh.shape[axis]}"
         if self.strict:
@@ -294,13 +294,13 @@ class Partitioning:
 
 
 def with_batch_of(rules: Rules, other: Rules) -> Rules:
-    """`rules`, but batches split as `other` has it: rows of both roles must lie together."""
+    """`rules`, but with batches split as in `other`, because the rows of both roles must be on the same devices."""
     batch = tuple(rule for rule in other if rule[0] == "batch")
     return batch + tuple(rule for rule in rules if rule[0] != "batch")
 
 
 def tile(places: Sequence[Sequence[int]], submesh: Sequence[int]) -> np.ndarray:
-    """Groups devices on a torus into equal blocks, so that a group talks over short links.
+    """Groups devices on a torus into equal blocks, so that a group communicates over short links.
 
     Args:
       places: coordinates of each device, which together fill a box.
@@ -328,10 +328,10 @@ def tile(places: Sequence[Sequence[int]], submesh: Sequence[int]) -> np.ndarray:
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first so many local devices, all if None, over which batches are split.
+    """A mesh of the first `devices` local devices (all if None), over which batches are split.
 
     Raises:
-      UserError: there are not that many.
+      UserError: there are fewer devices.
     """
     found = jax.devices()
     if devices is not None:
@@ -346,7 +346,7 @@ def _check_rules(option: str, rules: Rules) -> None:
     """Refuses rules that name no axis of a mesh.
 
     Raises:
-      UserError: an entry is no (logical axis, mesh axis).
+      UserError: an entry is not a pair (logical axis, mesh axis).
     """
     for rule in rules:
         if rule[1] is not None and rule[1] not in AXES:

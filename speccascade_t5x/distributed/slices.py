@@ -1,8 +1,8 @@
-"""TPU slices by name: the one table of them. `v4-8`, `v4_8` and `v4:2x2x1` are the same slice.
+"""The table of TPU slices by name. `v4-8`, `v4_8` and `v4:2x2x1` are the same slice.
 
-The clouds name a slice by its generation and a size, libtpu by its generation and the sides of its box of chips. The
-size counts cores, two on every chip, for v2, v3, v4 and v5p, and chips for v5e (which the clouds call v5litepod) and
-v6e. Source: Google Cloud's TPU documentation, the page "TPU configurations" of each generation.
+Google Cloud names a slice by its generation and a size, libtpu by its generation and the sides of its box of chips. The
+size counts cores, two per chip, for v2, v3, v4 and v5p, and chips for v5e (called v5litepod there) and v6e. Source:
+Google Cloud's TPU documentation, the page "TPU configurations" of each generation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Slice:
     """Chips of one generation in a box.
 
     Attributes:
-      generation: such as "v4" or "v5e".
-      sides: of the box, in chips.
+      generation: name of the generation, such as "v4" or "v5e".
+      sides: sides of the box, in chips.
     """
 
     generation: str
@@ -29,22 +29,22 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """How many chips there are."""
+        """Number of chips."""
         return math.prod(self.sides)
 
     @property
     def devices(self) -> int:
-        """How many devices JAX sees: one per chip, but each of the two cores of v2 and v3."""
+        """Number of devices that JAX sees: one per chip, except on v2 and v3, where each of the two cores is one."""
         return self.chips * (2 if self.generation in ("v2", "v3") else 1)
 
     @property
     def hosts(self) -> int:
-        """How many machines it has: four chips each, but eight chips or fewer of v5e and v6e share one."""
+        """Number of hosts: one per four chips, except on v5e and v6e, where up to eight chips share one."""
         return 1 if self._by_chips and self.chips <= 8 else max(1, self.chips // 4)
 
     @property
     def name(self) -> str:
-        """As libtpu calls it: "v4:2x2x1"."""
+        """The name in libtpu: "v4:2x2x1"."""
         return f"{self.generation}:{'x'.join(map(str, self.sides))}"
 
     @property
@@ -54,7 +54,7 @@ class Slice:
 
     @property
     def accelerator_type(self) -> str:
-        """As Google Cloud calls it: "v4-8", "v5litepod-16"."""
+        """The name in Google Cloud: "v4-8", "v5litepod-16"."""
         return self.short_name.replace("v5e", "v5litepod")
 
     @property

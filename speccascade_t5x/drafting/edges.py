@@ -39,7 +39,7 @@ class ModelLaw:
     broken: Array
 
     def broken_within(self, lengths: Array) -> Array:
-        """[B] bool: NaN went into the law after some of the first lengths[b] drafted tokens, none and all included."""
+        """[B] bool: NaN went into the distribution after 0 to lengths[b] of the drafted tokens."""
         return jnp.any(self.broken & (jnp.arange(self.broken.shape[1]) <= lengths[:, None]), axis=1)
 
 

@@ -138,7 +138,7 @@ class MaxGram:
           noise: [B, size * probs.DRAW] uniforms where `fill` is "sample".
 
         Returns:
-          (tokens [B, size], lengths [B], law [B, size, V]).
+          (tokens [B, size], lengths [B], their distributions [B, size, V]).
         """
         copied, count = self._copy(prompt, history, end, size)
         table: NGramTable | None = params["table"]
@@ -190,7 +190,7 @@ class MaxGram:
     def _fill(
         self, table: NGramTable, history: Array, end: Array, copied: Array, count: Array, noise: Array | None
     ) -> tuple[Array, Array | Any]:
-        """Continues a copy of `count` tokens from the table: (tokens [B, size], law [B, size, V] or None)."""
+        """Continues a copy of `count` tokens from the table: (tokens [B, size], `law` [B, size, V] or None)."""
         ends = end[:, None]
         earlier, last = token_before(history, ends, 1, -1)[:, 0], token_before(history, ends, 0, -1)[:, 0]
         size = copied.shape[1]

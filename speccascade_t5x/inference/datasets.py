@@ -1,4 +1,4 @@
-"""What is decoded: texts, a file of texts, or a split of a seqio task, all as one kind of data set."""
+"""The data to decode: texts, a file of texts, or a split of a seqio task, all as one kind of data set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _DECODED = ("prediction", "log_prob", "tokens", "counts", "source", "trace")
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What is decoded.
+    """A data set to decode.
 
     Attributes:
-      name: the task's name, or what stands for it in file names.
-      prompts: the examples; `index` is each one's place in the list.
+      name: the task's name, or its replacement in file names.
+      prompts: the examples; `index` is the place of each in the list.
       score: predictions -> metrics, or (predictions, places) -> metrics of the examples at these places alone; None
-        where nothing can be scored.
+        if nothing can be scored.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Dataset:
         return found
 
     def record(self, index: int, decoded: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of example `index`: its texts, and what decoding made of it."""
+        """The record of example `index`: its texts, and the fields that come from decoding."""
         example = self.prompts[index]
         targets = {} if example.targets_text is None else {"targets": example.targets_text}
         decoded = {name: decoded[name] for name in _DECODED if name in decoded}
         return {"inputs": example.inputs_text, **targets, **decoded}
 
     def identity(self) -> str:
-        """A short text that differs where the examples differ, so that records of other data are never mixed in."""
+        """A short text that differs if the examples differ, so that records of different data are never mixed."""
         digest = hashlib.sha256()
         for example in self.prompts:
             digest.update(repr((example.inputs_text, example.targets_text)).encode())
@@ -59,7 +59,7 @@ class Dataset:
 
 
 def check_source(task: str | None, split: str, input: str | None) -> None:
-    """Checks what can be known of the data before a pair is loaded.
+    """Checks everything about the data that can be checked before a pair is loaded.
 
     Raises:
       UserError: neither or both of task and input file are named, or there is no such task, split or file.
@@ -80,9 +80,9 @@ def read(form: PromptForm, task: str | None, split: str, input: str | None, limi
     Args:
       form: how a text becomes a prompt.
       task: a registered seqio task; its vocabulary must be the form's.
-      split: of the task.
+      split: split of the task.
       input: see `text_input.read`.
-      limit: read only the first so many examples.
+      limit: number of examples to read, from the first.
 
     Raises:
       UserError: neither or both are named, or the data are bad; the message names the first bad example.
@@ -100,13 +100,13 @@ def from_texts(form: PromptForm, texts: Iterable[str]) -> Dataset:
     """Texts as a data set, numbered from 0.
 
     Raises:
-      UserError: one is no text, or too long while the form does not truncate.
+      UserError: one is not a text, or too long while the form does not truncate.
     """
     return Dataset("texts", [form.encode(i, text, f"text {i}") for i, text in enumerate(texts)])
 
 
 def _from_task(form: PromptForm, task: str, split: str, limit: int | None) -> Dataset:
-    """Reads a seqio task and checks that it speaks the form's vocabulary."""
+    """Reads a seqio task and checks that it has the form's vocabulary."""
     from speccascade_t5x.data import seqio_tasks
 
     seqio_tasks.check_vocabulary(task, form.vocabulary)

@@ -1,4 +1,4 @@
-"""Drafters by name: who proposes, as a user's settings ask for it."""
+"""Drafters by name, built from a user's settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from speccascade_t5x.interfaces import Bound, UserError
 from speccascade_t5x.models import ngram_model
 
 _COPIES = ("ngram_fill", "max_ngram", "min_ngram")
-# A token that is copied, or looked up at no cost, needs no drafter model and has no model's law q.
+# A token that is copied, or looked up at no cost, needs no drafter model and has no model's distribution q.
 MODEL_FREE = ("max_gram", "prompt_lookup", "ngram")
 
 
@@ -26,7 +26,7 @@ class Kind:
     """A drafter, or an execution, that a user can name.
 
     Attributes:
-      what: one line for people.
+      what: one human-readable line.
       reads: the fields of Settings that have a meaning for it, beyond those all of its kind read.
       source: where it comes from.
     """
@@ -56,13 +56,13 @@ DRAFTERS = {
     ),
     "ngram": Kind(
         "samples from the bundle's bigram or trigram table (`speccascade tables` builds it); any rule, with the "
-        "table's law as q",
+        "table's distribution as q",
         ("draft_stop", "stop_threshold"),
         "Leviathan et al. 2023, bigram approximation models",
     ),
     "cascade": Kind(
         "a draft made by speculative decoding from smaller drafters, down to Max-Gram, as k_matrix says; any rule, "
-        "with q the law of the pair's drafter",
+        "with q the distribution of the pair's drafter",
         ("k_matrix", "lenience", "edge_rules", *_COPIES),
         "Cascade Speculative Drafting, Chen et al. 2024; under rules: here",
     ),
@@ -70,10 +70,10 @@ DRAFTERS = {
 
 
 def default_k_matrix(draft_len: int, models: int) -> tuple[tuple[int, ...], ...]:
-    """The K matrix of a cascade for which the user gives none: purely vertical, over Max-Gram.
+    """The default K matrix of a cascade: purely vertical, over Max-Gram.
 
-    Each model but the smallest drafts draft_len tokens for the one above and reviews what the next one drafts; the
-    smallest reviews 3 copied tokens at a time.
+    Each model but the smallest drafts draft_len tokens for the model above and reviews the drafts of the next smaller
+    one; the smallest reviews 3 copied tokens at a time.
     """
     rows = [[0] * (models + 1) for _ in range(models + 1)]
     for level in range(models):
@@ -93,15 +93,15 @@ def build(
     """The drafter these settings name, and the options with its draft length.
 
     Args:
-      settings: what the user chose; their draft_len is a number or None, and config's wins.
+      settings: the user's settings; their draft_len is a number or None, and that of config takes precedence.
       verifier: bound model.
-      models: bound drafter models, from the largest; may be empty where none is needed.
+      models: bound drafter models, from the largest; may be empty if none is needed.
       table: the bundle's n-gram table, or None.
-      rule: what law is emitted.
+      rule: the rule, which defines the target distribution.
       config: options, draft length included.
 
     Raises:
-      UserError: a combination that cannot be; the message says what can.
+      UserError: the options do not go together; the message says which do.
     """
     kind, sampling = settings.drafter, settings.sampling()
     if kind not in MODEL_FREE and not models:
@@ -117,8 +117,8 @@ def build(
         return ngram_model(table, config.start_id), config
     if rule.reads_drafter and kind in MODEL_FREE:
         raise UserError(
-            f"the rule {settings.rule!r} reads the law q of a drafter model, but drafter={kind!r} copies tokens, which "
-            "have none: use lossless or min_p, or drafter='cascade', 'ngram' or 'model'"
+            f"the rule {settings.rule!r} reads the distribution q of a drafter model, but drafter={kind!r} copies "
+            "tokens, which have none: use lossless or min_p, or drafter='cascade', 'ngram' or 'model'"
         )
     if kind == "model" or config.draft_len == 0:
         return models[0] if models else verifier, config
@@ -164,7 +164,7 @@ def _edge_rules(edges: Sequence[Sequence | None] | None) -> list[rules.Rule | No
 
 
 def check_options(settings: Settings) -> None:
-    """Refuses an unknown drafter, and an option that was changed although this drafter does not read it."""
+    """Rejects an unknown drafter, and a changed option that this drafter does not read."""
     if settings.drafter not in DRAFTERS:
         raise UserError(f"drafter={settings.drafter!r} is unknown: use one of {', '.join(DRAFTERS)}")
     for field in dataclasses.fields(settings):

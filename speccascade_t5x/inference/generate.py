@@ -36,12 +36,12 @@ _Kind = TypeVar("_Kind", CompiledDecoder, CompiledQueue)
 
 @dataclasses.dataclass
 class Timing:
-    """Where the time went, in seconds.
+    """Times in seconds.
 
     Attributes:
-      compile_s: compiling; nothing where the shape was compiled before.
-      decode_s: decoding, until the results were on the host.
-      compiled_shapes: programs compiled.
+      compile_s: time of compiling; 0 if the shape was compiled before.
+      decode_s: time of decoding, until the results are on the host.
+      compiled_shapes: number of programs compiled.
     """
 
     compile_s: float = 0.0
@@ -54,8 +54,8 @@ class Generation:
     """Records in input order, with their cost.
 
     Attributes:
-      records: dicts with inputs, prediction, log_prob, tokens, counts, source, and trace where settings.trace
-        asks for it (lists of samples of all but inputs where num_samples > 1).
+      records: dicts with inputs, prediction, log_prob, tokens, counts, source, and with settings.trace also trace;
+        if num_samples > 1, all but inputs are lists of samples.
       timing: compile and decode time.
       totals: counters summed over all outputs.
     """
@@ -74,9 +74,9 @@ class LoadedPair:
     """A drafter, a verifier and their vocabulary, ready to decode. Compiled programs are kept by shape.
 
     Args:
-      bundle: what was loaded.
+      bundle: the loaded bundle.
       smaller: further drafters for cascades, from the largest; each smaller than the bundle's own.
-      partitioning: the mesh that decodes; None for one device. Parameters that lie elsewhere are moved there.
+      partitioning: the mesh that decodes; None for one device. Parameters on other devices are moved to it.
     """
 
     def __init__(self, bundle: Bundle, smaller: Sequence[Bound] = (), partitioning: Partitioning | None = None):
@@ -95,7 +95,7 @@ class LoadedPair:
         self.decode_defaults = dict(bundle.decode)
         self.description = bundle.description
         self._compiled: dict[tuple, Any] = {}  # by kind and shapes
-        self._numbered = 0  # texts that have been given a number
+        self._numbered = 0  # number of texts numbered so far
 
     @property
     def drafters(self) -> list[Bound]:
@@ -105,14 +105,14 @@ class LoadedPair:
     def generate(self, texts: Sequence[str], ids: Sequence[int] | None = None, **settings: Any) -> list[dict[str, Any]]:
         """Decodes texts; keyword arguments are the fields of `Settings`. Returns one record per text.
 
-        A text's random noise follows from the seed and from its number. A pair numbers its texts on from call to call,
-        so texts that are handed over one by one are sampled independently, and a second call with the same texts and
+        A text's random noise follows from the seed and from its number. A pair continues its numbering from call to
+        call, so texts that are passed one by one are sampled independently, and a second call with the same texts and
         seed samples anew. Give `ids` to choose the numbers: the same ids and seed give the same records, whatever was
         decoded before, and in whichever batch.
 
         Args:
-          texts: what to decode.
-          ids: a number of each text, 0 to 2**31 - 1; texts with the same number share their noise.
+          texts: the texts to decode.
+          ids: the number of each text, 0 to 2**31 - 1; texts with the same number share their noise.
           **settings: fields of `Settings`.
 
         Raises:
@@ -124,8 +124,7 @@ class LoadedPair:
         """Decodes texts and reports time and counters as well; `ids` are as for `generate`.
 
         Raises:
-          UserError: a prompt that is too long, a rule or option out of range, no drafter where one is needed, ids that
-            are no numbers of these texts.
+          UserError: a prompt that is too long, a rule or option out of range, a missing drafter, or invalid ids.
         """
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text: put it in brackets")
@@ -146,14 +145,14 @@ class LoadedPair:
             return ((np.arange(count) + self._numbered - count) % (most + 1)).astype(np.int32)
         found = list(ids)
         if len(found) != count:
-            raise UserError(f"there are {len(found)} ids for {count} texts: give one each")
+            raise UserError(f"there are {len(found)} ids for {count} texts: give one for each")
         for each in found:
             if isinstance(each, bool) or not isinstance(each, int | np.integer) or not 0 <= each <= most:
                 raise UserError(f"the id {each!r} must be a whole number from 0 to 2**31 - 1")
         return np.array(found, np.int32)
 
     def compiled(self, program: decoding.Program, inputs: Any, kind: type[_Kind]) -> tuple[_Kind, float]:
-        """The compiled decode for these shapes, and the seconds it took to compile it now (0 if it was known)."""
+        """The compiled decode for these shapes, and the seconds of compiling it (0 if it was compiled before)."""
         key = (kind, shape_key(program, inputs))
         if key in self._compiled:
             return self._compiled[key], 0.0
@@ -162,7 +161,7 @@ class LoadedPair:
 
 
 def loaded(pair: LoadedPair | Callable[[], LoadedPair]) -> LoadedPair:
-    """The pair itself, or what a function that loads it returns: jobs call it once all else has been checked."""
+    """The pair itself, or the result of a function that loads it, which jobs call after all other checks."""
     return pair if isinstance(pair, LoadedPair) else pair()
 
 
@@ -170,10 +169,10 @@ class Runner:
     """One pair under one Settings: decodes batches, adds up counters and time.
 
     Attributes:
-      settings: with draft_len="auto" resolved to what the plan says.
-      timing: so far.
+      settings: the settings, with draft_len="auto" replaced by the value of the plan.
+      timing: times so far.
       totals: counters so far.
-      noise_ids: [examples] int32, the number that each example's noise follows from; None takes its index.
+      noise_ids: [examples] int32, the number from which each example's noise follows; None takes its index.
     """
 
     def __init__(self, pair: LoadedPair, settings: Settings):
@@ -189,7 +188,7 @@ class Runner:
 
     @property
     def prompt_form(self) -> PromptForm:
-        """How texts become prompts; without an EOS where the bundle's decode settings say `prompt_eos`: false."""
+        """How texts become prompts; without an EOS if the bundle's decode settings have `prompt_eos`: false."""
         max_len = self.settings.max_input_len or self.pair.feature_lengths["inputs"]
         eos = self.pair.decode_defaults.get("prompt_eos", True)
         return PromptForm(self.pair.vocabulary, max_len, eos, self.settings.truncate)
@@ -233,9 +232,9 @@ class Runner:
         """The record of one input: prediction, log_prob, tokens, counts, source, maybe trace.
 
         Args:
-          output: fetched to the host.
-          place: of the input in its batch.
-          index: of the example.
+          output: the output of the batch, on the host.
+          place: index of the input in its batch.
+          index: index of the example.
 
         Raises:
           UserError: a model produced NaN.
@@ -279,10 +278,11 @@ def load(path: str | Path, topology: Topology | None = None) -> LoadedPair:
 
     Args:
       path: a bundle's folder, or the name of a packaged bundle.
-      topology: the mesh that decodes; every parameter is read straight to where it belongs. None takes one device.
+      topology: the mesh that decodes; every parameter is read directly into its sharding. None takes one device.
 
     Raises:
-      UserError: no bundle is there, or it is damaged; the message names the file. The machine has not that mesh.
+      UserError: no bundle is there, or it is damaged (the message names the file), or the machine does not have the
+        devices of the mesh.
     """
     if topology is None:
         return LoadedPair(load_bundle(path))
@@ -310,14 +310,14 @@ def from_checkpoints(
     """A pair from two checkpoint folders of any kind `checkpoints.load` reads.
 
     Args:
-      verifier: its checkpoint.
-      drafter: its checkpoint; None to run the verifier alone.
+      verifier: checkpoint of the verifier.
+      drafter: checkpoint of the drafter; None to run the verifier alone.
       smaller: checkpoints of further drafters for cascades, from the largest.
       vocabulary: "bytes", or the path of a SentencePiece model.
-      extra_ids: sentinels after the ordinary pieces; None gives 125 for bytes and 0 for SentencePiece.
-      max_input_len: longest prompt in tokens, EOS included.
-      max_len: longest output in tokens, EOS included.
-      draft_len: tokens drafted per round unless Settings say otherwise.
+      extra_ids: number of sentinels after the ordinary pieces; None gives 125 for bytes and 0 for SentencePiece.
+      max_input_len: maximum length of a prompt in tokens, EOS included.
+      max_len: maximum length of an output in tokens, EOS included.
+      draft_len: number of tokens drafted per round unless Settings set another.
       prompt_eos: end every text with EOS; False for decoder-only models that continue their prompts.
       allow_drivers: see `checkpoints.load`.
       topology: the mesh that decodes, see `load`.
@@ -354,7 +354,7 @@ def from_checkpoints(
 
 
 def program_config(pair: LoadedPair, settings: Settings) -> decoding.DecodeConfig:
-    """The static options of these settings, but for the draft length."""
+    """The static options of these settings, except the draft length."""
     defaults, vocabulary = pair.decode_defaults, pair.vocabulary
     return decoding.DecodeConfig(
         max_len=settings.max_len or pair.feature_lengths["targets"],

@@ -1,4 +1,4 @@
-"""The `infer` job: decode a seqio task, or lines of text, and leave records, metrics, timing and a summary."""
+"""The `infer` job: decodes a seqio task, or lines of text, and writes records, metrics, timing and a summary."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from speccascade_t5x.inference import refill as refilling
 from speccascade_t5x.inference.generate import LoadedPair, Runner, Settings, loaded
 from speccascade_t5x.interfaces import UserError
 
-# Called after each batch: (examples it held, examples in all, rates so far).
+# Called after each batch: (examples in the batch, examples in total, rates so far).
 Progress = Callable[[int, int, Mapping[str, float]], None]
 _Decoded = Mapping[int, dict[str, Any]]  # example index -> record
 
 
 @dataclasses.dataclass(frozen=True)
 class InferResult:
-    """What an `infer` job has left behind.
+    """The result of an `infer` job.
 
     Attributes:
-      records: in input order.
-      predictions: path of the records; None where no output folder was named.
+      records: the records, in input order.
+      predictions: path of the records; None without an output folder.
       metrics: the task's metrics and the rates of the decode.
-      timing: what `<task>-timing.json` holds.
+      timing: the content of `<task>-timing.json`.
     """
 
     records: list[dict[str, Any]]
@@ -60,34 +60,34 @@ def infer(
     stop: Callable[[], bool] = lambda: False,
     host_patience_s: float = hosts.PATIENCE_S,
 ) -> InferResult:
-    """Decodes a task's split or an input file. Started again after a kill, it continues at the first missing chunk.
+    """Decodes a task's split or an input file. After a kill, the same call continues at the first missing chunk.
 
-    On several hosts each decodes whole chunks, into a folder all of them see; host 0 joins them. As batches are those
-    of one host, so are the records, byte for byte, where the meshes are the same.
+    On several hosts each decodes whole chunks, into a folder that all of them see, and host 0 joins them. The batches
+    are those of a single host, and so are the records, byte for byte, if the meshes are the same.
 
     Args:
-      pair: what decodes, or a function that loads it, called once all else has been checked.
+      pair: the pair, or a function that loads it, called after all other checks.
       settings: how to decode.
-      output_dir: where the files go, see `inference.records`; None (for an input file only) writes none.
+      output_dir: folder of the files, see `inference.records`; None (for an input file only) writes none.
       task: a registered seqio task; its vocabulary must be the pair's.
-      split: of the task.
+      split: split of the task.
       input: text file, `.jsonl` file or "-", instead of a task.
-      limit: decode only the first so many examples.
-      batches_per_chunk: how many batches are stored at once: what a kill can cost.
+      limit: number of examples to decode, from the first.
+      batches_per_chunk: how many batches are stored at once, and so can be lost by a kill.
       config_text: the resolved configuration; records made with another one are never mixed in.
       progress: called after each batch, or with `refill` after each segment.
-      refill: put new examples in the place of finished ones instead of waiting for a batch's slowest row; the records
+      refill: put new examples in the rows of finished ones instead of waiting for a batch's slowest row; the records
         are the same, see `inference.refill`.
-      stop: asked after each batch or segment; once it says True (on any of the hosts), the chunk in work is given up.
+      stop: called after each batch or segment; once it returns True (on any host), the current chunk is discarded.
       host_patience_s: how long hosts wait for each other, see `distributed.hosts`.
 
     Raises:
       UserError: neither or both of task and input; bad data, options or models; a full disk.
-      Preempted: `stop` said so before everything was decoded.
+      Preempted: `stop` returned True before everything was decoded.
       hosts.HostLost: another host died or hangs.
 
     Returns:
-      On hosts but the first, nothing but the path.
+      The result; on all hosts but the first, only its path is set.
     """
     here = dataclasses.replace(hosts.current(), patience_s=host_patience_s)
     if here.count > 1 and (output_dir is None or input == "-"):
@@ -97,7 +97,7 @@ def infer(
         raise UserError("decoding a task needs an output folder: set OUTPUT_DIR, or give --output_dir")
     methods.check(settings)
     pair = loaded(pair)
-    runner = Runner(pair, settings)  # refuses what this pair cannot do before any data is read
+    runner = Runner(pair, settings)  # rejects what this pair cannot do before any data is read
     dataset = datasets.read(runner.prompt_form, task, split, input, limit)
     batches = runner.batches(dataset.prompts)
     written = [int(i) for batch in batches for i in batch.example_ids[batch.valid]]
@@ -114,7 +114,7 @@ def infer(
         return InferResult(in_order, None, metrics, timing | _standardised(runner, metrics))
     chunks = [batches[i : i + batches_per_chunk] for i in range(0, len(batches), batches_per_chunk)]
     made_with = {"settings": runner.settings, "data": dataset.identity(), "pair": pair_identity(pair)}
-    if pair.partitioning is not None:  # results are the same on every mesh, but for the rounding of sums
+    if pair.partitioning is not None:  # results are the same on every mesh, except for the rounding of sums
         made_with["mesh"] = pair.partitioning.described()
     identity = f"{config_text}\n" + "".join(f"# {name}: {value}\n" for name, value in made_with.items())
     team = hosts.team(pair.partitioning, here)
@@ -139,11 +139,11 @@ def infer(
         failure = None
         try:
             metrics = _metrics(dataset, settings, in_order)
-        except UserError as error:  # of the task's own code: all else is written before that is told
+        except UserError as error:  # an error of the task's own code: everything else is written before it is raised
             failure, metrics = error, _metrics(dataclasses.replace(dataset, score=None), settings, in_order)
         writer.write_metrics(metrics)
         timed = path.parent / f"{storage.file_stem(dataset.name)}-timing.json"
-        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so nothing to time anew
+        if len(done) == len(chunks) and timed.is_file():  # nothing was left to decode, so there is no new timing
             timing = storage.from_json(timed.read_text("utf-8"))
         else:
             timing = _timing(runner, bool(done), ended) | _standardised(runner, metrics)
@@ -158,7 +158,7 @@ def infer(
 def _open(
     here: hosts.Hosts, folder: str | Path, name: str, identity: str, chunks: int
 ) -> tuple[records.RecordWriter, set[int]]:
-    """The writer of the records, and the chunks that are there, of which all hosts hold the same list."""
+    """The writer of the records, and the list of existing chunks, the same on all hosts."""
     folder = Path(folder)
     if not here.first:
         done = here.share("chunks that are there")  # host 0 has made the folder
@@ -172,7 +172,7 @@ def _open(
 def _decoded(
     runner: Runner, dataset: datasets.Dataset, batches: list[batching.Batch], refill: bool, progress: Progress | None
 ) -> Iterator[_Decoded]:
-    """Records of some batches as they are finished."""
+    """Yields the records of some batches as they are finished."""
     for decoded in refilling.decode(runner, batches) if refill else map(runner.decode, batches):
         found = {index: dataset.record(index, fields) for index, fields in decoded.items()}
         if progress:
@@ -186,10 +186,10 @@ def _store(
     decoded: Iterable[_Decoded],
     stop: Callable[[], bool],
 ) -> bool:
-    """Writes each chunk when its last record has come, in the order of its batches; None leaves that to another host.
+    """Writes each chunk when its last record is there, in the order of its batches; None leaves that to another host.
 
     Returns:
-      False where `stop` said so while chunks were missing; what came of these is given up.
+      False if `stop` returned True while chunks were missing; the records of these are discarded.
     """
     rows = {i: [int(index) for b in chunk for index in b.example_ids[b.valid]] for i, chunk in chunks.items()}
     chunk_of = {index: i for i, chunk in rows.items() for index in chunk}
@@ -208,7 +208,7 @@ def _store(
 
 
 def pair_identity(pair: LoadedPair) -> str:
-    """A short text that differs where the models or their vocabulary differ."""
+    """A short text that differs if the models or their vocabulary differ."""
     models = (pair.verifier, pair.drafter, *pair.smaller)
     learned = None if pair.deferral is None else (pair.deferral.heads, pair.deferral.calibrations)
     drafted_with = models + tuple(part for part in (pair.table, learned) if part is not None)
@@ -231,12 +231,12 @@ def _metrics(dataset: datasets.Dataset, settings: Settings, in_order: list[dict[
 
 
 def _spent(runner: Runner) -> dict[str, Any]:
-    """What this host spent and made."""
+    """Times and counts of this host."""
     return {**dataclasses.asdict(runner.timing), "tokens": runner.totals.get("committed", 0)}
 
 
 def _timing(runner: Runner, resumed: bool, ended: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the run took: of several hosts, the longest times and the tokens of all. `ended`: each one's `_spent`."""
+    """Times of the run; of several hosts, the longest times and the tokens of all. `ended` holds `_spent` of each."""
     longest = {name: max(host[name] for host in ended) for name in ("compile_s", "decode_s", "compiled_shapes")}
     seconds, tokens = longest["decode_s"], sum(host["tokens"] for host in ended if host["leads"])
     device, mesh = jax.devices()[0], runner.pair.partitioning
@@ -257,10 +257,10 @@ def _timing(runner: Runner, resumed: bool, ended: Sequence[Mapping[str, Any]]) -
 
 
 def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Standardised walltime improvement of a cascade, in both published cost conventions; nothing for other runs.
+    """Standardised walltime improvement of a cascade, in both published cost conventions; empty for other runs.
 
     A count of calls over all records, not a time: see `accounting.standardised_improvement`. `by_parameters` charges a
-    drafter its parameters over the verifier's, `by_step` a measured step of its over one of the verifier's.
+    drafter its parameters over the verifier's, `by_step` its measured step time over the verifier's.
     """
     if "level_calls_per_token" not in metrics:
         return {}
@@ -281,7 +281,7 @@ def _standardised(runner: Runner, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _summary(
     dataset: datasets.Dataset, settings: Settings, metrics: Mapping[str, Any], timing: Mapping[str, Any]
 ) -> str:
-    """A page for people."""
+    """A human-readable page."""
     how = settings.method
     if settings.method == "speculative":
         how = f"speculative, rule {settings.rule}" + ("" if settings.alpha is None else f", alpha {settings.alpha:g}")

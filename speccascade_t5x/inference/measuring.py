@@ -1,4 +1,4 @@
-"""How long decodes and their parts take, measured so that drift of the machine hits all alike."""
+"""Measures decodes and their parts so that drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Run:
     """A decode of all batches, timed without its compile and without reading the inputs.
 
     Attributes:
-      seconds: in the loop, the fastest of the repeats.
-      rounds: iterations of the loop; the rows of a batch share them.
+      seconds: time in the loop, of the fastest repeat.
+      rounds: iterations of the loop, which the rows of a batch share.
       totals: counters.
-      curve: acceptance at each draft position given that all before it stood.
+      curve: acceptance rate at each draft position given that all tokens before it were accepted.
       outputs: tokens of each output.
     """
 
@@ -101,10 +101,10 @@ def _rows(batch: batching.Batch, program: decoding.Program) -> list[int]:
 
 
 def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[float, ...]:
-    """Acceptance at each draft position given that all before it stand; a draft that has ended counts as rejected.
+    """Acceptance rate at each draft position given that all before it are accepted; an ended draft counts as rejected.
 
     Args:
-      sources: who wrote each output token, row by row. What a row's end cuts off is not counted either way.
+      sources: source of each output token, row by row. Tokens cut off by a row's end are not counted.
       draft_len: G of the decode.
     """
     tried: Counter[int] = Counter()
@@ -116,7 +116,7 @@ def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[floa
                 tried[position] += 1
                 stood[position] += writer == SOURCE_ACCEPTED
             position = position + 1 if writer == SOURCE_ACCEPTED else 0
-    # A position nobody reached is taken to be as good as the one before it.
+    # A position that no draft reached gets the rate of the one before it.
     curve: list[float] = []
     for i in range(draft_len):
         curve.append(stood[i] / tried[i] if tried[i] else (curve[-1] if curve else 0.0))
@@ -124,7 +124,7 @@ def continuation(sources: Iterable[Sequence[int]], draft_len: int) -> tuple[floa
 
 
 def block_times(bound: Bound, batch: batching.Batch, samples: int, room: int, blocks: Sequence[int] = BLOCKS) -> dict:
-    """{block: seconds of `extend`}, each of the fastest of some chains of blocks that depend on one another."""
+    """{block: seconds of `extend`}, each from the fastest of some chains of blocks that depend on one another."""
     inputs = bound.model.inputs(jnp.asarray(batch.encoder_input_tokens))
     rows = len(batch.valid) * samples
     _, first = bound.model.first(inputs)
@@ -154,7 +154,7 @@ def copy_times(
     room: int,
     sizes: Sequence[int] = BLOCKS,
 ) -> dict[int, float]:
-    """{tokens: seconds of copying and filling so many}: Max-Gram after each place of real outputs in turn.
+    """{tokens: seconds of copying and filling so many}, with Max-Gram after every place of real outputs, one by one.
 
     Args:
       copier: a bound MaxGram.
@@ -177,7 +177,7 @@ def copy_times(
 
         def chain(params, history, size=size):
             def step(i, carry):
-                # The text depends on the copy before, or the compiler would be free to run them side by side.
+                # The text depends on the copy before; otherwise the compiler could run the copies in parallel.
                 history, last = carry
                 history = history.at[:, 0].set(jnp.minimum(last, 0))
                 draws = jnp.full((rows, size * probs.DRAW), 0.5)
@@ -191,7 +191,7 @@ def copy_times(
 
 
 def _fastest(run: Any, *arguments: Any) -> float:
-    """Seconds of the fastest of some calls after the one that compiles: others on the machine only ever add time."""
+    """Seconds of the fastest call after the one that compiles: other processes can only add time."""
     jax.block_until_ready(run(*arguments))
     seconds = []
     for _ in range(_CALLS):
@@ -202,7 +202,7 @@ def _fastest(run: Any, *arguments: Any) -> float:
 
 
 def parameter_count(bound: Bound) -> int:
-    """How many numbers a model has."""
+    """Number of parameters of a model."""
     return sum(leaf.size for leaf in jax.tree.leaves(bound.params))
 
 

@@ -1,4 +1,4 @@
-"""Methods by name: which execution, with which rule and drafter, a user's settings ask for."""
+"""Methods by name: the execution, rule and drafter that a user's settings select."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from speccascade_t5x.inference.drafters import Kind
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import Array, Bound, UserError
 
-# These change how a law is executed and not the law: left in place while methods are compared, they mislead nobody.
+# These change how a distribution is sampled, not the distribution: they may stay set while methods are compared.
 _HARMLESS = ("draft_len", "plan", "verification")
 # BiLD's published settings: at most 10 drafted tokens, fallback 0.6, rollback 5 nats.
 _BILD_DRAFT_LEN, _BILD_ROLLBACK = 10, 5.0
@@ -58,7 +58,7 @@ METHODS = {
 
 
 def check(settings: Settings) -> None:
-    """Refuses whatever can be known to be wrong without a model, so that no weight is read in vain.
+    """Rejects everything that can be found to be wrong without a model, before any weight is read.
 
     Raises:
       UserError: an unknown method, rule or drafter, an alpha out of range, an option that is not read.
@@ -87,16 +87,16 @@ def program(
     """The Program these settings ask for.
 
     Args:
-      settings: what the user chose.
+      settings: the user's settings.
       verifier: bound model.
       models: bound drafter models, from the largest; only a cascade runs more than the first.
       config: everything but the draft length.
-      default_draft_len: used where the settings name none.
+      default_draft_len: used if the settings name none.
       table: the pair's n-gram table, or None.
       fitted: the pair's heads and calibrations, or None.
 
     Raises:
-      UserError: an option the method does not read, a part that does not go with another, or a missing drafter; the
+      UserError: the method does not read an option, two parts do not go together, or the drafter is missing; the
         message says what to use instead.
     """
     method = settings.method
@@ -142,7 +142,7 @@ def _rule(settings: Settings, fitted: Fitted | None) -> rules.Rule:
 
 
 def _check_options(settings: Settings) -> None:
-    """Refuses an option that was changed although the method does not read it: it would be silently ignored."""
+    """Rejects a changed option that the method does not read and would silently ignore."""
     if settings.method not in METHODS:
         raise UserError(f"method={settings.method!r} is unknown: use one of {', '.join(METHODS)}")
     reads = METHODS[settings.method].reads

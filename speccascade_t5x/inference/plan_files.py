@@ -1,4 +1,4 @@
-"""What `speccascade plan` leaves behind, and how draft_len="auto" follows it."""
+"""The file that `speccascade plan` writes, and how draft_len="auto" follows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = "speccascade_t5x.plan"
 VERSION = 1
 _CONTENT = schema.record({"candidates": schema.list_of(schema.of(dict)), "conditions": schema.of(dict)})
 FILE = "plan.json"
-# Fields of Settings that acceptance or cost depends on: a plan made with others says nothing about this run.
+# Fields of Settings on which acceptance or cost depends: a plan made with other values does not apply to a run.
 CONDITIONS = (
     *("rule", "alpha", "rule_options", "temperature", "top_k", "top_p", "min_p", "verification"),
     *("batch_size", "num_samples"),
@@ -27,12 +27,12 @@ CHOICE = ("drafter", "draft_len", "k_matrix", "lenience")
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
-    """What a plan was made for, as JSON keeps it."""
+    """The settings for which a plan was made, as JSON types."""
     return json.loads(storage.to_json({name: getattr(settings, name) for name in CONDITIONS}))
 
 
 def identity(pair: Any) -> str:
-    """A short text that differs where models, vocabulary or n-gram table of a `generate.LoadedPair` differ in shape."""
+    """A short text that differs if models, vocabulary or n-gram table of a `generate.LoadedPair` differ in shape."""
     models = [bound and bound.model for bound in (pair.verifier, pair.drafter, *pair.smaller)]
     table = pair.table and {f.name: getattr(pair.table, f.name) is not None for f in dataclasses.fields(pair.table)}
     text = repr((pair.vocabulary.fingerprint(), models, table))
@@ -40,7 +40,7 @@ def identity(pair: Any) -> str:
 
 
 def write(path: Path, plan: Mapping[str, Any]) -> Path:
-    """Writes a plan in one step."""
+    """Writes a plan atomically."""
     return storage.write_json(path, {"format": FORMAT, "version": VERSION, **plan})
 
 
@@ -60,10 +60,10 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def follow(settings: Settings, pair_identity: str) -> Settings:
-    """The settings with what the plan recommends in place of draft_len="auto".
+    """The settings with draft_len="auto" replaced by the recommendation of the plan.
 
     With drafter="model" that is the plan's best candidate of any drafter, else its best with that drafter; with a
-    lenience, its best cascade of that lenience. "Do not speculate" becomes draft_len=0, which leaves the law as it is.
+    lenience, its best cascade of that lenience. "Do not speculate" becomes draft_len=0, with the same distribution.
 
     Raises:
       UserError: no plan is named; or it is damaged, of another pair, or made under other conditions.
@@ -76,7 +76,7 @@ def follow(settings: Settings, pair_identity: str) -> Settings:
     plan = read(settings.plan)
     if plan.get("pair") != pair_identity:
         raise UserError(
-            f"the plan {settings.plan} is of another pair, or of figures given by hand: run `speccascade plan` with "
+            f"the plan {settings.plan} was made for another pair, or from given figures: run `speccascade plan` with "
             "this pair"
         )
     ours = conditions(settings)

@@ -1,13 +1,13 @@
-"""What a decoding run leaves on disk, whole or not at all.
+"""The files of a decoding run, each written atomically.
 
     <output_dir>/<task>-predict.jsonl-00000-of-0000N   one JSON object per example
     <output_dir>/<task>-metrics.json, <task>-timing.json, <task>-summary.md
     <output_dir>/<task>-predict.config.txt             the settings the records were made with
     <output_dir>/<task>-predict.chunks/                finished chunks, until the shard is whole
 
-A file appears by rename after its bytes are on disk, so a reader never meets half of one. A killed
-run that is started again writes only the chunks it lacks; the final file is made of these chunks alone, so
-it is byte-identical to an uninterrupted run's.
+A file is renamed to its name after its bytes are on disk, so no reader sees a partial file. A
+killed run that is started again writes only the missing chunks; the final file is made of the
+chunks alone, so it is byte-identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_DIFFERENCES = 10
 
 
 def claim(output_dir: Path, task: str) -> Path:
-    """The file that says with which settings the records of a task were made."""
+    """The file that holds the settings with which the records of a task were made."""
     return output_dir / f"{storage.file_stem(task)}-predict.config.txt"
 
 
@@ -35,7 +35,7 @@ class RecordWriter:
     """Collects the records of one run, chunk by chunk, and survives being killed.
 
     Args:
-      output_dir: where everything goes; made if missing.
+      output_dir: folder of the files; created if missing.
       task: name of the task, or of the input.
       config_text: the resolved settings of the run. Records of other settings are never mixed in.
       num_chunks: how many chunks `write_chunk` will be called with, in all.
@@ -57,14 +57,14 @@ class RecordWriter:
             leftover.unlink(missing_ok=True)  # a killed `finish`
 
     def _claim(self, settings: str) -> None:
-        """Binds the output to these settings, or refuses."""
+        """Binds the output to these settings, or rejects a folder bound to others."""
         path = claim(self.output_dir, self._stem)
         try:
             found = path.read_text("utf-8")
         except FileNotFoundError:
             if self.path.exists():
                 raise UserError(
-                    f"{self.path} exists, but {path.name}, which says with which settings it was made, does not: "
+                    f"{self.path} exists, but {path.name} with the settings it was made with does not: "
                     "choose another output folder, or move the file away"
                 ) from None
             storage.write_text(path, settings)
@@ -82,7 +82,7 @@ class RecordWriter:
         more = f"\n  and {len(changes) - _MOST_DIFFERENCES} more" if len(changes) > _MOST_DIFFERENCES else ""
         raise UserError(
             f"{self.output_dir} holds records of {self._stem!r} made with other settings: choose another folder, "
-            f"or remove {path.name} and the records to start afresh. Lines that differ (- then, + now):\n{shown}{more}"
+            f"or remove {path.name} and the records to start again. Lines that differ (- then, + now):\n{shown}{more}"
         )
 
     def _chunk_path(self, chunk: int) -> Path:

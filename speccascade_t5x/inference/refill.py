@@ -1,12 +1,12 @@
-"""Decoding batches as a queue: rows that have ended are refilled instead of waiting for the slowest of their batch.
+"""Decodes batches as a queue: finished rows are refilled instead of waiting for the slowest row of their batch.
 
 The next batch is read as it would be in lockstep, and its rows wait in a second state. `decoding.queue` runs the loop
-and moves them in; the host has one turn per batch. An example's encoder output has the same bits as in lockstep, and
-its noise depends on the example alone. So every record is what lockstep gives, where a row of a matrix product does not
-depend on its place in the batch: so on CPU, bit for bit (tests/inference/test_refill.py). The price is the second state
-in memory.
+and moves them in, with one host round trip per batch. An example's encoder output has the same bits as in lockstep, and
+its noise depends on the example alone. So every record equals that of lockstep, provided that a row of a matrix product
+does not depend on its place in the batch; on CPU this holds bit for bit (tests/inference/test_refill.py). The second
+state takes additional memory.
 
-Examples of one encoder length (bucket) make one queue; the queues run one after another.
+The examples of one encoder length (bucket) make one queue; the queues run one after another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from speccascade_t5x.decoding.queue import NOBODY
 from speccascade_t5x.inference.generate import Runner
 from speccascade_t5x.interfaces import Array
 
-# A pause of the loop (a copy of rows) takes about as long as so many rounds of the packaged pair on two CPU cores.
+# Time of a pause of the loop (a copy of rows) in rounds, for the packaged pair on two CPU cores.
 # Until the first outputs have come, the loop pauses once one in FIRST_PAUSE inputs has ended.
 PAUSE_ROUNDS, FIRST_PAUSE = 0.15, 8
 
@@ -35,14 +35,14 @@ Records = dict[int, dict[str, Any]]
 
 
 def decode(runner: Runner, batches: Sequence[Batch]) -> Iterator[Records]:
-    """Decodes batches of like lengths as one queue each.
+    """Decodes the batches of each encoder length as one queue.
 
     Args:
-      runner: what decodes, and how.
-      batches: as `runner.batches` made them, or some of these in their order.
+      runner: the runner that decodes.
+      batches: the batches of `runner.batches`, or some of them in their order.
 
     Yields:
-      {example index: record} after every segment that finished some; every valid example once.
+      {example index: record} after every segment that finished some examples; every valid example once.
 
     Raises:
       UserError: a model produced NaN.
@@ -56,12 +56,12 @@ def decode(runner: Runner, batches: Sequence[Batch]) -> Iterator[Records]:
 
 
 class _Queue:
-    """The batches of one encoder length on their way through one state."""
+    """The batches of one encoder length, decoded in one state."""
 
     def __init__(self, runner: Runner, batches: list[Batch]):
         self.runner, self.batches = runner, batches
         self.compiled = runner.compiled(batches[0], CompiledQueue)
-        self.ended = self.rounds = 0  # rows handed out, and the rounds they took
+        self.ended = self.rounds = 0  # number of finished rows, and of the rounds they took
 
     def run(self) -> Iterator[Records]:
         """See `decode`."""
@@ -85,21 +85,21 @@ class _Queue:
         yield self._records(output, places)
 
     def _read(self, batch: Batch) -> tuple[State, np.ndarray]:
-        """The state of a batch, and the example in each of its places."""
+        """The state of a batch, and the example in each of its rows."""
         return self.runner.start(self.compiled, batch), np.where(batch.valid, batch.example_ids, NOBODY)
 
     def _patience(self, inputs: int) -> int:
-        """How many inputs shall have ended before the loop pauses.
+        """How many inputs must have ended before the loop pauses.
 
-        Of B rows that take R rounds each, B / R end in a round. Waiting until k have ended leaves (k - 1) / 2 idle on
-        average, and shares a pause between k rows; the time of both is least at k = B sqrt(2 c / R), where a pause
-        takes as long as c rounds.
+        Of B rows that take R rounds each, B / R end per round. Waiting until k have ended leaves (k - 1) / 2 idle on
+        average, and shares a pause between k rows; the total cost is least at k = B sqrt(2 c / R), where c is the time
+        of a pause in rounds.
         """
         share = math.sqrt(2 * PAUSE_ROUNDS * self.ended / self.rounds) if self.ended else 1 / FIRST_PAUSE
         return max(1, min(round(share * inputs), inputs))
 
     def _records(self, output: Output, ids: np.ndarray) -> Records:
-        """Records of the places of an output that hold an example."""
+        """Records of the rows of an output that hold an example."""
         places = np.flatnonzero(ids != NOBODY).tolist()
         rounds = output.counts.rounds.reshape(len(ids), -1)[places]
         self.ended, self.rounds = self.ended + rounds.size, self.rounds + int(rounds.sum())

@@ -1,4 +1,4 @@
-"""What a user may choose about a decode, checked where it is chosen."""
+"""The settings of a decode, checked when they are made."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ _RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode. None means: what the bundle says.
+    """How to decode. None takes the bundle's value.
 
     Attributes:
       method: a name of `inference.methods.METHODS`: "speculative", or one model alone ("verifier", "drafter"), or a
         baseline ("bild", "token_cascade", "oracle", "sequence_cascade").
-      rule: registry name of the rule.
+      rule: registered name of the rule.
       alpha: the rule's trade-off, None for rules without one; in a sequence cascade the log-probability below
         which the verifier rewrites.
       rule_options: further fields of the rule, such as {"residual": "optimal"} of lossy_sd.
-      draft_len: tokens drafted per round; 0 drafts nothing, "auto" does what `plan` recommends.
+      draft_len: number of tokens drafted per round; 0 drafts nothing, "auto" takes the recommendation of `plan`.
       plan: the plan.json of `speccascade plan` that draft_len="auto" follows.
       verification: "token" or "block".
       draft_stop: None, or "confidence" or "entropy": ends a draft early, see `drafting.stop`.
-      stop_threshold: of draft_stop; a probability, or nats.
-      drafter: who drafts, a name of `inference.drafters.DRAFTERS`: "model", "max_gram", "prompt_lookup", "ngram" or
+      stop_threshold: threshold of draft_stop; a probability, or nats.
+      drafter: a name of `inference.drafters.DRAFTERS`: "model", "max_gram", "prompt_lookup", "ngram" or
         "cascade".
       k_matrix: of a cascade, in the convention of `drafting.k_matrix`; takes the place of draft_len. Its last row is
         Max-Gram's where it has one row more than there are models.
       lenience: L >= 1 of "Cascade Speculative Drafting" between drafters of a cascade, never at the verifier.
       edge_rules: of a cascade of several models: per model None, or (rule, alpha) between it and the next smaller.
-      max_ngram: longest match Max-Gram and prompt lookup count; None is open, and 3 for prompt lookup.
-      min_ngram: a shorter match is none.
+      max_ngram: longest match that Max-Gram and prompt lookup use; None is unlimited, and 3 for prompt lookup.
+      min_ngram: shortest match that they use.
       ngram_fill: how Max-Gram continues from the bundle's n-gram table: "argmax" or "sample".
       confidence: of a sequence cascade: "mean" (log-probability per token), "sum" or "quantile".
       quantile: which quantile of the per-token log-probabilities, 0 to 1.
-      temperature: 0 to 2; 0 takes the argmax.
+      temperature: 0 to 2; 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
       min_p: 0 is off.
-      max_input_len: longest prompt in tokens, EOS included.
-      max_len: longest output in tokens, EOS included.
-      truncate: cut longer prompts instead of refusing them.
+      max_input_len: maximum length of a prompt in tokens, EOS included.
+      max_len: maximum length of an output in tokens, EOS included.
+      truncate: cut longer prompts instead of rejecting them.
       stop_sequences: texts that end an output; kept in it. They are matched as the ids the vocabulary gives
         them, so with SentencePiece as whole words.
-      num_samples: outputs per input.
-      batch_size: inputs decoded together.
-      buckets: prompt lengths to pad to; few lengths, few compiles.
+      num_samples: number of outputs per input.
+      batch_size: number of inputs decoded together.
+      buckets: prompt lengths to pad to; fewer lengths need fewer compiles.
       trace: keep per-token diagnostics in the records.
-      seed: of the random key.
+      seed: seed of the random key.
     """
 
     method: str = "speculative"
@@ -113,7 +113,7 @@ class Settings:
 
 
 def make_settings(**choices: Any) -> Settings:
-    """Settings from keyword arguments; wishes no method here can grant are refused by name.
+    """Settings from keyword arguments; options that no method here supports are rejected by name.
 
     Raises:
       UserError: an unsupported or unknown option.

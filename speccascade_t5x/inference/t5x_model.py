@@ -1,8 +1,8 @@
 """A drafter and a verifier as one model for T5X's own `infer` and `eval`, which then decode through our loop.
 
-T5X is not needed here, nor imported: `PairModel` offers what T5X's scripts call on a model, under T5X's names and with
-its shapes (after `t5x.models.EncoderDecoderModel`). Both parameter trees stand in one, below `drafter/` and
-`verifier/`, which is how `checkpoints.t5x_pair` writes a pair.
+T5X is not imported here: `PairModel` has the methods that T5X's scripts call on a model, with T5X's names and shapes
+(after `t5x.models.EncoderDecoderModel`). Both parameter trees are in one, below `drafter/` and `verifier/`, which is
+how `checkpoints.t5x_pair` writes a pair.
 
     # pair.gin, for t5x.infer and t5x.eval; see gin_configs/t5x/pair.gin
     MODEL = @t5x_model.from_checkpoint()
@@ -27,25 +27,25 @@ from speccascade_t5x.interfaces import Array, Bound, PyTree, UserError
 from speccascade_t5x.models import T5, init_params, logical_axes
 from speccascade_t5x.text.vocabulary import stop_ids
 
-# What a T5X script decides by its own configuration: batches, lengths and their features.
+# Settings that the configuration of a T5X script decides: batches, lengths and their features.
 _T5X_DECIDES = ("max_len", "max_input_len", "batch_size", "buckets", "truncate", "trace", "plan")
 _PAD_ID = 0
-_DRAFT_LEN = 5  # where the settings and the method name none
+_DRAFT_LEN = 5  # used if the settings and the method name none
 
 
 class PairModel:
-    """What T5X's scripts call on a model, for a pair of encoder-decoders.
+    """A pair of encoder-decoders with the methods that T5X's scripts call on a model.
 
     Args:
-      verifier: its architecture and start token.
-      drafter: likewise.
+      verifier: architecture and start token of the verifier.
+      drafter: architecture and start token of the drafter.
       input_vocabulary: seqio vocabulary of the task's inputs; T5X compares it with the task's.
-      output_vocabulary: of the task's targets.
+      output_vocabulary: seqio vocabulary of the task's targets.
       feature_converter_cls: seqio feature converter; None takes the encoder-decoder's.
       **settings: fields of `inference.settings.Settings`: method, rule, alpha, temperature and so on.
 
     Raises:
-      UserError: an option that is unknown, or that T5X decides; a model that is no encoder-decoder; logits narrower
+      UserError: an option that is unknown, or that T5X decides; a model that is not an encoder-decoder; logits narrower
         than the vocabulary.
     """
 
@@ -70,7 +70,7 @@ class PairModel:
     def _check(self) -> None:
         for name in _T5X_DECIDES:
             if getattr(self.settings, name) != getattr(Settings(), name):
-                raise UserError(f"{name} is not for T5X's scripts: their own configuration sets lengths and batches")
+                raise UserError(f"{name} cannot be set for T5X's scripts: their configuration sets lengths and batches")
         if self.settings.draft_len == "auto":
             raise UserError("draft_len='auto' needs a plan of `speccascade plan`: give a whole number here")
         for role, model in self.models.items():
@@ -137,11 +137,11 @@ class PairModel:
           prompt_with_targets: must be False.
 
         Returns:
-          (ids [B, T], {"scores": [B] log-probability under the target law, and every counter of
-          `core.accounting.Counts` as [B]}); with return_all_decodes, N samples stand on axis 1 of each.
+          (ids [B, T], {"scores": [B] log-probability under the target distribution, and every counter of
+          `core.accounting.Counts` as [B]}); with return_all_decodes, axis 1 of each holds the N samples.
 
         Raises:
-          UserError: a wish the loop cannot grant.
+          UserError: an option that the loop does not support.
         """
         if prompt_with_targets:
             raise UserError("prompt_with_targets is not supported: the loop begins every output at the start token")
@@ -189,11 +189,11 @@ class PairModel:
         return scores, {"decoder": {name: (value,) for name, value in values.items()}}
 
     def loss_fn(self, params: PyTree, batch: Mapping[str, Array], dropout_rng: Array | None) -> Any:
-        """Refused: a pair is not trained as one model."""
+        """Raises UserError, because a pair is not trained as one model."""
         raise UserError("a pair is not trained as one model: train its members, with T5X or `speccascade train`")
 
     def eval_fn(self, params: PyTree, batch: Mapping[str, Array]) -> Any:
-        """Refused like `loss_fn`; `score_batch` gives likelihoods."""
+        """Raises UserError as `loss_fn` does; `score_batch` gives likelihoods."""
         raise UserError("a pair has no training loss: use score_batch for the verifier's log-likelihood")
 
     def _key(self, rng: Array | None, decoder_params: dict[str, Any]) -> Array:
@@ -225,7 +225,7 @@ class PairModel:
 
     @staticmethod
     def _begin(program: decoding.Program, inputs: PyTree, key: Array, rows: int) -> tuple[decoding.State, int]:
-        # T5X hands over no ids of examples, but a key of its own for every batch.
+        # T5X passes no ids of examples, but a key of its own for every batch.
         return decoding.start(program, inputs, key, jnp.arange(rows)), program.max_rounds
 
 
@@ -247,9 +247,9 @@ def from_checkpoint(
       **settings: see `PairModel`.
 
     Raises:
-      UserError: no pair is there, or what `PairModel` raises.
+      UserError: no pair is there, or an error of `PairModel`.
     """
-    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel refuses what is no encoder-decoder
+    found: dict[str, Any] = dict(t5x_pair.models(path))  # PairModel rejects what is not an encoder-decoder
     return PairModel(
         **found,
         input_vocabulary=input_vocabulary,
@@ -270,6 +270,6 @@ def _axes(names: PyTree) -> PyTree:
 
 
 def _float32(params: PyTree) -> PyTree:
-    """T5X may restore parameters in bfloat16, and hands them over frozen."""
+    """Parameters in float32 and not frozen: T5X may restore them in bfloat16, and passes them frozen."""
     plain = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     return plain.unfreeze() if hasattr(plain, "unfreeze") else plain

@@ -1,8 +1,8 @@
-"""What speculation gains, predicted from acceptance between levels and from the cost of a step. numpy only.
+"""Predicts the gain of speculation from acceptance between levels and from the cost of a step. It needs numpy only.
 
-gain = tokens per round x (verifier's step) / (time of a round): above 1 speculation pays.
+gain = tokens per round x (verifier's step) / (time of a round): above 1, speculation pays off.
 
-Levels are counted from the verifier, 0, over the drafters from the largest; a copying drafter is the last level.
+Levels are numbered from the verifier, 0, through the drafters from the largest; a copying drafter is the last level.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from speccascade_t5x.interfaces import UserError
 
 
 def round_law(curve: Sequence[float], draft_len: int) -> np.ndarray:
-    """How many tokens a round with one drafter adds: [G + 2], entry n the probability of n.
+    """Distribution of the number of tokens that a round with one drafter adds: [G + 2], entry n the probability of n.
 
     Args:
-      curve: acceptance at each draft position given that all before it stand; the last holds for all later ones.
+      curve: acceptance at each draft position given that all before it are accepted; the last holds for all later ones.
       draft_len: G.
     """
     stands = np.cumprod([1.0, *(_at(curve, i) for i in range(draft_len))])
@@ -33,8 +33,8 @@ def tokens_per_round(law: np.ndarray, lengths: Sequence[int] = ()) -> float:
 
     Args:
       law: [G + 2] from `round_law`.
-      lengths: tokens of each output; the last round of an output is cut at its end, so short outputs get less out of
-        long drafts. Empty: outputs without end.
+      lengths: number of tokens of each output; the last round of an output is cut at its end, so short outputs gain
+        less from long drafts. Empty: outputs without end.
     """
     mean = float(law @ np.arange(len(law)))
     if not len(lengths):
@@ -65,11 +65,11 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """How often the tokens of one level stand at the review by another.
+    """How often the tokens of one level are accepted in the review by another.
 
     Attributes:
-      curves: {(reviewer, writer): acceptance at each position given that all before it stand}. Positions are those of
-        the draft, or of the writer's own piece where it copies; the last one holds for all later ones.
+      curves: {(reviewer, writer): acceptance at each position given that all before it are accepted}. Positions are
+        those of the draft, or of the writer's own piece if it copies; the last one holds for all later ones.
     """
 
     curves: Mapping[tuple[int, int], tuple[float, ...]]
@@ -84,10 +84,10 @@ class Acceptance:
 class CascadeModel:
     """Expected tokens and calls of a cascade's round: an exact recursion over how a draft can be written.
 
-    Assumed: a token stands at a review with the probability `Acceptance` gives its position, whatever else happened;
-    every inner review is exact; rows do not wait for each other. Followed exactly: the lengths of the K matrix, pieces
-    that overshoot into the next drafter's share, and the largest drafter's cache, which lacks what others wrote, so
-    that its first review of a round is cut short.
+    It assumes that a token is accepted in a review with the probability that `Acceptance` gives its position, whatever
+    else happened, that every inner review is exact, and that rows do not wait for each other. It models exactly the
+    lengths of the K matrix, pieces that overshoot into the next drafter's share, and the largest drafter's cache, in
+    which the tokens of other drafters are missing, so that its first review of a round is shorter.
     """
 
     def __init__(self, plan: KMatrix, acceptance: Acceptance):
@@ -120,7 +120,7 @@ class CascadeModel:
         return pmf, calls, lags
 
     def _uncached_rest(self, row: int, drafter: int, count: int, limit: int) -> tuple[np.ndarray, ...]:
-        """What follows once `count` tokens stand and `drafter` is writing; as `_round`."""
+        """The rest of a round once `count` tokens are accepted and `drafter` is writing; as `_round`."""
         entries, length = self.plan.rows[row], self.plan.length(0)
         lags, none = np.eye(length + 2)[0], np.zeros(self.plan.models)
         if drafter == len(entries) or count >= limit:
@@ -142,7 +142,7 @@ class CascadeModel:
         return self._review(row, drafter, count, limit, inner)
 
     def _review(self, row: int, drafter: int, count: int, limit: int, inner: int) -> tuple[np.ndarray, ...]:
-        """One review by `drafter` of an inner draft of at most `inner` tokens, and what follows."""
+        """One review by `drafter` of an inner draft of at most `inner` tokens, and the rest of the round."""
         length = self.plan.length(0)
         pmf, lags = np.zeros(length + 1), np.zeros(length + 2)
         if drafter + 1 < len(self.plan.rows) and inner > 0:
@@ -181,13 +181,13 @@ class Costs:
 
     Attributes:
       step: a token of the verifier alone, everything included.
-      verifier: {block: time of scoring so many tokens}.
-      drafters: the same of each drafter model, from the largest.
+      verifier: {number of tokens: time of scoring a block of them}.
+      drafters: the same for each drafter model, from the largest.
       drafter_step: a token of the largest drafter drafting by itself, its sampling included.
-      round: what a round takes beside models and copying: laws, verification, the loop.
-      copies: {tokens: time of copying and filling so many}; empty where that is free.
-      review: what a review inside a cascade takes beside its block and its draft.
-      review_token: the same of each token of its block.
+      round: time of a round besides models and copying: distributions, verification, the loop.
+      copies: {number of tokens: time of copying and filling them}; empty if that is free.
+      review: time of a review inside a cascade besides its block and its draft.
+      review_token: the same per token of its block.
     """
 
     step: float
@@ -210,7 +210,7 @@ class Costs:
         return block_time(self.copies, size) if self.copies and size else 0.0
 
     def cascade(self, plan: KMatrix, calls: Sequence[float]) -> dict[str, float]:
-        """Where the time of a cascade's round goes, but for what reading rules add.
+        """Times of the parts of a cascade's round, without what rules add that read the drafter.
 
         Args:
           plan: the K matrix.
@@ -221,7 +221,7 @@ class Costs:
         """
         blocks = [plan.block(drafter) for drafter in range(plan.models)]
         models = sum(n * block_time(times, size) for n, times, size in zip(calls, self.drafters, blocks, strict=True))
-        # Every review of a model has a draft below it, be it empty: what copies in its row runs each time.
+        # Every review of a model has a draft below it, possibly empty: the copier in its row runs each time.
         drafts = [1.0, *calls][: len(plan.rows)]
         copied = [row[-1] if plan.copies else 0 for row in plan.rows]
         return {
@@ -234,11 +234,11 @@ class Costs:
 
 
 def fit_reviews(rows: Sequence[tuple[float, float]], left: Sequence[float]) -> tuple[float, float]:
-    """(time per review, time per reviewed token), neither negative, that explain best what is left of some rounds.
+    """(time per review, time per reviewed token), not negative, that best explain the remaining time of some rounds.
 
     Args:
       rows: (reviews, reviewed tokens) per round of each probe.
-      left: the time of its round that nothing else explains.
+      left: the remaining time of its round.
     """
     terms, rest = np.asarray(rows, float), np.asarray(left, float)
     best, found = float(rest @ rest), np.zeros(2)
@@ -253,12 +253,12 @@ def fit_reviews(rows: Sequence[tuple[float, float]], left: Sequence[float]) -> t
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What is expected of a cascade.
+    """The prediction for a cascade.
 
     Attributes:
-      tokens: per round.
-      calls: per round, of each model, from the largest; what the rule reads included.
-      seconds: of a round, in the unit of the costs.
+      tokens: tokens per round.
+      calls: calls per round of each model, from the largest, including those for what the rule reads.
+      seconds: time of a round, in the unit of the costs.
       gain: tokens per unit of time over the verifier alone.
     """
 
@@ -278,7 +278,7 @@ def predict_cascade(
       acceptance: between levels.
       costs: of blocks, copies and reviews.
       lengths: tokens of typical outputs; see `tokens_per_round`.
-      reads: whether the rule reads the largest drafter's law, which costs one more block of it.
+      reads: whether the rule reads the largest drafter's distribution, which costs one more block of it.
     """
     expected = CascadeModel(plan, acceptance).expected()
     tokens = tokens_per_round(expected.law, lengths)
@@ -291,7 +291,7 @@ def predict_cascade(
 
 
 def block_time(times: Mapping[int, float], block: int) -> float:
-    """Time of a block, interpolated between the measured ones and held beyond them in proportion to the last slope."""
+    """Time of a block, interpolated between the measured ones and extrapolated beyond them with the last slope."""
     known = sorted(times)
     if block <= known[-1] or len(known) == 1:
         return float(np.interp(block, known, [times[size] for size in known]))

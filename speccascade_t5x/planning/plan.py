@@ -1,4 +1,4 @@
-"""The `plan` job: which drafter, draft length and K matrix pay, predicted from what was measured or given."""
+"""The `plan` job: predicts which drafter, draft length and K matrix pay off, from measured or given figures."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from speccascade_t5x.planning.cost_model import (
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
 _LONGEST = 12
-# Called with what is being done, in a few words.
+# Called with a short description of the current step.
 Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to draft, and what it should gain.
+    """A way to draft, and its predicted gain.
 
     Attributes:
       drafter: "model", "max_gram" or "cascade".
@@ -44,9 +44,9 @@ class Candidate:
       lenience: between the drafters of a cascade; None is exact.
       tokens_per_round: expected.
       calls_per_token: of the verifier and of each model below it.
-      gain: tokens per unit of time over the verifier alone; above 1 it pays.
-      chosen_by: the same, measured on the examples that candidates are ranked by; None where it was not.
-      measured: the same, measured on the other examples, so that it is not the best of many; None where it was not.
+      gain: tokens per unit of time over the verifier alone; above 1 it pays off.
+      chosen_by: the same, measured on the examples that candidates are ranked by; None if it was not measured.
+      measured: the same, measured on the other examples, so that it is not the best of many; None if not measured.
     """
 
     drafter: str
@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Human-readable name."""
         if self.draft_len == 0:
             return "no speculation"
         if self.k_matrix is None:
@@ -72,13 +72,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a `plan` job found.
+    """The result of a `plan` job.
 
     Attributes:
-      candidates: best first; "no speculation" is among them.
+      candidates: the candidates, best first; "no speculation" is one of them.
       speculate: whether the best is expected to be faster than the verifier alone.
-      measured: what the prediction rests on; None where figures were given.
-      path: of plan.json; None where no output folder was named.
+      measured: the measurements behind the prediction; None if figures were given.
+      path: path of plan.json; None without an output folder.
     """
 
     candidates: tuple[Candidate, ...]
@@ -104,24 +104,24 @@ def plan(
     """Ranks draft lengths, drafters and K matrices by predicted walltime.
 
     Args:
-      pair: what shall decode, or a function that loads it, called once all else has been checked; not read where
-        acceptance and costs are given.
-      settings: rule, sampling, batch size and lengths; what is planned is not read from them. With a lenience,
-        cascades are ranked with it as well as exact, and the plan says which to use.
-      output_dir: where plan.json goes, which draft_len="auto" follows; None writes none.
+      pair: the pair, or a function that loads it, called after all other checks; not read if acceptance and costs are
+        given.
+      settings: rule, sampling, batch size and lengths; the planned options are not read from them. With a lenience,
+        cascades are ranked with it as well as exact, and the plan chooses.
+      output_dir: folder of plan.json, which draft_len="auto" follows; None writes none.
       task: a registered seqio task to measure on.
-      split: of the task.
+      split: split of the task.
       input: text file, `.jsonl` file or "-", instead of a task.
-      limit: measure on the first so many examples.
-      acceptance: instead of measuring: row i is how often a token of each level below i stands at level i's review;
-        levels are the verifier, its drafters, and Max-Gram last.
+      limit: number of examples to measure on, from the first.
+      acceptance: figures to use instead of measuring: row i is how often level i's review accepts a token of each
+        level below i; levels are the verifier, its drafters, and Max-Gram last.
       costs: with acceptance: a step of each drafter model, in steps of the verifier.
-      measure: decode with so many candidates, the best of each drafter first; these then rank first. Every other
-        example is left out of the prediction and the ranking, and the gain that is shown is measured on these.
-      progress: told what is going on.
+      measure: number of candidates to decode with, the best of each drafter first; these then rank first. Every other
+        example is left out of the prediction and the ranking, and the reported gain is measured on these examples.
+      progress: called with a short description of the current step.
 
     Raises:
-      UserError: nothing to measure on, figures of the wrong shape, or settings the pair cannot be run with.
+      UserError: nothing to measure on, figures of the wrong shape, or settings that the pair cannot run with.
     """
     _check(settings, limit, measure, acceptance, costs, task, input)
     lenience = settings.lenience
@@ -184,7 +184,7 @@ def _check(
 def _measured_gains(
     pair: LoadedPair, settings: Settings, candidates: Sequence[Candidate], batches: Sequence[batching.Batch]
 ) -> list[float]:
-    """Tokens per second of each over the verifier's alone, all taking turns."""
+    """Tokens per second of each over those of the verifier alone, measured alternately."""
     alone = Runner(pair, dataclasses.replace(settings, method="verifier", rule="lossless", alpha=None, rule_options={}))
     chosen = [{name: getattr(candidate, name) for name in plan_files.CHOICE} for candidate in candidates]
     programs = [Runner(pair, dataclasses.replace(settings, **choice)).program for choice in chosen]
@@ -193,7 +193,7 @@ def _measured_gains(
 
 
 def _worth_measuring(ranked: Sequence[Candidate], most: int) -> list[int]:
-    """The best of each drafter, then the best of all: a prediction that flatters one drafter shows at once."""
+    """The best of each drafter, then the best of all, so that a biased prediction for one drafter is noticed."""
     drafting_ones = [i for i, candidate in enumerate(ranked) if candidate.draft_len]
     first = {(ranked[i].drafter, ranked[i].lenience): i for i in reversed(drafting_ones)}
     return sorted([*sorted(first.values()), *(i for i in drafting_ones if i not in first.values())][:most])
@@ -222,7 +222,7 @@ def rank(
       acceptance: between levels.
       costs: of steps and blocks.
       models: how many drafter models there are.
-      reads: whether the rule reads a drafter's law, which then is wanted at the bonus position too.
+      reads: whether the rule reads a drafter's distribution, which is then needed at the bonus position as well.
       lengths: tokens of typical outputs; see `cost_model.tokens_per_round`.
     """
     copier = models + 1
@@ -246,7 +246,7 @@ def rank(
 
 
 def _nothing(costs: Costs, models: int, reads: bool) -> Candidate:
-    """The verifier alone; a rule that reads the drafter runs that beside it."""
+    """The verifier alone; a rule that reads the drafter runs it as well."""
     calls = [float(reads and i == 0) for i in range(models)]
     gain = costs.step / (costs.step + (costs.drafter_step if reads else 0.0))
     return Candidate("model", 0, None, 1.0, (1.0, *calls), gain)
@@ -266,7 +266,7 @@ def _cascade(
 
 
 def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """The K matrices that are ranked: every row gives its first drafter a share, and perhaps the copier the rest."""
+    """The K matrices to rank: every row gives a share to its first drafter, and in some the rest to the copier."""
     if not models:
         return
     shares = (1, 2, 3, 4, 5, 6, 8) if models == 1 else (2, 4)
@@ -283,7 +283,7 @@ def k_matrices(models: int) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 
 def _given(acceptance: Sequence[Sequence[float]], costs: Sequence[float]) -> tuple[Acceptance, Costs]:
-    """Figures a user gave, checked."""
+    """The user's figures, checked."""
     levels = len(costs) + 2
     shape = [len(row) for row in acceptance]
     if shape == [levels - 2 - i for i in range(len(acceptance))] and len(acceptance) == levels - 2:
@@ -305,9 +305,9 @@ def _finish(
     settings: Settings,
     output_dir: str | Path | None,
 ) -> Plan:
-    """Writes plan.json. Where the best were measured, these are ranked first, by what was measured to choose by.
+    """Writes plan.json. Measured candidates are ranked first, by the examples that are used to choose.
 
-    The best must also gain on the examples it was not chosen by.
+    The best must also gain on the other examples.
     """
     ranked = tuple(sorted(ranked, key=lambda c: (c.chosen_by is None, -(c.chosen_by or c.gain))))
     alone = next(c for c in ranked if c.draft_len == 0)

@@ -1,4 +1,4 @@
-"""Acceptances and times of a pair, from short decodes of a few drafters: what `plan` predicts from."""
+"""Measures acceptances and times of a pair in short decodes with a few drafters, from which `plan` predicts."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ PROBE_LEN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """All that was measured.
+    """All measurements.
 
     Attributes:
-      alone: the verifier by itself.
-      acceptance: between levels; cascades exact.
-      lenient: the same with lenience between drafters; None where it was not asked for.
-      costs: in seconds.
-      corrections: per kind of drafter (see `kind_of`), what its probe gained over what the model says of it. 1 where
-        the model is right; predictions are multiplied by it.
-      probes: what each probe did, and what was expected of it, for people.
+      alone: decode of the verifier by itself.
+      acceptance: acceptance between levels, with exact cascades.
+      lenient: the same with lenience between drafters; None if it was not requested.
+      costs: costs in seconds.
+      corrections: per kind of drafter (see `kind_of`), the gain of its probe over its predicted gain. It is 1 if the
+        model is right; predictions are multiplied by it.
+      probes: results and predictions of each probe, in human-readable form.
     """
 
     alone: Run
@@ -68,7 +68,7 @@ class _Cascade:
 
     @property
     def calls(self) -> list[float]:
-        """Per round, of each model; without the one more of the largest that reading its law costs."""
+        """Calls per round of each model, without the additional one of the largest for reading its distribution."""
         first, *rest = (count / self.run.totals["rounds"] for count in self.run.totals["level_calls"])
         return [first - self.reads, *rest]
 
@@ -76,10 +76,10 @@ class _Cascade:
 class Probes:
     """The decodes that are measured: the verifier alone, each pair of levels, and whole cascades.
 
-    What a level's tokens are worth to a reviewer is seen by letting it draft for that reviewer; between two drafters
-    under the lossless rule, where cascades are exact. With lenience the reviewer's own tokens change as well, so there
-    a cascade of the two drafts for the verifier: its acceptance is read off the output, and the drafters' off how many
-    reviews the drafts took.
+    The acceptance of a level by a reviewer is measured by letting the level draft for that reviewer; between two
+    drafters under the lossless rule, because cascades are exact. With lenience the reviewer's own tokens change as
+    well, so there a cascade of the two drafts for the verifier: the verifier's acceptance follows from the output, and
+    the drafters' from the number of reviews per draft.
     """
 
     def __init__(self, pair: LoadedPair, settings: Settings, lenience: float | None):
@@ -143,7 +143,7 @@ class Probes:
 
 
 def calibration_matrices(models: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Two cascades that are unlike: purely vertical with short copies, and both with long ones."""
+    """Two different cascades: a purely vertical one with short copies, and a mixed one with long copies."""
     mixed = [[0] * (models + 1) for _ in range(models + 1)]
     for level in range(models):
         mixed[level][level] = 2
@@ -154,7 +154,7 @@ def calibration_matrices(models: int) -> tuple[tuple[tuple[int, ...], ...], ...]
 def measure(
     pair: LoadedPair, settings: Settings, batches: Sequence[batching.Batch], lenience: float | None = None
 ) -> Measured:
-    """Decodes with every probe, all of them taking turns, and times blocks and copies on their own.
+    """Decodes with every probe, alternating between them, and times blocks and copies separately.
 
     Args:
       pair: to be measured.
@@ -190,7 +190,7 @@ def measure(
 
 
 def kind_of(drafter: str, k: Sequence[Sequence[int]] | None = None, lenience: float | None = None) -> str:
-    """What is corrected alike: a drafter, or cascades that end in a copy or do not, with lenience or without."""
+    """Kind of a candidate for corrections: a drafter, or cascades with or without a final copy and lenience."""
     if k is None:
         return drafter
     return f"{'mixed' if k[0][-1] else 'vertical'} {drafter}" + ("" if lenience is None else ", lenient")
@@ -199,7 +199,7 @@ def kind_of(drafter: str, k: Sequence[Sequence[int]] | None = None, lenience: fl
 def _costs(
     probes: Probes, batches: Sequence[batching.Batch], alone: Run, runs: dict[Any, Run], cascades: Sequence[_Cascade]
 ) -> Costs:
-    """Blocks and copies by themselves, and from whole rounds what these leave unexplained."""
+    """Costs of blocks and copies, measured separately, and the remaining costs, from whole rounds."""
     widest = max(range(len(batches)), key=lambda i: batches[i].bucket)
     samples, room = probes.settings.num_samples, probes.config.room
     blocks = [block_times(bound, batches[widest], samples, room) for bound in probes.levels]
@@ -228,7 +228,7 @@ def _costs(
 
 
 def _lenient(probes: Probes, runs: dict[Any, Run], exact: Acceptance) -> Acceptance:
-    """Acceptance where drafters review with lenience; the verifier is exact, and copies are to it what they were."""
+    """Acceptance with lenience between drafters; the verifier is exact, and its acceptance of copies is unchanged."""
     curves = {(0, probes.copier): exact.curves[0, probes.copier]}
     for key, run in runs.items():
         if key[0] != "lenient":
@@ -244,7 +244,7 @@ def _lenient(probes: Probes, runs: dict[Any, Run], exact: Acceptance) -> Accepta
 
 
 def _acceptance_by_calls(probe: _Cascade) -> float:
-    """The acceptance between the two drafters of a probe under which its drafts take as many reviews as they took."""
+    """The acceptance between the two drafters of a probe at which predicted and measured reviews agree."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2.0
@@ -271,7 +271,7 @@ def _gain(run: Run, alone: Run) -> float:
 
 
 def _shown(run: Run) -> dict[str, Any]:
-    """What a probe did, for people."""
+    """Results of a probe in human-readable form."""
     found = {
         "acceptance_by_position": list(run.curve),
         "round_s": run.seconds / run.rounds,
@@ -283,7 +283,7 @@ def _shown(run: Run) -> dict[str, Any]:
 
 
 def _label(key: Any, models: int) -> str:
-    """A probe for people."""
+    """Human-readable name of a probe."""
     if isinstance(key[0], tuple):
         k, lenience = key
         exact = "cascade K " + ";".join(",".join(map(str, row)) for row in k)

@@ -2,15 +2,15 @@
 
 A block of T tokens for each of B rows takes, on every chip,
 
-    sum over (weights, attention, laws) of max(bytes / HBM bandwidth, FLOPs / peak) + collectives
+    sum over (weights, attention, distributions) of max(bytes / HBM bandwidth, FLOPs / peak) + collectives
 
 where *weights* are the decoder's kernels, read once per block whatever B and T are, *attention* the caches, whose every
-slot is read, and *laws* the vocabulary-wide arrays of logits and probabilities. Parts follow one another and add up;
-inside a part the slower of memory and arithmetic counts (their sum on a CPU, whose cores do one after the other): the
-roofline of Williams et al. 2009 (CACM 52(4)), applied to decoding as in Pope et al. 2022 ("Efficiently Scaling
-Transformer Inference", section 3). Collectives are rings over one axis of the torus, both directions used. Nothing is
-fitted; what no published figure tells (launches, waiting, serial parts of a program) is not there, so real rates are
-lower, and ratios hold better than rates.
+slot is read, and *distributions* the vocabulary-wide arrays of logits and probabilities (`laws` in the code). Parts run
+one after another, so their times add up; inside a part the slower of memory and arithmetic counts (their sum on a CPU,
+whose cores do one after the other): the roofline of Williams et al. 2009 (CACM 52(4)), applied to decoding as in Pope
+et al. 2022 ("Efficiently Scaling Transformer Inference", section 3). Collectives are rings over one axis of the torus,
+and both directions are used. Nothing is fitted. What no published figure covers (launches, waiting, serial parts of a
+program) is left out, so real rates are lower, and ratios are more accurate than rates.
 
 A round = G drafter steps + a verifier block of G + 1; tokens of a round follow from acceptance (`planning.cost_model`).
 """
@@ -30,13 +30,13 @@ from speccascade_t5x.models import T5, T5Config, param_shapes
 from speccascade_t5x.planning.cost_model import round_law, tokens_per_round
 from speccascade_t5x.tpu.hardware import Chip
 
-# Times the bytes of a law cross memory at every scored position: logits written, read twice by a softmax and written as
-# a law, which the draw or the verification reads twice.
+# How often the bytes of a distribution cross memory at every scored position: logits are written, read twice by a
+# softmax and written as a distribution, which the draw or the verification reads twice.
 LAW_PASSES = 6
 # Seconds of one hop between neighbouring chips: "about 1 us" (Austin et al. 2025, "How to Scale Your Model").
 HOP = 1e-6
 _FLOAT32 = 4
-# Whatever the activations are: laws are float32, and so are the biases of attention.
+# Whatever the activations are: distributions are float32, and so are the biases of attention.
 _ALWAYS_FLOAT32 = ("logits_dense/kernel", "token_embedder/embedding", "rel_embedding")
 # Read by the encoder's program only, once per input.
 _NOT_IN_A_STEP = ("encoder_decoder_attention/key/", "encoder_decoder_attention/value/")
@@ -209,7 +209,7 @@ class Predicted:
       tokens_per_s: of the slice.
       gain: over the verifier alone at the same batch; above 1 speculation pays.
       break_even: acceptance (the same at every position) above which it would pay; None where none is enough.
-      memory_bytes: on each chip: parameters, their copies, caches, laws.
+      memory_bytes: on each chip: parameters, their copies, caches, distributions.
       fits: whether that is less than the chip has.
       bound: "memory", "arithmetic" or "network": what most of the verifier's block waits for.
     """
@@ -235,7 +235,7 @@ class Decode:
       verifier: architecture.
       input_len: encoder positions.
       max_len: output tokens.
-      reads: whether the rule reads the drafter's law, which costs one more drafter step per round.
+      reads: whether the rule reads the drafter's distribution, which costs one more drafter step per round.
       overhead_s: of a round beside the models, where it is known.
     """
 
@@ -254,8 +254,8 @@ class Decode:
 def round_seconds(decode: Decode, place: Place, batch: int, draft_len: int) -> float:
     """Seconds of a round: the draft, then the verifier's block.
 
-    A draft begins with a block of two tokens, to catch up; where the rule reads the drafter's law, with one token, and
-    one step more is taken at its end.
+    A draft begins with a block of two tokens, to catch up; if the rule reads the drafter's distribution, it begins with
+    one token and takes one more step at its end.
     """
     slots = decode.slots(draft_len)
     block = block_times(decode.verifier, place, batch, draft_len + 1, slots, decode.input_len).total
@@ -273,7 +273,7 @@ def drafter_step(decode: Decode, place: Place, batch: int, block: int, slots: in
 
 
 def memory_bytes(decode: Decode, place: Place, batch: int, draft_len: int) -> int:
-    """Bytes on each chip: all parameters, the copies a decode reads, caches, and three laws per scored position."""
+    """Bytes on each chip: parameters, the copies a decode reads, caches, three distributions per scored position."""
     own = math.ceil(batch / place.data)
     total = 3 * _FLOAT32 * own * (draft_len + 1) * decode.verifier.vocab_size
     for config, drafter in ((decode.drafter, True), (decode.verifier, False)):

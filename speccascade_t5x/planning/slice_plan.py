@@ -73,7 +73,7 @@ def slice_plan(
       batch_sizes: rows decoded at a time by the whole slice.
       input_len: encoder positions.
       max_len: output tokens.
-      rule: of the decode; what matters is whether it reads the drafter's law.
+      rule: of the decode; what matters is whether it reads the drafter's distribution.
       alpha: its trade-off.
       model: chips that share the weights; None takes the fewest on which the pair's weights leave room.
       axis_rules: logical axis rules.
@@ -113,7 +113,7 @@ def _from_plan(path: str, draft_lens: Sequence[int]) -> tuple[dict[int, float], 
     """(draft length -> tokens of a round, rule, alpha) of a plan.
 
     Raises:
-      UserError: it is no plan, or ranks no single drafter at these lengths.
+      UserError: it is not a plan, or ranks no single drafter at these lengths.
     """
     content = plan_files.read(path)
     plain = [each for each in content["candidates"] if each["drafter"] == "model"]

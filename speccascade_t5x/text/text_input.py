@@ -21,7 +21,7 @@ class TextExample(NamedTuple):
     Attributes:
       index: its place in the input, counted from 0; blank lines do not count.
       inputs_text: the text.
-      targets_text: its reference, None where there is none.
+      targets_text: its reference, or None.
       where: file and line, for messages.
     """
 
@@ -41,7 +41,7 @@ def read(source: str | Path, limit: int | None = None) -> list[TextExample]:
       limit: read at most so many texts.
 
     Raises:
-      UserError: the file cannot be read, a line is no such object or not UTF-8, or there is no text at all.
+      UserError: the file cannot be read, a line is not such an object or not UTF-8, or there is no text at all.
     """
     suffix = Path(source).suffix.lower()
     if suffix in _JSON_LINES or suffix == _JSON:
@@ -62,7 +62,7 @@ def check(source: str | Path) -> None:
     """Checks that a file can be opened, without reading it.
 
     Raises:
-      UserError: it cannot.
+      UserError: the file cannot be opened.
     """
     try:
         open(source, "rb").close()
@@ -119,7 +119,7 @@ def _fields(value: Any, where: str) -> tuple[str, str | None]:
         raise UserError(f'{where} needs an object with a text under "inputs"')
     targets = value.get("targets")
     if targets is not None and not isinstance(targets, str):
-        raise UserError(f'{where} has something else than a text under "targets"')
+        raise UserError(f'{where} has a value under "targets" that is not a text')
     for name in ("inputs", "targets"):
         try:
             (value.get(name) or "").encode("utf-8")

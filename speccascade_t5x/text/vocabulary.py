@@ -1,7 +1,7 @@
-"""Text to ids and back, with the ids seqio gives, and without TensorFlow.
+"""Converts text to ids and back, with the ids of seqio but without TensorFlow.
 
-A machine that only decodes needs neither seqio nor TensorFlow. Both classes give the ids of their
-seqio namesakes (tests compare them): pad 0, EOS 1 and UNK 2 in the T5 vocabularies.
+A machine that only decodes needs neither seqio nor TensorFlow. Both classes give the same ids as
+their seqio namesakes (tests compare them): pad 0, EOS 1 and UNK 2 in the T5 vocabularies.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _EXTRA_ID_PREFIXES = ("<extra_id_", f"{_SPACE}<extra_id_")
 
 
 class Vocabulary(Protocol):
-    """What decoding, records and bundles ask of a vocabulary."""
+    """The interface of a vocabulary for decoding, records and bundles."""
 
     kind: str
     extra_ids: int
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that stand for something, extra ids included. Models may have more."""
+        """Number of ids with a meaning, extra ids included. Models may have more."""
 
     @property
     def eos_id(self) -> int:
@@ -62,7 +62,7 @@ class Vocabulary(Protocol):
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` needs, as JSON types."""
+        """The argument of `from_spec`, as JSON types."""
         size, fingerprint = self.vocab_size, self.fingerprint()
         return {"kind": self.kind, "extra_ids": self.extra_ids, "size": size, "fingerprint": fingerprint}
 
@@ -85,7 +85,7 @@ class ByteVocabulary(Vocabulary):
 
     def __init__(self, extra_ids: int = 0):
         if extra_ids < 0:
-            raise UserError(f"A vocabulary cannot have {extra_ids} extra ids; give 0 or more.")
+            raise UserError(f"a vocabulary cannot have {extra_ids} extra ids: give 0 or more")
         self.extra_ids = extra_ids
 
     @property
@@ -113,14 +113,14 @@ class ByteVocabulary(Vocabulary):
         return [byte + len(self._SPECIAL) for byte in text.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first EOS. Bytes that are no UTF-8 are dropped, as seqio does."""
+        """Text of `ids` up to the first EOS. Bytes that are not UTF-8 are dropped, as seqio does."""
         return "".join(self.decode_pieces(ids))
 
     def decode_pieces(self, ids: Iterable[int]) -> list[str]:
         """One text per id; joined, they are `decode(ids)`.
 
-        A character of several bytes is shown whole at its last byte, its other bytes give ''. So do
-        padding, EOS, everything after it, and bytes that are no UTF-8.
+        A character of several bytes is shown whole at its last byte, and its other bytes give ''. So do
+        padding, EOS, everything after it, and bytes that are not UTF-8.
         """
         reader = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         texts = []
@@ -141,20 +141,20 @@ class SentencePieceVocabulary(Vocabulary):
         holds that many of its own, as mT5's does.
 
     Raises:
-      UserError: the file is missing or no SentencePiece model, the model has no EOS, or it holds another number of
-        sentinels.
+      UserError: the file is missing or is not a SentencePiece model, the model has no EOS, or it holds another number
+        of sentinels.
     """
 
     kind = "sentencepiece"
 
     def __init__(self, path: str | Path, extra_ids: int = 0):
         if extra_ids < 0:
-            raise UserError(f"A vocabulary cannot have {extra_ids} extra ids; give 0 or more.")
+            raise UserError(f"a vocabulary cannot have {extra_ids} extra ids: give 0 or more")
         self.path = Path(path)
         self.extra_ids = extra_ids
         self._processor = _load_sentencepiece(self.path, extra_ids)
         if self._processor.eos_id() < 0:
-            raise UserError(f"The SentencePiece model {self.path} has no EOS piece, which decoding needs.")
+            raise UserError(f"the SentencePiece model {self.path} has no EOS piece, which decoding needs")
 
     @property
     def vocab_size(self) -> int:
@@ -181,7 +181,7 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.EncodeAsIds(text)
 
     def unknown(self, text: str) -> str:
-        """The characters of `text`, as the model normalises it, that no piece stands for, in order."""
+        """The characters of `text`, as the model normalises it, that have no piece, in order."""
         processor = self._processor
         if processor.unk_id() not in processor.EncodeAsIds(text):
             return ""
@@ -224,29 +224,27 @@ def from_spec(spec: Mapping[str, Any], model_file: str | Path | None = None) -> 
     """The vocabulary a `spec()` describes.
 
     Args:
-      spec: what `spec()` gave.
-      model_file: where the SentencePiece model lies now; not used for bytes.
+      spec: the result of `spec()`.
+      model_file: the current path of the SentencePiece model; not used for bytes.
 
     Raises:
       UserError: unknown kind, missing field or file, or a vocabulary that is not the one described.
     """
     kind, extra_ids = spec.get("kind"), spec.get("extra_ids")
     if not isinstance(extra_ids, int):
-        raise UserError(f"A vocabulary spec needs a whole number 'extra_ids', found {extra_ids!r}.")
+        raise UserError(f"a vocabulary spec needs a whole number 'extra_ids', found {extra_ids!r}")
     if kind == ByteVocabulary.kind:
         vocabulary: Vocabulary = ByteVocabulary(extra_ids)
     elif kind == SentencePieceVocabulary.kind:
         if model_file is None:
-            raise UserError("A SentencePiece vocabulary needs its model file; none was given.")
+            raise UserError("a SentencePiece vocabulary needs its model file, but none was given")
         vocabulary = SentencePieceVocabulary(model_file, extra_ids)
     else:
-        raise UserError(f"Unknown vocabulary kind {kind!r}; known kinds are 'byte' and 'sentencepiece'.")
+        raise UserError(f"the vocabulary kind {kind!r} is unknown: known are 'byte' and 'sentencepiece'")
     if spec.get("fingerprint") != vocabulary.fingerprint():
         raise UserError(
-            f"The vocabulary of {vocabulary.vocab_size} ids ({model_file or kind}) is not the "
-            "one described, which "
-            f"had {spec.get('size')} ids: their fingerprints differ. Use the vocabulary the "
-            "model was trained with."
+            f"the vocabulary of {vocabulary.vocab_size} ids ({model_file or kind}) is not the one described, which "
+            f"had {spec.get('size')} ids, as their fingerprints differ: use the vocabulary the model was trained with"
         )
     return vocabulary
 
@@ -293,10 +291,10 @@ def stop_ids(vocabulary: Vocabulary, texts: Sequence[str]) -> tuple[tuple[int, .
 def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter", "verifier")) -> None:
     """Checks that two vocabularies give every id the same meaning.
 
-    One may end in extra ids the other lacks: no text uses them.
+    One may have further extra ids at its end, which no text uses.
 
     Raises:
-      UserError: naming both sizes and the first piece that differs.
+      UserError: they differ; the message names both sizes and the first piece that differs.
     """
     ours, theirs = a.pieces, b.pieces
     shared = min(len(ours), len(theirs))
@@ -315,17 +313,16 @@ def check_same(a: Vocabulary, b: Vocabulary, names: tuple[str, str] = ("drafter"
         here, there = (repr(p[first]) if first < len(p) else "nothing" for p in (ours, theirs))
         detail = f"id {first} is {here} in one and {there} in the other"
     raise UserError(
-        f"The {names[0]} has a vocabulary of {len(ours)} pieces ({a.kind}) and the {names[1]} "
-        "one of "
-        f"{len(theirs)} ({b.kind}), and {detail}; a pair must share one vocabulary."
+        f"the {names[0]} has a vocabulary of {len(ours)} pieces ({a.kind}) and the {names[1]} one of "
+        f"{len(theirs)} ({b.kind}), and {detail}; a pair must share one vocabulary"
     )
 
 
 def held_sentinels(path: str | Path) -> int:
-    """How many sentinels a SentencePiece model file holds itself.
+    """The number of sentinels that a SentencePiece model file itself holds.
 
     Raises:
-      UserError: the file is missing or no SentencePiece model.
+      UserError: the file is missing or is not a SentencePiece model.
     """
     return _count_sentinels(_read_sentencepiece(Path(path)))
 
@@ -348,8 +345,8 @@ def _read_sentencepiece(path: Path) -> Any:
         raise UserError(f"cannot read the SentencePiece model {path}: {error.strerror}") from error
     except Exception as error:  # protobuf's DecodeError has moved between modules
         raise UserError(f"{path} is not a SentencePiece model") from error
-    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes where they are no UTF-8
-        raise UserError(f"{path} is not a SentencePiece model: a piece of it is no text")
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # protobuf gives bytes if they are not UTF-8
+        raise UserError(f"{path} is not a SentencePiece model: a piece of it is not a text")
     return model
 
 

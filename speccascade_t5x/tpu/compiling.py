@@ -40,7 +40,7 @@ def mesh(on: Slice, model: int) -> Mesh:
         # A side of the torus may have to be cut to get the axis that was asked for.
         order = mesh_utils.create_device_mesh(sizes, list(found.devices), allow_split_physical_axes=True)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{on.name} with model={model} is refused: {first_line(error)}") from error
+        raise UserError(f"{on.name} with model={model} is rejected: {first_line(error)}") from error
     return Mesh(order, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 

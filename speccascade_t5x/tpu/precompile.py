@@ -64,7 +64,7 @@ def precompile(
       progress: told what is going on.
 
     Raises:
-      UserError: a cell that cannot be, before any is compiled; or a slice the compiler refuses.
+      UserError: a cell that cannot be, before any is compiled; or a slice the compiler rejects.
     """
     if not pairs or not topologies:
         raise UserError("there is nothing to compile: name PAIRS and TOPOLOGIES")

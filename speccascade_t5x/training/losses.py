@@ -1,7 +1,7 @@
-"""Training losses over teacher-forced logits, in T5X's convention, and the sums a report is made of.
+"""Training losses over teacher-forced logits, in T5X's convention, and the sums that reports are made of.
 
 Everything is a sum over target positions, each weighted by `decoder_loss_weights`; T5X's default does not divide it,
-because Adafactor does not care about the scale of a loss.
+because Adafactor is invariant to the scale of a loss.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LossConfig:
 
     Attributes:
       z_loss: c of the penalty c (log sum_v exp logit_v)^2 per position; T5X pretrains with 1e-4.
-      label_smoothing: mass taken off the label and shared by the other ids. The entropy of the smoothed label is
-        subtracted, as T5X does, so that a perfect model has loss 0.
-      normalizer: what the sum is divided by: "none" (T5X's default), "real_tokens" (the sum of the loss weights),
+      label_smoothing: mass that is moved from the label to the other ids, in equal shares. The entropy of the smoothed
+        label is subtracted, as T5X does, so that a perfect model has loss 0.
+      normalizer: divisor of the sum: "none" (T5X's default), "real_tokens" (the sum of the loss weights),
         "all_tokens" (padding included) or "sequences" (each sequence counts the same), or a number above 0.
     """
 
@@ -182,7 +182,7 @@ def objective(
 
 
 def narrowed(logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
-    """Both cut to the smaller vocabulary: T5 pads vocabularies, so two widths of one vocabulary may differ."""
+    """Both, cut to the smaller vocabulary: T5 pads vocabularies, so the same vocabulary may have two widths."""
     width = min(logits.shape[-1], teacher_logits.shape[-1])
     return logits[..., :width], teacher_logits[..., :width]
 

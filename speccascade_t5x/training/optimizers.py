@@ -1,18 +1,18 @@
 """Optimizers and learning-rate schedules, with T5X's settings as defaults.
 
-`optax.adafactor` computes what T5X's own Adafactor computes for every parameter of rank 2 or less, and ours have no
-higher rank. Where the two libraries differ, this module says so:
+`optax.adafactor` computes the same as T5X's own Adafactor for every parameter of rank 2 or less, and the models here
+have no higher rank. The two libraries compare as follows:
 
 - Factoring. T5X maps logical axes to rows and columns, but falls back to "the two largest axes, both at least 128"
-  for rank 2 or less, which is optax's rule for every rank. `Adafactor.transformation` refuses a higher rank.
+  for rank 2 or less, which is optax's rule for every rank. `Adafactor.transformation` rejects a higher rank.
 - Scale of a parameter, root mean square at least 1e-3: an option of T5X (epsilon2), fixed in optax at T5X's default.
 - Momentum (T5X beta1): none by default. Both average the scaled update, learning rate included.
 - Weight decay: applied to the parameter and not multiplied by the learning rate, in both.
 - Counters. T5X has one step; optax keeps one for the second moments and one for the schedule, equal as long as both
   start together.
-- Clipping of the gradient by its global norm comes first in T5X, and here.
+- Clipping of the gradient by its global norm comes first, in T5X and here.
 
-Learning rates are functions of the number of updates made so far, so the first update reads step 0.
+Learning rates are functions of the number of updates made so far, so the first update uses step 0.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Schedule:
         """
         total = self.total_steps if self.total_steps is not None else steps
         if self.name == "cosine" and total <= self.warmup_steps:
-            raise UserError(f"a cosine of {total} steps has no room after {self.warmup_steps} warmup steps")
+            raise UserError(f"a cosine of {total} steps has no room after {self.warmup_steps} warmup steps: lower them")
 
         def rate(step: Array) -> Array:
             step = jnp.asarray(step, jnp.float32)
@@ -97,14 +97,14 @@ class Adafactor:
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with T5X's defaults.
 
     Attributes:
-      schedule: of the learning rate, which is relative to the scale of each parameter.
+      schedule: schedule of the learning rate, which is relative to the scale of each parameter.
       decay_rate: the second moments decay with 1 - (step + 1)^-decay_rate.
       step_offset: subtracted from the step in that formula; the starting step of a fine-tuning resets the moments.
       clipping_threshold: largest root mean square of a parameter's update; None for no clipping.
       min_dim_to_factor: second moments are factored where the two largest axes are at least this long.
       multiply_by_parameter_scale: False makes the learning rate absolute.
       momentum: of the update; None for none.
-      weight_decay: share of each parameter taken off per step; None for none.
+      weight_decay: share of each parameter subtracted per step; None for none.
       global_norm_clip: largest norm of the whole gradient; None for no clipping.
     """
 
@@ -133,7 +133,7 @@ class Adafactor:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if len(leaf.shape) > _HIGHEST_RANK:
                 name = jax.tree_util.keystr(path)
-                raise UserError(f"Adafactor takes parameters of rank 2 or less, and {name} has shape {leaf.shape}")
+                raise UserError(f"Adafactor takes parameters of rank 2 or less, but {name} has shape {leaf.shape}")
         adafactor = optax.adafactor(
             self.schedule.rate(steps),
             min_dim_size_to_factor=self.min_dim_to_factor,
@@ -157,7 +157,7 @@ class AdamW:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: times the learning rate, of matrices only: norm scales are left alone.
+      weight_decay: multiplied by the learning rate; applied to matrices only, not to norm scales.
       global_norm_clip: largest norm of the whole gradient; None for no clipping.
     """
 

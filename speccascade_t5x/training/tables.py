@@ -20,11 +20,11 @@ from speccascade_t5x.text import vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What a `tables` job has left behind.
+    """The result of a `tables` job.
 
     Attributes:
       bundle: the bundle that now holds the table.
-      about: order, successors, discount, the source, how many sequences and tokens it was counted from.
+      about: order, successors, discount, the source, and the number of sequences and tokens counted.
       stored_bytes: size of the table's file.
     """
 
@@ -49,16 +49,16 @@ def tables(
 
     Args:
       pair: a bundle's folder, or the name of a packaged one.
-      output_dir: the bundle to make: a copy of `pair` with the table in it. The pair's own folder is replaced; any
-        other that exists is refused.
+      output_dir: the bundle to create: a copy of `pair` with the table in it. The pair's own folder is replaced; any
+        other existing folder is rejected.
       task: a registered seqio task; its vocabulary must be the pair's.
       cached: a folder of `speccascade cache` instead (of one split). To learn from the verifier's own outputs, cache
         the records of an `infer` job.
-      split: of the task.
+      split: split of the task.
       order: 2 for bigrams, 3 for trigrams on top of them.
-      successors: most successors kept per context.
+      successors: maximum number of successors kept per context.
       discount: see `drafting.build_table`.
-      limit: count only the first so many examples.
+      limit: number of examples to count, from the first.
 
     Raises:
       UserError: neither or both of task and cached, no bundle, another vocabulary, no targets, or a full disk.

@@ -21,7 +21,7 @@ _FEATURES = (
 
 
 def logits(config: T5Config, params: PyTree, batch: losses.Batch, dropout_key: Array | None = None) -> Array:
-    """Logits [B, T, V] of a batch of T5X features; with dropout where a key is given."""
+    """Logits [B, T, V] of a batch of T5X features; with dropout if a key is given."""
     return T5Module(config).apply(
         {"params": params},
         batch["encoder_input_tokens"],
@@ -65,5 +65,5 @@ def step(
 
 
 def features(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The features a step reads; whatever else a batch holds stays on the host."""
+    """The features that a step reads; the rest of a batch stays on the host."""
     return {name: batch[name] for name in _FEATURES if name in batch}

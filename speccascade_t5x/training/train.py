@@ -1,4 +1,4 @@
-"""The `train` job: shards or a seqio task in, checkpoints, curves and a summary out.
+"""The `train` job: trains on shards or a seqio task, and writes checkpoints, curves and a summary.
 
 <output_dir>/config.gin            the resolved configuration
 <output_dir>/config.json           the architecture
@@ -35,23 +35,23 @@ BATCHINGS = ("packed", "bucketed")
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What to train and evaluate on.
+    """The data to train and evaluate on.
 
     Attributes:
       cached: folder of tokenised shards or of a mixture of them (`speccascade cache`), or several with their rates:
         {folder: rate}.
       task: a registered seqio task, instead of `cached`.
-      split: of the task.
+      split: split of the task.
       eval_cached: shards to evaluate on.
-      eval_split: of the task, to evaluate on; None for no evaluation. Only read where `task` is given.
-      eval_limit: evaluate on the first so many examples; None for all.
-      inputs_len: encoder positions of a row; longer inputs are cut, their EOS kept.
-      targets_len: decoder positions of a row; likewise.
-      batching: "packed" (several examples to a row) or "bucketed" (rows of like lengths, a few shapes).
-      batch_size: rows of a packed batch, and of an evaluation batch.
+      eval_split: split of the task to evaluate on; None for no evaluation. Only read if `task` is given.
+      eval_limit: number of examples to evaluate on, from the first; None for all.
+      inputs_len: encoder positions of a row; longer inputs are cut, with their EOS kept.
+      targets_len: decoder positions of a row; longer targets are cut in the same way.
+      batching: "packed" (several examples in a row) or "bucketed" (rows of similar lengths, a few shapes).
+      batch_size: number of rows of a packed batch, and of an evaluation batch.
       tokens_per_batch: positions of a bucketed batch; None takes batch_size * (inputs_len + targets_len).
       buckets: number of shapes of bucketed batches.
-      seed: of the order.
+      seed: seed of the order.
     """
 
     cached: str | Mapping[str, float] | None = None
@@ -80,7 +80,7 @@ class Data:
         """The training examples.
 
         Args:
-          exchange: a folder all hosts share, where each puts its part of a task for the others to read.
+          exchange: a folder that all hosts share, where each writes its part of a task for the others to read.
 
         Raises:
           UserError: see `mixing.read` and `seqio_tasks.examples`.
@@ -92,7 +92,7 @@ class Data:
         return mixing.read(str(self.cached))
 
     def evaluation(self) -> shards.Corpus | None:
-        """The examples to evaluate on, None where none are named."""
+        """The examples to evaluate on, or None."""
         if self.eval_cached is not None:
             return mixing.first(mixing.read(self.eval_cached), self.eval_limit)
         if self.task is not None and self.eval_split is not None:
@@ -100,7 +100,7 @@ class Data:
         return None
 
     def batches(self, source: mixing.Source, multiple_of: int) -> packing.Packed | packing.Bucketed:
-        """Training batches of `source`, whose rows are a multiple of `multiple_of` where that can be chosen."""
+        """Training batches of `source`, whose rows are a multiple of `multiple_of` if that can be chosen."""
         if self.batching == "packed":
             return packing.Packed(source, self.batch_size, self.inputs_len, self.targets_len, self.seed)
         room = self.tokens_per_batch or self.batch_size * (self.inputs_len + self.targets_len)
@@ -122,27 +122,27 @@ def train(
     topology: Topology | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Trains a model. Started again after a kill, it continues at its newest checkpoint.
+    """Trains a model. After a kill, the same call continues at the newest checkpoint.
 
     Args:
       model: the architecture.
-      data: what to train on.
-      config: how.
-      output_dir: where everything goes; an old run of the same settings there is continued.
-      start_from: a checkpoint or bundle whose parameters to begin with; fresh ones if None.
+      data: the training and evaluation data.
+      config: how to train.
+      output_dir: folder of all files; an earlier run of the same settings there is continued.
+      start_from: a checkpoint or bundle with the initial parameters; None initialises them.
       teacher: a checkpoint or bundle (its verifier) to learn from, and to compare with in evaluations.
-      devices: how many share each batch; all there are if None. Each holds all parameters.
+      devices: number of devices that share each batch; None takes all. Each holds all parameters.
       config_text: the resolved configuration, kept beside the checkpoints.
-      observer: told what happens.
-      topology: a mesh instead of `devices`, whose rules say how parameters and moments are split as well.
-      stop: asked after each step; once it says True, a checkpoint is written and the run ends.
+      observer: receives the events of the run.
+      topology: a mesh instead of `devices`, whose rules also define how parameters and moments are split.
+      stop: called after each step; once it returns True, a checkpoint is written and the run ends.
 
     Returns:
       The summary, as train-summary.json holds it. On several hosts the first one writes it, curves and TensorBoard.
 
     Raises:
       UserError: data, models and options that do not fit; see also `train_loop.train_loop`.
-      Preempted: `stop` said so before the last step.
+      Preempted: `stop` returned True before the last step.
     """
     if devices is not None and topology is not None:
         raise UserError("devices and topology are both given: name one")
@@ -175,13 +175,13 @@ def train(
 
 
 class Curves(train_loop.Observer):
-    """Keeps every report in train-metrics.jsonl, of all parts of a run, and passes it on."""
+    """Writes every report of all parts of a run to train-metrics.jsonl, and forwards it."""
 
     def __init__(self, folder: Path, config_text: str, then: train_loop.Observer):
         self._path, self._config_text, self._then = folder / METRICS_FILE, config_text, then
 
     def started(self, step: int, steps: int, output_dir: Path | None) -> None:
-        # What was reported beyond the checkpoint will be reported again.
+        # Reports of steps after the checkpoint will be made again.
         kept = [row for row in self.read() if row["step"] <= step] if step else []
         storage.write_text(self._path, "".join(storage.to_json(row) + "\n" for row in kept))
         if self._config_text:
@@ -200,7 +200,7 @@ class Curves(train_loop.Observer):
         self._then.saved(step, path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Rows so far; a line a killed run left unfinished is left out."""
+        """Rows so far, without a line that a killed run left unfinished."""
         return storage.read_rows(self._path)
 
     def _append(self, row: Mapping[str, Any]) -> None:
@@ -247,9 +247,9 @@ def _parameters(path: str | Path, model: T5Config, spoken: vocabulary.Vocabulary
 
 
 def _shared_corpus(task: str, split: str, exchange: Path) -> mixing.Source:
-    """A task's examples: of several hosts each tokenises its shard of the input, and all read all of them.
+    """A task's examples: each of several hosts tokenises its shard of the input, and all hosts read all shards.
 
-    So batches are the same arrays on every host, and every example is in them once.
+    So batches are the same arrays on every host, and contain every example once.
     """
     here = hosts.current()
     if here.count == 1:
@@ -317,7 +317,7 @@ def _summary(
 
 
 def _page(name: str, summary: Mapping[str, Any]) -> str:
-    """A page for people."""
+    """A human-readable page."""
     figures = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
     lines = [
         f"# {text_table.escaped(name)}: {summary['steps']} steps",

@@ -1,10 +1,10 @@
-"""Checkpoints of a training run, laid out as T5X lays them out, so that `checkpoints.load` reads them as models.
+"""Checkpoints of a training run, in the layout of T5X, so that `checkpoints.load` reads them as models.
 
     <folder>/config.json              the architecture, which the loader needs
     <folder>/checkpoint_<step>/state  Orbax: parameters below "target", step and optimizer below "state"
-    <folder>/checkpoint_<step>/run    JSON: what the run was made of; a resume compares it
+    <folder>/checkpoint_<step>/run    JSON: the inputs of the run, which a resume compares
 
-A checkpoint gets its name when it is whole, and older ones go only after that.
+A checkpoint gets its name when it is complete, and older ones are deleted only after that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from speccascade_t5x.interfaces import PyTree, UserError
 CONFIG_FILE = "config.json"
 _PREFIX = "checkpoint"
 _STATE, _RUN = "state", "run"
-_FILE_BYTES = 12 * 2**20  # small files travel well
+_FILE_BYTES = 12 * 2**20  # small files are easier to copy
 _MOST_DIFFERENCES = 3
 _LONGEST_REASON = 200
 _NO_SPACE = ("no space left", "enospc", "disk quota", "file too large")
@@ -37,12 +37,12 @@ _NO_SPACE = ("no space left", "enospc", "disk quota", "file too large")
 @trees.register
 @dataclasses.dataclass
 class TrainState:
-    """What a step maps to the next.
+    """The state that a step updates.
 
     Attributes:
-      step: int32, updates made so far.
-      params: float32.
-      opt_state: of the optax transformation.
+      step: int32, number of updates made so far.
+      params: float32 parameters.
+      opt_state: state of the optax transformation.
     """
 
     step: jax.Array
@@ -57,9 +57,9 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-          folder: made if missing.
-          identity: what the run is made of, as JSON types; a checkpoint of anything else is refused.
-          keep: how many of the newest checkpoints stay.
+          folder: created if missing.
+          identity: the inputs of the run, as JSON types; a checkpoint of another run is rejected.
+          keep: how many of the newest checkpoints to keep.
 
         Raises:
           UserError: the folder cannot be made, or holds checkpoints of another run.
@@ -76,11 +76,11 @@ class Checkpoints:
         self._compare()
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, None before the first."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def describe(self, architecture: Mapping[str, Any]) -> None:
-        """Writes config.json, from which `checkpoints.load` learns the architecture."""
+        """Writes config.json, from which `checkpoints.load` reads the architecture."""
         if jax.process_index() == 0:
             storage.write_json(self.folder / CONFIG_FILE, dict(architecture))
 
@@ -109,7 +109,7 @@ class Checkpoints:
 
         Args:
           like: a state (or its shapes) of the same structure.
-          sharding: where the arrays go, one for all or a state of them.
+          sharding: sharding of the arrays, one for all or a state of shardings.
 
         Raises:
           UserError: the checkpoint is damaged.
@@ -133,11 +133,11 @@ class Checkpoints:
         return TrainState(found["state"]["step"], found["target"], opt_state)
 
     def close(self) -> None:
-        """Frees what Orbax holds."""
+        """Releases the resources of Orbax."""
         self._manager.close()
 
     def _compare(self) -> None:
-        """Refuses the checkpoints of another run."""
+        """Rejects the checkpoints of another run."""
         step = self.latest()
         if step is None:
             return
@@ -145,7 +145,7 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[_RUN]
         except Exception as error:  # no "run": written by T5X, or by hand
-            raise UserError(f"{where} was not written by a training run of ours: choose another folder") from error
+            raise UserError(f"{where} was not written by `speccascade train`: choose another folder") from error
         names = sorted(found.keys() | self.identity.keys())
         differ = [name for name in names if found.get(name) != self.identity.get(name)]
         if differ:
@@ -160,12 +160,12 @@ class Checkpoints:
         left = f"the checkpoint of step {kept} is kept" if kept is not None else "there is no earlier checkpoint"
         full = any(sign in str(error).lower() for sign in _NO_SPACE)
         what = "the disk is full" if full else _reason(error)
-        advice = "make room and start the same command again" if full else "see to it and start again"
+        advice = "make room and start the same command again" if full else "solve that and start the same command again"
         return f"the checkpoint of step {step} cannot be written to {self.folder} ({what}); {left}: {advice}"
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
-    """The tree that goes to disk: T5X's names for the parameters, plain names for the optimizer's leaves."""
+    """The tree that is written to disk: T5X's names for the parameters, plain names for the optimizer's leaves."""
     names, _ = _named(state.opt_state)
     optimizer = dict(zip(names, jax.tree.leaves(state.opt_state), strict=True))
     return {"target": state.params, "state": {"step": state.step, "optimizer": optimizer}}
@@ -194,7 +194,7 @@ def _reason(error: Exception) -> str:
 
 
 def all_finite(params: PyTree) -> bool:
-    """Whether no parameter is NaN or infinite. Where other hosts hold a part, all of them must ask."""
+    """Whether no parameter is NaN or infinite. If other hosts hold a part, all hosts must call it."""
     leaves = jax.tree.leaves(params)
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in leaves)

@@ -1,9 +1,9 @@
 """The training loop: a plain function over batches and a config.
 
-Needs jax, flax, optax and orbax only, so it runs wherever the tokenised shards were copied to.
+It needs jax, flax, optax and orbax only, so it runs on any machine that has the tokenised shards.
 
 Batches are a pure function of the step, and so is the dropout key, so the position of a run is one number: a run that
-was killed and started again continues with the same bits (same devices, float32).
+was killed and started again is bit-identical to an uninterrupted one (same devices, float32).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Batches(Protocol):
 
 
 class Observer:
-    """Told what happens; each method may be overridden. Numbers are on the host already."""
+    """Receives the events of a run; each method may be overridden. Numbers are on the host already."""
 
     def started(self, step: int, steps: int, output_dir: Path | None) -> None:
         """The run begins after `step` of `steps` steps (0, or those of the checkpoint it resumes)."""
@@ -67,16 +67,16 @@ class Observer:
 
 @dataclasses.dataclass
 class TrainResult:
-    """What a run has left behind.
+    """The result of a run.
 
     Attributes:
       bound: the trained model.
-      step: updates made in all.
+      step: total number of updates.
       resumed_from: step of the checkpoint it continued; None for a fresh run.
       history: each report, with "step".
       evaluations: each evaluation, with "step".
-      tokens: encoder and decoder tokens seen by this process, padding not counted.
-      train_s: seconds until the steps were done; compiling, evaluation and checkpoints apart.
+      tokens: encoder and decoder tokens seen by this process, without padding.
+      train_s: seconds of the steps, without compiling, evaluation and checkpoints.
       compile_s: seconds of compiling.
     """
 
@@ -107,22 +107,22 @@ def train_loop(
 
     Args:
       model: the architecture; `dtype` is that of the activations, parameters are float32.
-      batches: what to train on.
-      config: how.
-      output_dir: where checkpoints go; None writes none.
-      start_from: parameters to begin with, or a whole state to continue at its step; fresh parameters if None.
+      batches: the training batches.
+      config: how to train.
+      output_dir: folder of the checkpoints; None writes none.
+      start_from: initial parameters, or a whole state to continue at its step; None initialises the parameters.
       eval_batches: batches of the evaluation, read again each time.
-      teacher: with `config.distill`, whom to learn from; in any case, whom evaluations compare with.
-      observer: told what happens.
-      mesh: devices that share each batch, see `data_mesh`, or with a Partitioning the parameters and moments as well,
-        as its rules say; None takes one device. On several hosts it takes all devices of all of them, and every
-        host makes the same call with the same batches, of which it reads its rows.
-      stop: asked after each step; once it says True (on any of the hosts), a checkpoint is written.
+      teacher: the model that evaluations compare with and, with `config.distill`, the model to learn from.
+      observer: receives the events of the run.
+      mesh: devices that share each batch, see `data_mesh`; a Partitioning also splits parameters and moments by its
+        rules; None takes one device. On several hosts it takes all devices of all hosts, and every host makes the same
+        call with the same batches, of which it reads its rows.
+      stop: called after each step; once it returns True (on any host), a checkpoint is written.
 
     Raises:
       UserError: a loss or parameter that is not finite, a batch that does not divide, a checkpoint of another run, a
-        full disk. Checkpoints written before stay.
-      Preempted: `stop` said so before the last step.
+        full disk. Earlier checkpoints are kept.
+      Preempted: `stop` returned True before the last step.
     """
     if config.distill is not None and teacher is None:
         raise UserError("a distillation loss needs a teacher: name its checkpoint or bundle")
@@ -141,13 +141,13 @@ def train_loop(
 
 
 def lower_step(model: T5Config, batch: losses.Batch, config: TrainConfig, mesh: Partitioning) -> jax.stages.Lowered:
-    """Lowers the update that `train_loop` makes, from shapes alone: nothing is drawn, read or moved.
+    """Lowers the update of `train_loop` from shapes alone: nothing is initialised, read or moved.
 
     Args:
       model: as for `train_loop`.
       batch: T5X features, as arrays or shapes; its rows must divide by the data groups x the microbatches.
       config: as for `train_loop`, without distillation.
-      mesh: whose devices need not be here.
+      mesh: the mesh; its devices need not exist on this machine.
     """
     unread: Any = None
     return _Run(model, unread, config, None, mesh, Observer()).lower(batch)
@@ -178,7 +178,7 @@ class _Run:
         self.compiled: dict[tuple, Any] = {}
 
     def identity(self, start_from: PyTree | TrainState | None) -> dict[str, Any]:
-        """What must be equal for a resume to continue this run."""
+        """The values that must be equal for a resume to continue this run."""
         config = dataclasses.asdict(self.config)
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep"):
             del config[name]
@@ -226,7 +226,7 @@ class _Run:
             saves = store is not None and (last or told or step % config.checkpoint_every == 0)
             evaluates = bool(eval_batches) and (last or (config.eval_every and step % config.eval_every == 0))
             if last or saves or evaluates or step % config.log_every == 0:
-                jax.block_until_ready((state, sums))  # a call returns long before its step is done
+                jax.block_until_ready((state, sums))  # a call returns long before its step is finished
                 seconds = time.perf_counter() - clock - pause
                 self._report(jax.device_get(sums), step, seconds, store, result)
                 if evaluates:
@@ -268,7 +268,7 @@ class _Run:
         return placing.put(state, self._where(state), may_alias=False)
 
     def _where(self, state: PyTree, model: T5 | None = None) -> Any:
-        """Where a training state lives, or the parameters of another model: one sharding, or as the rules say."""
+        """The sharding of a training state or of another model's parameters: a single one, or that of the rules."""
         return self.whole if self.rules is None else self.rules.like_params(model or T5(self.model), state)
 
     def _zeros(self) -> dict[str, Array]:
@@ -278,7 +278,7 @@ class _Run:
         """Moves a batch to the devices, row by row.
 
         Raises:
-          UserError: its rows cannot be shared out evenly.
+          UserError: its rows cannot be divided evenly.
         """
         pieces = self.share * (self.config.microbatches if step is not None else 1)
         rows = len(batch["decoder_target_tokens"])
@@ -291,11 +291,11 @@ class _Run:
         return placing.put(teacher_forcing.features(batch), self.split)
 
     def _program(self, advance: Any, state: TrainState, sums: PyTree, batch: losses.Batch) -> tuple[Callable, float]:
-        """The compiled step for the batch's shape, and the seconds it took to compile if it is new."""
+        """The compiled step for the batch's shape, and the seconds of compiling it if it is new."""
         shape = tuple((name, value.shape) for name, value in batch.items())
         if shape in self.compiled:
             return self.compiled[shape], 0.0
-        jax.block_until_ready(sums)  # so that no step hides behind the compiler
+        jax.block_until_ready(sums)  # so that no step overlaps with compiling
         start = time.perf_counter()
         self.compiled[shape] = advance.lower(state, sums, batch, self.teacher_params).compile()
         return self.compiled[shape], time.perf_counter() - start
@@ -303,7 +303,7 @@ class _Run:
     def _report(
         self, sums: Mapping[str, Any], step: int, seconds: float, store: Checkpoints | None, result: TrainResult
     ) -> None:
-        """Hands the means since the last report to the observer.
+        """Passes the means since the last report to the observer.
 
         Raises:
           UserError: the loss or the gradient was not finite.
@@ -348,7 +348,7 @@ def _diverged(step: int, store: Checkpoints | None) -> str:
 
 
 def fingerprint(tree: Any) -> str:
-    """A short text that differs where a model or its parameters differ."""
+    """A short text that differs if a model or its parameters differ."""
     digest = hashlib.sha256(repr(tree.model).encode() if isinstance(tree, Bound) else b"")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())

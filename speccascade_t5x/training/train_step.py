@@ -1,4 +1,4 @@
-"""What one training step computes: loss, gradients and the optimizer's update, from a config and nothing else."""
+"""The computation of one training step: loss, gradients and the optimizer's update, from a config alone."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-      steps: updates in all; a resumed run may raise it.
-      seed: of initialisation and dropout.
-      optimizer: with its schedule.
-      loss: what is minimised.
+      steps: total number of updates; a resumed run may raise it.
+      seed: seed of initialisation and dropout.
+      optimizer: the optimizer with its schedule.
+      loss: the loss to minimise.
       distill: how to learn from a teacher; needs one.
-      microbatches: pieces a batch is cut into, whose gradients are added up: less memory, same update.
-      log_every: steps between reports, the only times the host waits for numbers.
+      microbatches: number of pieces of a batch, whose gradients are added up: less memory, the same update.
+      log_every: steps between reports; only then does the host wait for numbers.
       eval_every: steps between evaluations; 0 evaluates at the beginning and at the end only.
       checkpoint_every: steps between checkpoints; one is also written at the end.
-      keep: how many checkpoints stay.
+      keep: how many checkpoints to keep.
     """
 
     steps: int

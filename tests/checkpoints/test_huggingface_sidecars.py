@@ -155,7 +155,7 @@ def test_ids_that_are_none(folder, value):
 def test_damaged_sidecars_are_named(folder):
     for name, facts, message in [
         ("added_tokens.json", {"<word>": "4"}, "added_tokens.json: <word> must be a whole number"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "has a name that is no id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "has a name that is not an id"),
         ("tokenizer_config.json", {"extra_ids": 3 * 10**7}, "extra_ids must be a whole number from 0 to 100000"),
         ("tokenizer.json", {"added_tokens": [{"id": 4}]}, r"added_tokens\[0\] has no member 'content'"),
     ]:

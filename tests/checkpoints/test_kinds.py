@@ -94,7 +94,7 @@ def test_a_folder_that_is_two_things_is_refused_unless_the_user_chooses(tmp_path
     assert_same(checkpoints.load(tmp_path / "both", kind="npz"), make_model(seed=1))
     assert_same(checkpoints.load(tmp_path / "both", kind="t5x_native"), make_model(seed=2))
     assert describe.describe(tmp_path / "both", kind="npz")["kind"] == "npz"
-    with pytest.raises(UserError, match="is no Hugging Face folder but a npz folder"):
+    with pytest.raises(UserError, match="is not a Hugging Face folder but a npz folder"):
         checkpoints.load(tmp_path / "both", kind="huggingface")
     with pytest.raises(UserError, match="there is no kind of checkpoint 'zip': use one of bundle"):
         checkpoints.load(tmp_path / "both", kind="zip")
@@ -118,7 +118,7 @@ def test_packaged_names_are_understood():
 
 def test_what_is_no_bundle_is_told_with_the_way_out(tmp_path):
     write_npz(tmp_path, make_model())
-    with pytest.raises(UserError, match="is no bundle but a npz folder: make one with `speccascade export"):
+    with pytest.raises(UserError, match="is not a bundle but a npz folder: make one with `speccascade export"):
         checkpoints.load_bundle(tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_another_scan_axis_is_read_from_the_configuration(tmp_path):
     (tmp_path / "config.gin").write_text("network.T5Config:\n  scan_layers = True\n  param_scan_axis = 0\n")
     assert_same(checkpoints.load(folder), make_model())
     (tmp_path / "config.gin").write_text("network.T5Config.param_scan_axis = -1\n")
-    with pytest.raises(UserError, match="param_scan_axis = -1 is no axis"):
+    with pytest.raises(UserError, match="param_scan_axis = -1 is not an axis"):
         checkpoints.load(folder)
 
 

@@ -259,20 +259,20 @@ def test_a_gain_that_min_p_has_too_is_called_truncation():
     assert note.startswith(
         "TokenV3 alpha 0.3 gains 10.0 points of exact match and 2.0 of character accuracy over the verifier alone. "
     )
-    assert "stands at +11.0 and +2.5: all of that can come from leaving out unlikely tokens (truncation)" in note
+    assert "gains +11.0 and +2.5: all of that can come from leaving out unlikely tokens (truncation)" in note
 
 
 def test_a_gain_that_min_p_shares_in_part_is_split():
     result = scripted(verifier=(20, 90), lossless=(20, 90), v3=(30, 92), min_p=(31, 91.2))
     (note,) = demo_report.truncation_notes(result)
-    assert "stands at +11.0 and +1.2: that part can come from leaving out" in note
+    assert "gains +11.0 and +1.2: that part can come from leaving out" in note
 
 
 def test_a_gain_that_min_p_lacks_is_not_blamed_on_truncation():
     result = scripted(verifier=(20, 90), lossless=(20, 90), v3=(30, 89), min_p=(19.5, 95))
     (note,) = demo_report.truncation_notes(result)
     assert "gains 10.0 points of exact match over the verifier alone." in note
-    assert note.endswith("stands at -0.5: leaving out unlikely tokens (truncation) does not explain it.")
+    assert note.endswith("gains -0.5: leaving out unlikely tokens (truncation) does not explain it.")
 
 
 @pytest.mark.parametrize(("lossless", "chance"), [((30, 88), True), ((25, 88), False), ((10, 93), True)])
@@ -294,7 +294,7 @@ def test_the_two_methods_of_one_law_are_the_yardstick():
     (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(20, 88.2)))
     assert "the 1.8 points of character accuracy between" in note
     (note,) = demo_report.chance_notes(scripted(verifier=(20, 90), lossless=(20, 90)))
-    assert note == "Quality is that of one sample (1 text, 3 seeds): small differences say nothing."
+    assert note == "Quality is that of one sample (1 text, 3 seeds): small differences show nothing."
     (note,) = demo_report.chance_notes(
         scripted({"settings": Settings(temperature=0.0)}, verifier=(20, 90), lossless=(20, 90))
     )

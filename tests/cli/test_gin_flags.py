@@ -57,7 +57,7 @@ def test_split_takes_bindings_out_and_keeps_their_order(parser):
     [
         (["--batchsize=3"], r"unknown flag '--batchsize=3': did you mean '--batch_size'\?"),
         (["--batch_size=many"], r"argument --batch_size: invalid int value: 'many'"),
-        (["--gin.A"], r"'--gin.A' is no binding: write --gin.NAME=VALUE"),
+        (["--gin.A"], r"'--gin.A' is not a binding: write --gin.NAME=VALUE"),
         (["lines.txt"], r"unknown flag 'lines.txt'"),
     ],
 )
@@ -148,7 +148,7 @@ REACHING = [
     ("from speccascade_t5x.tasks import mbpp\nmbpp.Path.home.cls = 1", "which is of pathlib", "pathlib"),
     ("import seqio\ngenerate.Settings.rule = @seqio.utils.os.getcwd()", "seqio.utils.os.getcwd, which is of os", "os"),
     ("generate.Settings.rule = @generate.Settings.__init__.__globals__()", "begins with an underscore", None),
-    ("generate.Settings.rule = @gin.macro.__globals__()", "gin is no module, class or function", None),
+    ("generate.Settings.rule = @gin.macro.__globals__()", "gin is not a module, class or function", None),
     ("from speccascade_t5x.tasks import sandbox\nsandbox.run.protected = False", "tasks.sandbox, which",
      "speccascade_t5x.tasks.sandbox"),
     ("from speccascade_t5x.tasks import mbpp\nmbpp.sandbox.run.protected = False", "of speccascade_t5x.tasks.sandbox",
@@ -225,7 +225,7 @@ def test_gin_does_not_chatter(tmp_path, monkeypatch, capsys, caplog):
         ("infer.infer.pair = @generate.lod()", r"there is no 'generate\.lod': did you mean 'generate\.load'\?"),
         ("LIMTI = 1", r"sets LIMTI, which no gin file reads: did you mean 'LIMIT'\?"),
         ("infer.infer.limit = %LIMTI", r"reads %LIMTI, which nothing sets: did you mean 'LIMIT'\?"),
-        ("TASK = restore_de", r"'restore_de' is no value: a text needs quotes of its own"),
+        ("TASK = restore_de", r"'restore_de' is not a value: a text needs quotes of its own"),
         ("TASK = 'restore_de", r"syntax error"),
         ("LIMIT = 3)", r"syntax error"),
         ("LIMIT = [3", r"a bracket or a quote is not closed"),
@@ -245,7 +245,7 @@ def test_a_bad_binding_is_named_with_the_nearest_valid_name(binding, message):
         ("include 'runs/nothing.gin'\n", r"bad\.gin, line 1 .*includes runs/nothing\.gin"),
         ("from speccascade_t5x import thing\n", r"bad\.gin, line 1 .*No module named 'speccascade_t5x\.thing'"),
         ("A = 1\nB = (1,\n", r"bad\.gin .*not closed"),
-        ("A = 1\nB = one\n", r"bad\.gin.*'one' is no value"),
+        ("A = 1\nB = one\n", r"bad\.gin.*'one' is not a value"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, text, message):

@@ -230,9 +230,9 @@ def test_bad_data(corpus, capsys, monkeypatch):
     write_split(corpus, "test", [("x", "Zu lang für diese Länge, " * 2, "a")])
     assert "example 0 ('zu lang fur diese lange, zu" in refused(capsys, *task)
     nowhere = "--gin.l10n.data_dir.path='nowhere'"
-    assert "The corpus folder nowhere does not exist" in refused(capsys, *task, nowhere)
+    assert "the corpus folder nowhere does not exist" in refused(capsys, *task, nowhere)
     monkeypatch.delenv("SPECCASCADE_L10N_DIR")
-    assert "No corpus folder is set" in refused(capsys, *task)
+    assert "no corpus folder is set" in refused(capsys, *task)
     assert "there is no task 'restore_en'" in refused(capsys, "--task=restore_en", "--output_dir=out")
 
 

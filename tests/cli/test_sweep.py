@@ -159,9 +159,9 @@ def test_limits_need_a_file_and_the_file_its_pair(tmp_path, capsys):
     point = points(tmp_path, rule="token_v3", alpha=0.3)
     offered = json.loads(Path("points.json").read_text())
     Path("points.json").write_text(json.dumps({**offered, "pair": "another"}))
-    assert "are of another pair: run `speccascade sweep`" in refused(capsys, "infer", *flags, point)
+    assert "were measured with another pair: run `sweep`" in refused(capsys, "infer", *flags, point)
     Path("points.json").write_text(json.dumps({**offered, "weights": "sha256 of others"}))
-    assert "are of another pair: run `speccascade sweep`" in refused(capsys, "infer", *flags, point)
+    assert "were measured with another pair: run `sweep`" in refused(capsys, "infer", *flags, point)
 
 
 @pytest.mark.slow

@@ -67,5 +67,5 @@ def test_foreign_folders_beside_an_installed_package_are_left_alone(tmp_path, mo
 
 def test_a_copy_without_gin_files_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "_PACKAGE_DIR", fake_install(tmp_path, "gin_configs/__init__.py"))
-    with pytest.raises(FileNotFoundError, match="carries no gin_configs"):
+    with pytest.raises(FileNotFoundError, match="has no gin_configs"):
         paths.gin_configs_dir()

@@ -317,10 +317,10 @@ def test_an_input_file_has_no_split(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: not a JSON record"),
-        ('{"inputs": "a"}', 'line 3 lacks a text under "inputs" or ids under "tokens"'),
-        ('{"inputs": 1, "tokens": []}', "line 3 lacks a text"),
-        ('{"inputs": "a", "tokens": [1.5]}', 'line 3 has something else than ids under "tokens"'),
+        ("{", "line 3 is not a JSON record"),
+        ('{"inputs": "a"}', 'line 3 has no text under "inputs" or no ids under "tokens"'),
+        ('{"inputs": 1, "tokens": []}', "line 3 has no text"),
+        ('{"inputs": "a", "tokens": [1.5]}', 'line 3 has a value under "tokens" that is not ids'),
         ('{"inputs": "a", "tokens": [999, 1]}', "id 999 among its targets"),
     ],
 )
@@ -336,7 +336,7 @@ def test_a_bad_record_is_named(tmp_path, line, message):
 def test_a_missing_part_is_noticed(tmp_path):
     folder = write_records(tmp_path / "decoded")
     (folder / "numbers-predict.jsonl-00000-of-00002").unlink()
-    with pytest.raises(UserError, match="lacks part 0 of 2 of the records of 'numbers'"):
+    with pytest.raises(UserError, match="part 0 of 2 of the records of 'numbers' is missing"):
         distil(tmp_path)
 
 

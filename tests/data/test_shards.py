@@ -170,7 +170,7 @@ def test_a_shard_that_would_run_code_is_not_loaded(folder):
         np.savez(file, inputs=np.array([{}], dtype=object))
     entry = {"sha256": hashlib.sha256((folder / SECOND).read_bytes()).hexdigest()}
     edit(folder, lambda manifest: manifest["shards"][1].update(entry))
-    with pytest.raises(UserError, match="is no npz file of arrays"):
+    with pytest.raises(UserError, match="is not an npz file of arrays"):
         shards.read(folder)
 
 
@@ -188,7 +188,7 @@ def edit(folder: Path, change) -> None:
         (lambda m: m.update(format="else"), "is not the manifest of a tokenised corpus"),
         (lambda m: m.update(shards=[]), "is empty"),
         (lambda m: m.update(examples=0), "is empty"),
-        (lambda m: m.update(vocabulary={}), "does not say what its ids mean"),
+        (lambda m: m.update(vocabulary={}), "has no usable vocabulary"),
         (lambda m: m.pop("shards"), "has no member 'shards'"),
         (lambda m: m["shards"][0].update(file="../other.npz"), r"shards\[0\].file must be a plain file name"),
     ],
@@ -234,7 +234,7 @@ def test_a_sentencepiece_model_travels_with_its_ids(tmp_path):
     assert corpus.vocabulary.fingerprint() == spoken.fingerprint()
     assert corpus.ids["inputs"].dtype == np.uint8
     (tmp_path / "corpus" / "vocabulary.model").write_bytes(b"")
-    with pytest.raises(UserError, match="does not say what its ids mean"):
+    with pytest.raises(UserError, match="has no usable vocabulary"):
         shards.read(tmp_path / "corpus")
 
 

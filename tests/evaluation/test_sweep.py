@@ -255,7 +255,7 @@ def test_without_a_cell_that_succeeded_the_reason_is_told(tmp_path):
         ({"seeds": (1, 1)}, "must be different whole numbers"),
         ({"seeds": (0, -1)}, "seeds=-1 is outside its range"),  # the first one's cells would be there by then
         ({"varied": ("tokn_v3",)}, "there is no method 'tokn_v3': did you mean 'token_v3'"),
-        ({"varied": "token_v3"}, "varied='token_v3' is no list"),
+        ({"varied": "token_v3"}, "varied='token_v3' is not a list"),
         ({"methods": ("opt", "lossless"), "calibrate": {"acceptance": 0.5}}, "'lossless' takes no alpha, so there is"),
         ({"methods": (), "calibrate": {"acceptance": 0.5}}, "a calibration needs methods"),
         ({"calibrate": {"acceptance": 0.5}, "report_only": True}, "report_only reports a sweep"),

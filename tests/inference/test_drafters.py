@@ -121,8 +121,8 @@ def test_prompt_lookup_is_max_gram_with_short_matches_and_no_table(pair):
         ({"drafter": "max_gram", "ngram_fill": "beam"}, "fill='beam' is unknown: use 'argmax' or 'sample'"),
         ({"draft_len": "auto"}, "draft_len='auto' follows a plan, but none is named: run `speccascade plan"),
         ({"draft_len": "long"}, "draft_len='long' is unknown: use a whole number, or 'auto'"),
-        ({"drafter": 3}, "drafter=3 is no text"),
-        ({"k_matrix": "5;3"}, "k_matrix='5;3' is no list"),
+        ({"drafter": 3}, "drafter=3 is not a text"),
+        ({"k_matrix": "5;3"}, "k_matrix='5;3' is not a list"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(pair, options, message):

@@ -167,7 +167,7 @@ def test_a_long_prompt_is_refused_or_cut(pair):
         ({"rule": "chow", "alpha": 1.5}, r"alpha=1.5 .*'chow': from 0 to 1"),
         ({"rule": "chow", "alpha": "big"}, r"alpha='big' .*a number"),
         ({"rule": "lossless", "alpha": 0.5}, r"'lossless' takes no alpha"),
-        ({"rule_options": ["residual"]}, r"rule_options=\['residual'\] is no dictionary"),
+        ({"rule_options": ["residual"]}, r"rule_options=\['residual'\] is not a dictionary"),
         ({"rule_options": {"residual": 1}}, r"'lossless' has no option 'residual'"),
         ({"verification": "bloc"}, r"verification='bloc' is unknown: use 'token' or 'block'"),
         ({"draft_len": -1}, r"draft_len=-1 .*0 or more"),
@@ -178,7 +178,7 @@ def test_a_long_prompt_is_refused_or_cut(pair):
         ({"seed": -1}, r"seed=-1 .*from 0 to 4294967295"),
         ({"seed": 2**32}, r"seed=4294967296 .*from 0 to 4294967295"),
         ({"truncate": "no"}, r"truncate='no' is neither True nor False"),
-        ({"stop_sequences": "ende"}, r"stop_sequences='ende' is no list"),
+        ({"stop_sequences": "ende"}, r"stop_sequences='ende' is not a list"),
         ({"stop_sequences": [""]}, r"the stop sequence '' has no ids"),
         ({"buckets": (16, 24)}, r"buckets \(16, 24\) must increase and end with the feature length 32"),
         ({"num_beams": 4}, r"num_beams is not supported"),
@@ -195,7 +195,7 @@ def test_bad_settings_name_the_option_and_its_range(pair, options, message):
 def test_bad_texts(pair):
     with pytest.raises(UserError, match="put it in brackets"):
         pair.generate("one text", **SHAPE)
-    with pytest.raises(UserError, match="text 1 is no text but int"):
+    with pytest.raises(UserError, match="text 1 is not a text but int"):
         pair.generate(["a", 3], **SHAPE)
     with pytest.raises(UserError, match="nothing to decode"):
         pair.generate([], **SHAPE)

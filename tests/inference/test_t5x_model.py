@@ -164,7 +164,7 @@ def test_parameters_in_bfloat16_decode(params):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_len": 8}, "max_len is not for T5X's scripts"),
+        ({"max_len": 8}, "max_len cannot be set for T5X's scripts"),
         ({"draft_len": "auto"}, "draft_len='auto' needs a plan"),
         ({"temprature": 1.0}, "did you mean 'temperature'"),
         ({"output_vocabulary": Ids(25)}, "has 24 logits but the vocabulary 25 pieces"),

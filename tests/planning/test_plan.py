@@ -223,7 +223,7 @@ def test_auto_refuses_what_says_nothing_about_this_run(written, tmp_path):
         ({"temperature": 1.0}, "ours", "was made for temperature=0.5, but this run has 1.0: run `speccascade plan`"),
         ({"batch_size": 1}, "ours", "was made for batch_size=8, but this run has 1"),
         ({"drafter": "ngram"}, "ours", "ranks nothing with drafter='ngram'"),
-        ({}, "theirs", "is of another pair, or of figures given by hand"),
+        ({}, "theirs", "was made for another pair, or from given figures"),
         ({"plan": str(tmp_path / "none.json")}, "ours", "there is no plan .*none.json: make one"),
         ({"plan": None}, "ours", "none is named: run `speccascade plan"),
     ]:

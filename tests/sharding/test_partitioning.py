@@ -147,7 +147,7 @@ def test_blocks_of_a_torus():
         ({"devices": 8, "data": 2, "model": 2}, "has 4 devices, but the topology has 8"),
         ({"model": 0}, "model=0 is outside its range"),
         ({"data": "2"}, "data='2' is outside its range"),
-        ({"model": 4, "submesh": (2, 1)}, r"submesh=\(2, 1\) is no block of model=4 devices"),
+        ({"model": 4, "submesh": (2, 1)}, r"submesh=\(2, 1\) is not a block of model=4 devices"),
         ({"rules": [("batch", "rows")]}, r"rules holds \('batch', 'rows'\): a rule is"),
         ({"rules": STANDARD_RULES[:3]}, r"no rule names the logical axis 'joined_kv': add \('joined_kv', None\)"),
     ],

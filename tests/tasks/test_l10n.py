@@ -119,7 +119,7 @@ def test_a_broken_gzip_file_is_named(corpus, spoil):
 
 
 def test_l10n_en_de_needs_its_vocabulary(corpus, tmp_path):
-    with pytest.raises(UserError, match=r"No vocabulary is set.*vocabulary_file\.path"):
+    with pytest.raises(UserError, match=r"no vocabulary is set.*vocabulary_file\.path"):
         seqio_tasks.examples("l10n_en_de", "test", LENGTHS)
     configure(f"l10n.vocabulary_file.path = {str(tmp_path / 'none.model')!r}")
     with pytest.raises(UserError, match=r"none\.model of l10n_en_de does not exist"):

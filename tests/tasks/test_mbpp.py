@@ -130,7 +130,7 @@ def test_parses_runs_nothing(code, is_python):
         ("[1]", "line 2 has no usable field 'task_id'"),
         (json.dumps(line(12, code=3)), "line 2 has no usable field 'code'"),
         (json.dumps(line(12, test_list=[])), "line 2 has no usable field 'test_list'"),
-        (json.dumps(line(12, test_list=[1])), "a test in 'test_list' that is no text"),
+        (json.dumps(line(12, test_list=[1])), "a test in 'test_list' that is not a text"),
         (json.dumps(line(11)), "a task_id twice"),
     ],
 )

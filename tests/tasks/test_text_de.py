@@ -71,5 +71,5 @@ def test_the_folder_of_help_texts_is_asked_for_by_its_own_name(corpora, monkeypa
     with pytest.raises(UserError, match=r"test\.tsv\.gz does not exist: `text_de\.help_dir\.path` .*LOHELP_DIR"):
         seqio_tasks.examples("lohelp_correct_de", "test", {})
     monkeypatch.delenv(text_de.HELP_VARIABLE)
-    with pytest.raises(UserError, match=r"No corpus folder is set .*`text_de\.help_dir\.path`.*LOHELP_DIR"):
+    with pytest.raises(UserError, match=r"no corpus folder is set .*`text_de\.help_dir\.path`.*LOHELP_DIR"):
         seqio_tasks.examples("lohelp_correct_de", "test", {})

@@ -38,7 +38,7 @@ def test_a_list_of_json(tmp_path):
         ('{"inputs": "a"', r"line 1 is not JSON \(Expecting"),
         ('{"inputs": 3}', 'needs an object with a text under "inputs"'),
         ('["a"]', 'needs an object with a text under "inputs"'),
-        ('{"inputs": "a", "targets": 3}', 'something else than a text under "targets"'),
+        ('{"inputs": "a", "targets": 3}', 'has a value under "targets" that is not a text'),
         ('{"inputs": "\\ud800"}', 'a text under "inputs" that is not Unicode'),
         ('{"inputs": "a", "targets": "\\ud800"}', 'a text under "targets" that is not Unicode'),
     ],

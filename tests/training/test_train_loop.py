@@ -227,7 +227,7 @@ def test_a_cosine_that_follows_the_number_of_steps_belongs_to_the_run(tmp_path):
 
 def test_a_folder_of_t5x_is_refused(tmp_path, fixtures):
     shutil.copytree(fixtures / "t5x_orbax" / "checkpoint_3", tmp_path / "checkpoint_3")
-    with pytest.raises(UserError, match="checkpoint_3 was not written by a training run of ours"):
+    with pytest.raises(UserError, match="checkpoint_3 was not written by `speccascade train`"):
         train_loop.train_loop(MODEL, Copying(), config(8), output_dir=tmp_path)
 
 

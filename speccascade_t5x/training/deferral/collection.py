@@ -1,11 +1,11 @@
-"""What a head is fitted on: teacher-forced features and labels of a pair, streamed to disk part by part.
+"""The data for fitting heads: teacher-forced features and labels of a pair, streamed to disk part by part.
 
     <folder>/part-00000-of-0000N.npz   columns of the positions of some batches
     <folder>/identity.json             what the columns were made of; written first
     <folder>/manifest.json             counts and checksums; written last
 
-A folder with a manifest is whole. A collection that was killed continues at its first missing part, if pair, data and
-features are the same. No logits are kept: a position costs a few hundred bytes whatever the vocabulary.
+A folder with a manifest is complete. A killed collection continues at its first missing part, if pair, data and
+features are the same. No logits are kept: a position takes a few hundred bytes for any vocabulary.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ def collect(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Scores examples with both models and writes columns. Started again after a kill, it continues.
+    """Scores examples with both models and writes columns. After a kill, the same call continues.
 
     Args:
       scored: the pair.
       corpus: inputs and targets; its vocabulary must be the pair's.
-      chosen: which examples; their numbers are the sequence ids of the columns.
-      folder: made if missing; a whole collection of the same identity there is left as it is.
-      spec: which features.
-      candidates: keep what a token head reads too.
+      chosen: numbers of the examples; they are the sequence ids of the columns.
+      folder: created if missing; a complete collection of the same identity there is left as it is.
+      spec: the features.
+      candidates: also keep the columns that a token head reads.
       scores: further figures to keep, as "score_NAME".
-      identity: what else the columns depend on, such as what `scores` were made of; JSON types.
-      lengths: longest inputs and targets.
-      batch_size: rows of a batch, a multiple of the devices of `mesh`.
-      batches_per_part: what a kill can cost.
+      identity: further inputs of the columns, such as those of `scores`; JSON types.
+      lengths: maximum lengths of inputs and targets.
+      batch_size: number of rows of a batch, a multiple of the devices of `mesh`.
+      batches_per_part: number of batches that a kill can lose.
       mesh: devices that share each batch; one if None.
       progress: called after each batch.
 
@@ -145,10 +145,10 @@ def collect(
 
 
 def read(folder: str | Path) -> dict[str, np.ndarray]:
-    """All columns of a whole collection, [N, ...] each, "example" among them.
+    """All columns of a complete collection, [N, ...] each, "example" among them.
 
     Raises:
-      UserError: it is not whole, or a part is missing or damaged.
+      UserError: it is not complete, or a part is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
@@ -170,7 +170,7 @@ def read(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def split(examples: int, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Shares examples out, never tokens: name -> ascending example numbers.
+    """Divides the examples (never their tokens) into splits: name -> ascending example numbers.
 
     Raises:
       UserError: a share that is not above 0, or a split that gets no example.
@@ -190,7 +190,7 @@ def split(examples: int, shares: Mapping[str, float], seed: int) -> dict[str, np
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Binds a folder to what its columns are made of, or refuses."""
+    """Binds a folder to the inputs of its columns, or rejects a folder bound to others."""
     path, wanted = folder / IDENTITY, json.loads(storage.to_json(identity))
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):

@@ -34,22 +34,22 @@ class OrbaxStore:
         return fitting.FitState(found.step, found.params, found.opt_state)
 
     def save(self, step: int, state: fitting.FitState) -> None:
-        """Writes a state, whole or not at all."""
+        """Writes a state atomically."""
         self._inner.save(step, train_checkpoints.TrainState(state.step, state.params, state.opt_state))
 
     def close(self) -> None:
-        """Frees what Orbax holds."""
+        """Releases the resources of Orbax."""
         self._inner.close()
 
 
 class Curves(fitting.Observer):
-    """Keeps every look in a file of JSON lines and passes it on."""
+    """Writes every evaluation to a file of JSON lines and forwards it."""
 
     def __init__(self, path: Path, then: fitting.Observer):
         self._path, self._then = path, then
 
     def started(self, seed: int, step: int, steps: int) -> None:
-        # What was seen beyond the checkpoint will be seen again.
+        # Evaluations of steps after the checkpoint will be made again.
         kept = [row for row in storage.read_rows(self._path) if row["seed"] != seed or row["step"] <= step]
         storage.write_text(self._path, "".join(storage.to_json(row) + "\n" for row in kept))
         self._then.started(seed, step, steps)
@@ -61,12 +61,12 @@ class Curves(fitting.Observer):
 
 
 def digest(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:
-    """A short text of each, that differs where values differ."""
+    """A short text of each, which differs if the values differ."""
     return {kind: fingerprints.of_tree(both) for kind, both in calibrations.items()}
 
 
 def write_calibrations(path: Path, found: Mapping[str, PairCalibration]) -> None:
-    """Writes calibrations in one step."""
+    """Writes calibrations atomically."""
     arrays = {
         f"{kind}/{side}/{name}": np.asarray(value)
         for kind, both in found.items()
@@ -77,7 +77,7 @@ def write_calibrations(path: Path, found: Mapping[str, PairCalibration]) -> None
 
 
 def read_calibrations(path: Path) -> dict[str, PairCalibration]:
-    """What `write_calibrations` wrote.
+    """Reads the file of `write_calibrations`.
 
     Raises:
       UserError: it is damaged.

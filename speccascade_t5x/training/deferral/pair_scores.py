@@ -1,4 +1,4 @@
-"""A pair under teacher forcing: batches of examples, the rules' Pair at every position, and what is kept of it."""
+"""A pair under teacher forcing: batches of examples, the rules' Pair at every position, and columns made from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from speccascade_t5x.text import vocabulary
 
 CLASSES = ("special", "lower case", "upper case", "digit", "space", "punctuation", "other")
 _HALF = ("hidden_q", "hidden_p", "candidate_features")  # kept in half precision
-_ROUND_TO = 16  # lengths of batches are multiples of it: few shapes, few compiles
+_ROUND_TO = 16  # lengths of batches are multiples of it, so that few shapes are compiled
 
 # Per-position figures to collect as well: name -> function of the Pair.
 Scores = Mapping[str, Callable[[Pair], Array]]
@@ -31,7 +31,7 @@ Scores = Mapping[str, Callable[[Pair], Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A pair to be scored, and how.
+    """A pair and how to score it.
 
     Attributes:
       drafter, verifier: bound LanguageModels.
@@ -46,14 +46,14 @@ class Scored:
 
     @property
     def width(self) -> int:
-        """V both models share."""
+        """The vocabulary size V that both models share."""
         return min(self.drafter.model.vocab_size, self.verifier.model.vocab_size)
 
 
 def token_classes(spoken: vocabulary.Vocabulary, width: int) -> np.ndarray:
     """[width] int32 class of each id, an index of CLASSES; ids beyond the vocabulary are special.
 
-    A piece counts as its first character does. One of several bytes of a character is "other".
+    A piece has the class of its first character. A single byte of a longer character is "other".
     """
     found = np.zeros(width, np.int32)
     for i, piece in enumerate(spoken.pieces[:width]):
@@ -73,13 +73,13 @@ def token_classes(spoken: vocabulary.Vocabulary, width: int) -> np.ndarray:
 
 
 def spec_of(pair: Scored, hidden: bool, top: int = 4) -> FeatureSpec:
-    """The features of a pair; hidden states where they are asked for."""
+    """The features of a pair; hidden states on request."""
     widths = [bound.model.config.emb_dim if hidden else 0 for bound in (pair.drafter, pair.verifier)]
     return FeatureSpec(top=top, classes=len(CLASSES), hidden_q=widths[0], hidden_p=widths[1])
 
 
 def fingerprint(bound: Bound) -> str:
-    """A short text that differs where a model or its parameters differ."""
+    """A short text that differs if a model or its parameters differ."""
     text = repr((bound.model, fingerprints.of_tree(bound.params)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -102,7 +102,7 @@ class Batch:
 
 
 def batches(corpus: shards.Corpus, chosen: Sequence[int], batch_size: int, lengths: tuple[int, int]) -> list[Batch]:
-    """Batches of like lengths over the chosen examples, a pure function of its arguments."""
+    """Batches of similar lengths over the chosen examples, a pure function of its arguments."""
     for name, value in (("batch_size", batch_size), ("inputs_len", lengths[0]), ("targets_len", lengths[1])):
         checks.whole(name, value, 1)
     cut = lambda ids, side: shards.cut(ids, lengths[side], corpus.eos_id)  # noqa: E731
@@ -119,7 +119,7 @@ def batches(corpus: shards.Corpus, chosen: Sequence[int], batch_size: int, lengt
             for side in (0, 1):
                 padded[side][row, : len(taken[i][side])] = taken[i][side]
             counts[row], ids[row] = len(taken[i][1]), chosen[i]
-        padded[0][len(rows) :, 0] = corpus.eos_id  # a filler row is a text of nothing
+        padded[0][len(rows) :, 0] = corpus.eos_id  # a filler row is an empty text
         made.append(Batch(padded[0], padded[1], counts, ids))
     return made
 
@@ -127,7 +127,7 @@ def batches(corpus: shards.Corpus, chosen: Sequence[int], batch_size: int, lengt
 def scored_logits(
     bound: Bound, inputs: Array, targets: Array, capture: tuple[str, ...] = ()
 ) -> tuple[Array, dict[str, Array]]:
-    """Teacher-forced logits [B, T, V] of any LanguageModel, as one block, and what was captured."""
+    """Teacher-forced logits [B, T, V] of any LanguageModel, as one block, and the captured hidden states."""
     model = bound.model
     given = model.inputs(inputs) if hasattr(model, "inputs") else {"encoder_input_tokens": inputs}
     rows, length = targets.shape
@@ -168,16 +168,16 @@ def columns_of(
     scores: Scores | None = None,
     truth: Array | None = None,
 ) -> dict[str, Array]:
-    """Everything that is kept of a batch, [B, T, ...] each. Jittable.
+    """The columns of a batch, [B, T, ...] each. Jittable.
 
     Args:
-      pair: at every position.
-      spec: which features.
+      pair: the Pair at every position.
+      spec: the features.
       classes: [V] class of each token.
       targets: [B, T] labels.
-      candidates: keep what a token head reads too.
+      candidates: also keep the columns that a token head reads.
       scores: further figures.
-      truth: [B, T, V] the law the labels were drawn from, where it is known.
+      truth: [B, T, V] the distribution from which the labels were drawn, if it is known.
     """
     found = labels.realised(pair.q_raw, pair.p_raw, targets)
     columns = {
@@ -203,7 +203,7 @@ def flat(found: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]
     """Real positions of a batch's columns, [n, ...] each, with the number of their example.
 
     Raises:
-      UserError: something that is learnt from is not finite.
+      UserError: a column is not finite.
     """
     real = (np.arange(batch.targets.shape[1]) < batch.lengths[:, None]) & (batch.ids >= 0)[:, None]
     columns = {name: np.asarray(values)[real] for name, values in found.items()}
@@ -219,9 +219,9 @@ def flat(found: Mapping[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]
 def logits_batches(
     scored: Scored, which: str, corpus: shards.Corpus, chosen: Sequence[int], lengths: tuple[int, int], batch_size: int
 ) -> Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]:
-    """(logits [N, V], tokens [N]) of one model, computed anew on each call: what calibration reads.
+    """(logits [N, V], tokens [N]) of one model for calibration, computed anew on each call.
 
-    Positions that are none have the token -1: shapes stay few.
+    Unused positions have the token -1, so that there are few shapes.
     """
     bound: Bound = getattr(scored, which)
     made = batches(corpus, list(chosen), batch_size, lengths)

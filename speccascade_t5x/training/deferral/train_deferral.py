@@ -1,14 +1,14 @@
-"""The `train_deferral` job: collect, fit, calibrate, collect the test split, and put it all into a bundle.
+"""The `train_deferral` job: collects, fits, calibrates, collects the test split, and writes a bundle with the result.
 
 <output_dir>/config.gin                     the resolved configuration
 <output_dir>/columns/{fit,held_out,test}    features and labels, see `training.deferral.collection`
 <output_dir>/<kind>-<objective>/seed-<n>    Orbax checkpoints of each fit
 <output_dir>/calibration.npz                temperature, vector scaling, isotonic regression
-<output_dir>/deferral-metrics.jsonl         every look at the folds left out
-<output_dir>/deferral-summary.json          what came out
+<output_dir>/deferral-metrics.jsonl         every evaluation on the left-out folds
+<output_dir>/deferral-summary.json          the results
 <output_dir>/bundle                         the pair with head and calibrations, to decode with
 
-A run that was killed and is started again with the same command goes on where it was.
+The same command continues a killed run.
 """
 
 from __future__ import annotations
@@ -45,19 +45,20 @@ CALIBRATIONS = ("temperature", "vector", "isotonic")
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What to collect on.
+    """The data to collect on.
 
     Attributes:
       cached: folder of tokenised shards (`speccascade cache`), of one split.
       task: a registered seqio task, instead.
-      split: of the task; one that the pair was not trained on, or the head learns from models that know the answers.
-      limit: only the first so many examples; None for all.
-      inputs_len, targets_len: longest inputs and targets; longer ones are cut, their EOS kept.
-      batch_size: rows scored together.
-      batches_per_part: batches of a file: what a kill can cost.
-      shares: of examples, relative: to fit on, to evaluate on ("test"), and ("held_out") to fix the alphas and
-        thresholds of the report by, which are no part of a head, so that it is fitted on them too.
-      seed: of who goes where.
+      split: split of the task. The pair must not be trained on it, or the head learns from models that know the
+        answers.
+      limit: number of examples to collect, from the first; None for all.
+      inputs_len, targets_len: maximum lengths of inputs and targets; longer ones are cut, with their EOS kept.
+      batch_size: number of rows scored together.
+      batches_per_part: number of batches of a file, which a kill can lose.
+      shares: relative shares of the examples: "fit" to fit on, "test" to evaluate on, and "held_out" to fix the alphas
+        and thresholds of the report. These are not part of a head, so heads are fitted on "held_out" as well.
+      seed: seed of the assignment of examples to splits.
     """
 
     cached: str | None = None
@@ -111,7 +112,7 @@ class HeadOptions:
       kind: "prefix" or "token".
       loss: of a prefix head, whose gap it estimates: "zero_one" or "log".
       hidden: whether it reads both models' last hidden states.
-      top: how many of the largest probabilities of each law it reads.
+      top: how many of the largest probabilities of each distribution it reads.
       width, layers: of the network.
     """
 
@@ -128,16 +129,16 @@ class HeadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a job has left behind.
+    """The result of a job.
 
     Attributes:
       bundle: folder of the pair with head and calibrations.
-      fitted: the same in memory.
-      fits: of each seed, the best first.
+      fitted: head and calibrations in memory.
+      fits: the fit of each seed, the best first.
       test: columns of the test split, with "score_*" of each calibration.
       held_out: columns of the held-out split.
       classes: [V] class of each token.
-      summary: as deferral-summary.json holds it.
+      summary: the content of deferral-summary.json.
     """
 
     bundle: Path
@@ -155,16 +156,16 @@ class Trained:
 
 
 class Observer(fitting.Observer):
-    """Told what happens; each method may be overridden."""
+    """Receives the events of a run; each method may be overridden."""
 
     def collecting(self, split: str, done: int, examples: int) -> None:
-        """So many of the examples of a split are scored."""
+        """A number of examples of a split have been scored."""
 
     def calibrating(self, kind: str) -> None:
         """A calibration begins."""
 
     def warned(self, text: str) -> None:
-        """Something a reader of the results should know."""
+        """A note that a reader of the results should know."""
 
 
 @checks.arguments(temperature=(0.0, 2.0), devices=(1,))
@@ -180,19 +181,19 @@ def train_deferral(
     config_text: str = "",
     observer: Observer | None = None,
 ) -> Trained:
-    """Fits a head and calibrations for a pair. Started again after a kill, it goes on.
+    """Fits a head and calibrations for a pair. After a kill, the same call continues.
 
     Args:
-      pair: a bundle's folder, or the name of a packaged one; a drafter must be in it.
-      data: what to collect on.
-      output_dir: where everything goes.
+      pair: a bundle's folder, or the name of a packaged one; it must have a drafter.
+      data: the data to collect on.
+      output_dir: folder of all files.
       head: the head to fit.
-      fit: how.
-      calibrations: which baselines to fit as well.
-      temperature: at which tokens will be sampled; D_TV(p, q) is measured there.
-      devices: how many share each batch of the collection; all there are if None.
+      fit: how to fit it.
+      calibrations: the calibrations to fit as well, as baselines.
+      temperature: the temperature of sampling, at which D_TV(p, q) is measured.
+      devices: number of devices that share each batch of the collection; None takes all.
       config_text: the resolved configuration, kept beside the checkpoints.
-      observer: told what happens.
+      observer: receives the events of the run.
 
     Raises:
       UserError: no drafter, labels of another vocabulary, an empty split, labels that are all the same, a loss that
@@ -244,12 +245,12 @@ def train_deferral(
 
 
 def trained_on(manifest: Mapping[str, Any], task: str, split: str) -> str:
-    """Says what is wrong with a split that the pair was trained on; empty where nothing is known to be.
+    """A warning if the pair was trained on the split of the examples; empty if nothing indicates that.
 
     Args:
-      manifest: of the bundle, whose "trained_on" lists {"task", "split"}, where it is noted.
-      task: that the examples are of.
-      split: likewise.
+      manifest: manifest of the bundle; its optional "trained_on" lists {"task", "split"}.
+      task: task of the examples.
+      split: split of the examples.
     """
     why = "there its models know the answers, so a head learns from cases that do not come back: use a held-out split"
     noted = manifest.get("trained_on")
@@ -280,7 +281,7 @@ class _Job:
         self.classes = pair_scores.token_classes(scored.vocabulary, scored.width)
 
     def collect(self, name: str, calibrations: Mapping[str, PairCalibration] | None = None) -> dict[str, np.ndarray]:
-        """Columns of a split, from disk where they are whole."""
+        """Columns of a split, from disk if they are complete there."""
         folder = collection.collect(
             self.scored,
             self.corpus,
@@ -320,7 +321,7 @@ class _Job:
         return fitting.fit_head(self.config, self.fit_config, columns, self.classes, store=stores, observer=curves)
 
     def calibrate(self, kinds: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, PairCalibration]:
-        """Fits calibrations on what the head is fitted on, or reads those an earlier part of this run has fitted."""
+        """Fits calibrations on the data of the head, or reads those that an earlier part of this run has fitted."""
         place = self.folder / CALIBRATION_FILE
         if place.is_file():
             known = fit_store.read_calibrations(place)
@@ -350,7 +351,7 @@ class _Job:
 
 
 def calibrated_scores(calibrations: Mapping[str, PairCalibration]) -> dict[str, Any]:
-    """Per-position figures of the test split: what each calibrated plug-in rule and each diagram reads."""
+    """Per-position figures of the test split, which the calibrated plug-in rules and the diagrams read."""
     found: dict[str, Any] = {}
     for kind, both in calibrations.items():
         found[f"{kind}_zero_one"] = lambda pair, both=both: both.gap(pair, "zero_one")
@@ -365,7 +366,7 @@ def calibrated_scores(calibrations: Mapping[str, PairCalibration]) -> dict[str, 
 
 
 def _store(source: Path, target: Path, fitted: Fitted) -> Path:
-    """The bundle with what was fitted; one that an earlier part of this run has written is replaced."""
+    """Writes the bundle with head and calibrations, replacing one that an earlier part of this run has written."""
     if (target / bundles.MANIFEST).is_file():
         return bundles.store_deferral(target, target, fitted)
     return bundles.store_deferral(source, target, fitted)
