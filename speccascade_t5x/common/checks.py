@@ -201,13 +201,19 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         raise UserError(f"{_said(name, value)} must be None")
     elif origin is Callable and not callable(value):
         raise UserError(f"{_said(name, value)} is not a function")
-    elif isinstance(kind, type) and origin is None and not issubclass(kind, _LOOSE) and not isinstance(value, kind):
+    elif _is_class(kind) and not isinstance(value, kind):
         raise UserError(f"{_said(name, value)} is not of type {kind.__name__}")
     return value
 
 
 _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
-_LOOSE = (bool, int, float, str, types.NoneType)  # checked above
+_CHECKED = (bool, int, float, str, types.NoneType)
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether values are instances of it; whether one keeps a protocol shows where it is used."""
+    plain = isinstance(kind, type) and typing.get_origin(kind) is None and kind not in _CHECKED
+    return plain and not getattr(kind, "_is_protocol", False)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -216,6 +222,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _one_of_types(name: str, value: Any, kinds: Sequence[Any], range: tuple[float, ...]) -> Any:
     """`value` as the first of some types that takes it; a path is said to be a text."""
+    kinds = [types.NoneType if kind is Any else kind for kind in kinds]  # `int | Any` is None until it is settled
     if value is None and types.NoneType in kinds:
         return None
     if isinstance(value, str) and str in kinds:

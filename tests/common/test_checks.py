@@ -14,6 +14,7 @@ import pytest
 from speccascade_t5x.common import checks
 from speccascade_t5x.inference.settings import Settings
 from speccascade_t5x.interfaces import UserError
+from speccascade_t5x.text.vocabulary import ByteVocabulary, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Options:
     more: Mapping[str, Any] | None = None
     load: Callable[[], int] | None = None
     inner: Settings | None = None
+    spoken: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         checks.fields(self, count=(1,), rate=(0.0, 1.0), sizes=(1, 9), shares=(0.0,))
@@ -39,7 +41,7 @@ def test_what_fits_stays_and_lists_become_tuples():
     made = Options(sizes=[1, 9], rows=[["a", None], None], shares={"x": 2}, path=Path("p"), load=dict, rate=1)
     assert (made.sizes, made.rows, made.shares) == ((1, 9), (("a", None), None), {"x": 2})
     assert Options(count=np.int32(3), rate=np.float32(0.5)).count == 3
-    assert Options(length="auto", more={"a": object()}, inner=Settings()).length == "auto"
+    assert Options(length="auto", more={"a": object()}, inner=Settings(), spoken=ByteVocabulary()).length == "auto"
 
 
 @pytest.mark.parametrize(

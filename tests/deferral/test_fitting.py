@@ -180,5 +180,5 @@ def test_data_nothing_can_be_learnt_from():
     refused("objective='likelihood' does not fit a prefix head", fit=dataclasses.replace(FIT, objective="likelihood"))
     with pytest.raises(UserError, match="objective='best' is unknown"):
         fitting.FitConfig(objective="best")
-    with pytest.raises(UserError, match="folds=1 must be a whole number of 2 or more"):
+    with pytest.raises(UserError, match="folds=1 is outside its range: it must be a whole number, 2 or more"):
         fitting.FitConfig(folds=1)
