@@ -5,7 +5,7 @@
 B = 8, G = 5, V = 32,128, float32, no truncation unless said. A round of `Speculative` is run with models that
 answer stored logits, so that what is left is the whole of it: the sampler (the laws of both models, raw and at the
 temperature), the rule's target, deferral, verification, the residual or bonus token, log-probabilities and counters.
-"Rule + verify" is the same from stored laws: all of it but the sampler.
+"Rule + verify" is the same from stored distributions: all of it but the sampler.
 
 Measured beside them, in turn: one softmax over the logits the rule reads (the verifier's; for rules that
 read q, the drafter's as well), and a T5 1.1 XL decoder scoring the same block (random weights; ONE of its 24 layers
@@ -106,7 +106,7 @@ trees.register(StoredDrafter, static=["reads", "width", "draft_len", "noise_size
 
 
 def models(vocab: int) -> tuple[Array, Array, Proposal]:
-    """(drafter's logits, verifier's logits, a draft sampled from the drafter): peaked laws that often agree."""
+    """(drafter's logits, verifier's logits, a draft sampled from the drafter): peaked and often in agreement."""
     rng = np.random.default_rng(0)
     shape = (BATCH, DRAFT_LEN + 1, vocab)
     q = 3.0 * rng.standard_normal(shape, np.float32)
@@ -149,7 +149,7 @@ def round_seconds(rounds: Callable[..., State], program: Program, count: int) ->
 
 
 def judge_seconds(program: Program, count: int) -> Callable[[], float]:
-    """Times rule and verification on stored laws: the target, deferral, verification, pi of the tokens."""
+    """Times rule and verification on stored distributions: the target, deferral, verification, pi of the tokens."""
     rule, temperature = program.rule, program.sampling.temperature
     draft, q_logits = program.drafter.params
     laws = [

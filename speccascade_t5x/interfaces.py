@@ -98,7 +98,7 @@ class Proposal:
         drafter.
       q_raw: [B, G + 1, V] the same at temperature 1; None likewise.
       calls: [B] model calls this proposal cost each row, for the counters.
-      level_calls: [B, N] the same of each of N models, from the largest; None where they are not told apart.
+      level_calls: [B, N] the same of each of N models, from the largest; None if they are not counted separately.
       hidden: [B, G + 1, D] the drafter model's last hidden states at the positions of q; None where no rule reads them.
       broken: [B] bool, NaN went into a distribution behind the draft; None where `law` and `q` show it themselves.
     """

@@ -102,7 +102,7 @@ def final_number(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
 
 
 def last_number(text: str) -> decimal.Decimal | None:
-    """The number after the last "####", or the last one of a text that lacks the mark; None where there is none."""
+    """The number after the last "####", or the last one of a text without the mark; None if there is none."""
     _, mark, after = text.rpartition(_MARK)
     found = _NUMBER.findall(after)
     if not found:

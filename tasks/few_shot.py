@@ -1,6 +1,6 @@
 """Prompts that show a decoder-only model some solved examples before the one it is asked.
 
-Every example is a block "<mark><input>\\n<mark><target>", and an empty line stands between blocks. The examples
+Every example is a block "<mark><input>\\n<mark><target>", and an empty line separates blocks. The examples
 are this project's own (`exemplars`) or the first ones of the train split in file order; either way every run
 shows the same ones.
 
@@ -64,9 +64,9 @@ class Shots:
         return f"\n{self.answer.rstrip()}"
 
     def cut(self, text: str) -> str:
-        """The answer in what a model wrote: what stands before a further block.
+        """The answer in a model's output: the text before a further block.
 
-        A vocabulary that knows no line breaks gives spaces for them, so marks and `after` end an answer as well.
+        A vocabulary without line breaks gives spaces for them, so marks and `after` end an answer as well.
         """
         marks = [mark.strip() for mark in (self.question, self.answer, self.after) if mark]
         ends = [rf"(?:^|(?<=\s)){re.escape(mark)}" for mark in marks] + [re.escape(end) for end in self.ends]

@@ -1,4 +1,4 @@
-"""Folding: what `restore_de` takes away from German text and a model has to give back."""
+"""Folding: what `restore_de` removes from German text and a model has to restore."""
 
 from __future__ import annotations
 

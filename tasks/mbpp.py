@@ -90,7 +90,7 @@ def read_problems(file: Path) -> list[Problem]:
     """Reads and checks a whole file.
 
     Raises:
-      UserError: it is missing or not UTF-8, or a line lacks a field; the message names file, line and field.
+      UserError: it is missing or not UTF-8, or a field is missing in a line; the message names file, line and field.
     """
     try:
         lines = file.read_text("utf-8").splitlines()

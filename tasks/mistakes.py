@@ -1,4 +1,4 @@
-"""Mistakes that people make when they type German, made again the same way for the same seed."""
+"""Typing mistakes in German, the same for the same seed."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Runs a program somebody else wrote, and tests of it, inside bubblewrap (`bwrap`).
+"""Runs an untrusted program and its tests inside bubblewrap (`bwrap`).
 
-What holds the program: user, process, IPC, network, host name and (where there are any) cgroup namespaces of its own;
-a file system of its own that holds the interpreter and the system's libraries, all read-only, and one small temporary
+The program is confined by user, process, IPC, network, host name and (if available) cgroup namespaces of its own; a
+file system of its own that holds the interpreter and the system's libraries, all read-only, and one small temporary
 folder in memory; no environment, no input, no capability; limits on memory, processor time, files and their size; no
 further process or thread; a filter (through bwrap) for the few system calls that no namespace covers. It ends with
 its time, or with this process. A superuser's programs run as `nobody`.
 
-What does not: the program shares its interpreter with the tests, so one that looks for it can send the word that
-reports success, or change what `==` means: a pass is evidence, not proof. The kernel's and bubblewrap's faults are
-also its own. The kernel's memory for many small files is bounded by the time alone. docs/security.md says the same to
-users. Loads no TensorFlow.
+The confinement has limits: the program shares its interpreter with the tests, so a hostile one can forge the report of
+success or change what `==` means, and a pass is evidence, not proof. Faults of the kernel and of bubblewrap are not
+covered. The kernel's memory for many small files is bounded by the time limit alone. docs/security.md has the same for
+users. This module loads no TensorFlow.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def _one_space(text: tf.Tensor) -> tf.Tensor:
 
 @seqio.map_over_dataset
 def questions(example: dict[str, Any]) -> dict[str, tf.Tensor]:
-    """A raw example -> inputs, the first answer as targets, all answers (none where there is none) as references."""
+    """A raw example -> inputs, the first answer as targets, all answers (empty if there is none) as references."""
     answers = _spaced(example["answers"]["text"])
     joined = tf.strings.join(
         ["question:", _spaced(example["question"]), "context:", _spaced(example["context"])], separator=" "

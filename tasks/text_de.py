@@ -1,4 +1,4 @@
-"""Translation into German and correction of German, told apart by their prefix, over two corpora.
+"""Translation into German and correction of German, distinguished by their prefix, over two corpora.
 
   l10n_translate_de     English -> German, labels of user interfaces
   lohelp_translate_de   English -> German, help texts of an office suite

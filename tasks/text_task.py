@@ -1,4 +1,4 @@
-"""What all text tasks share: features over the configured vocabulary, and how they are registered."""
+"""The common part of all text tasks: features over the configured vocabulary, and their registration."""
 
 from __future__ import annotations
 

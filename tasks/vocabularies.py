@@ -33,12 +33,12 @@ _LARGEST = 64 * 2**20
 
 
 class Published(NamedTuple):
-    """A SentencePiece model somebody published.
+    """A published SentencePiece model.
 
     Attributes:
       address: where it is fetched from.
       pieces: its ids, sentinels included.
-      sentinels: how many of them are <extra_id_...>; a file may lack them, and they are then added.
+      sentinels: how many of them are <extra_id_...>; they are added if the file does not have them.
     """
 
     address: str
@@ -59,7 +59,7 @@ def choice(model: str = "t5", sentinels: int | None = None) -> tuple[str, int | 
 
     Args:
       model: 't5', 'mt5', 'byt5' (or 'bytes'), or the path of a SentencePiece model.
-      sentinels: how many <extra_id_...> to add after the model's own pieces; None adds what a published one lacks.
+      sentinels: how many <extra_id_...> to add after the model's own pieces; None adds those that are missing.
     """
     return model, sentinels
 
@@ -106,7 +106,7 @@ def model_file(model: str = "t5") -> str:
 
 
 def extra_ids(model: str = "t5") -> int:
-    """Returns how many sentinels a model's own pieces lack; 0 for a path whose model is none of the published.
+    """Returns how many sentinels are missing from a model's own pieces; 0 for a path to an unpublished model.
 
     Raises:
       UserError: what `model_file` raises.
@@ -132,7 +132,7 @@ def _folder() -> Path:
 
 
 def _fetch(model: str, file: Path) -> None:
-    """Downloads a published model whole, or leaves nothing."""
+    """Downloads a published model atomically."""
     address = PUBLISHED[model].address
     how = f"put the model at {file}, or name the path of a copy with `vocabularies.choice.model`"
     part = None

@@ -85,7 +85,7 @@ class Bundle:
       feature_lengths: {"inputs": S, "targets": T}, the lengths to decode with by default.
       decode: default decode settings: draft_len, eos_id, pad_id, start_id and any others. A `prompt_eos` of False
         leaves out the EOS that texts get at their end, for decoder-only models that continue their prompts.
-      description: what the pair does, for people.
+      description: human-readable description of what the pair does.
       table: bigram or trigram table over the same ids, None where the bundle has none.
       deferral: heads and calibrations of this pair, None where none were fitted.
     """
@@ -127,7 +127,7 @@ def save_bundle(
       feature_lengths: {"inputs": S, "targets": T}.
       decode: default decode settings; draft_len 5, start_id 0 and the vocabulary's EOS and
         pad if not given.
-      description: for people: what the pair does, on what it was trained.
+      description: human-readable: what the pair does, and on what it was trained.
       overwrite: replace a bundle that is already there.
       dtype: what parameters are written as: float32, float16 or bfloat16.
       file_bytes: about the largest data file.

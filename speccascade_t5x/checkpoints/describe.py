@@ -98,7 +98,7 @@ def _vocabulary(opened: Opened) -> dict[str, Any] | None:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """A description for people, a few lines."""
+    """A human-readable description of a few lines."""
     rows = [("path", found["path"]), ("kind", found["what"])]
     if found.get("description"):
         rows.append(("description", found["description"]))

@@ -112,7 +112,7 @@ def export(
       extra_ids: sentinels after its ordinary pieces; 125 for bytes and 100 otherwise if None.
       max_input_len: longest input of a bundle, in tokens.
       max_len: longest output of a bundle, in tokens.
-      description: of a bundle, for people.
+      description: human-readable description of a bundle.
       kind: of the source, see `checkpoints.load`.
 
     Raises:

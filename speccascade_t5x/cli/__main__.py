@@ -103,9 +103,9 @@ def _called(verb: Callable[[list[str]], int], argv: list[str], name: str) -> int
         print(f"{name}: {_unwritten(failed)}", file=sys.stderr)
         return 2
     except Exception as error:
-        code = host_processes.failed(error, name)
-        if code is not None:
-            return code
+        handled = host_processes.failed(error, name)
+        if handled is not None:
+            return handled
         if isinstance(error, BrokenPipeError):  # the reader of our output has left
             streams.silence()
             return 141

@@ -34,7 +34,7 @@ _EPILOG = """\
 required:
   --output_dir, and --task or --records
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   TASK, OUTPUT_DIR, SPLITS, INPUTS_LEN, TARGETS_LEN, LIMIT, RECORDS, PAIR
   cache.cache.task_lengths         pass the lengths to the task's own preprocessors (span corruption needs them)
   cache.cache.unfinished           with RECORDS: keep outputs that do not end in EOS (default: leave them out)

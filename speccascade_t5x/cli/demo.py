@@ -3,8 +3,8 @@
 The pair restores capitals, umlauts, sharp s and accents of German text from its lower-case
 ASCII-folded form. Sentences written for this package, and those given with `--text`, are decoded by
 each model alone and by both together under three rules; one table compares quality and speed, and a
-coloured trace shows who wrote what. Takes about a minute on two CPU cores. Any other method of
-`speccascade methods` joins the table by its flags or its gin file:
+coloured trace shows who wrote what. It takes about a minute on two CPU cores. The flags or the gin
+file of any other method of `speccascade methods` add it to the table:
 
     speccascade demo --rule=opt --alpha=0.1 --verification=block
     speccascade demo --gin_file=rules/lossy_sd.gin

@@ -45,7 +45,7 @@ _EPILOG = """\
 required:
   --source, --target and --format
 
-bindings (each flag above stands for one of them):
+bindings (each flag above sets one of them):
   SOURCE, TARGET, FORMAT
   export.export.dtype, optimizer_state, step, max_file_mb, max_shard_mb, verify, overwrite, allow_drivers, drafter,
     vocabulary, extra_ids, max_input_len, max_len, description, kind

@@ -22,7 +22,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.tasks.lengths import LENGTHS
 
 ALLOW_DRIVERS = "further tensorstore drivers, separated by commas, that a T5X checkpoint you trust may use"
-KIND = "how a folder is read that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
+KIND = "how to read a folder that could be read in several ways: bundle, npz, t5x_native, orbax, huggingface, ..."
 _BINDING = re.compile(r"--gin\.([^=\s]+)=(.*)", re.DOTALL)
 
 

@@ -90,7 +90,7 @@ def _check(coordinator: str | None, count: int | None, index: int | None) -> Non
     if not re.fullmatch(r"\S+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator!r} is not an address: write HOST:PORT")
     if not 0 <= index < count:
-        raise UserError(f"--process_id={index} is none of the {count} processes, which count from 0")
+        raise UserError(f"--process_id={index} is out of range: the {count} processes are numbered from 0")
 
 
 def _initialize(coordinator: str | None, count: int | None, index: int | None, silent: int) -> None:

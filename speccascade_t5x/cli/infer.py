@@ -42,7 +42,7 @@ _EPILOG = """\
 required:
   --task and --output_dir, or --input
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR; ALLOW_CODE_EXECUTION and RUN_PROGRAMS_UNPROTECTED of the tasks that
     score programs
   generate.Settings.method, rule, alpha, draft_len, plan, verification, draft_stop, stop_threshold, drafter,

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         "member of it, T5X (native or Orbax, scanned or not), plain Orbax, npz, or Hugging Face.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="PATH", help="its folder, a packaged name, or a gs:// address")
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint, a packaged name, or a gs:// address")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--verify", action="store_true", help="compare every file with its checksum, if the checkpoint has any"

@@ -39,7 +39,7 @@ _EPILOG = """\
 required:
   --input or --task; or --acceptance and --costs, with which nothing is measured
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, MEASURE, PAIR, ACCEPTANCE, COSTS
   generate.Settings.rule, alpha, temperature, top_k, top_p, min_p, verification, batch_size, ...: give the values of the
     run that will follow the plan; infer --draft_len=auto rejects a plan made with other values

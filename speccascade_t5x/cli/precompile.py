@@ -42,7 +42,7 @@ _MACROS = {
 _EPILOG = """\
 required: nothing
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   PAIRS, TOPOLOGIES, OUTPUT_DIR, BATCH_SIZE, INPUT_LEN, MAX_LEN, DRAFT_LEN, MODEL, PROGRAMS, TIMEOUT_S
   slice_cells.Options.rule, alpha, num_samples, train_batch_size, targets_len, microbatches, drafter_rules
 

@@ -33,7 +33,7 @@ _EPILOG = """\
 required:
   --source, --target, --task, --vocabulary and --rows
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   SOURCE, TARGET, TASK, VOCABULARY, ROWS, SPLIT, LIMIT
   pruning.prune.extra_ids, add_from, overwrite
 

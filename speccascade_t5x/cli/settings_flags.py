@@ -1,4 +1,4 @@
-"""Short flags that stand for fields of `inference.generate.Settings`, the same in every verb that decodes."""
+"""Short flags for fields of `inference.generate.Settings`, the same in every verb that decodes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "confidence": (str, 'confidence of a sequence cascade: "mean" (default), "sum" or "quantile"'),
     "quantile": (float, "the quantile for --confidence=quantile"),
     "temperature": (float, "from 0 to 2 (default: 1); 0 is greedy"),
-    "top_k": (int, "0 is off"),
-    "top_p": (float, "1 is off"),
-    "min_p": (float, "0 is off"),
+    "top_k": (int, "keep the k most likely tokens; 0 is off"),
+    "top_p": (float, "keep the most likely tokens up to this mass; 1 is off"),
+    "min_p": (float, "keep tokens of at least this share of the largest probability; 0 is off"),
     "max_input_len": (int, "maximum length of a prompt in tokens"),
     "max_len": (int, "maximum length of an output in tokens"),
     "num_samples": (int, "number of outputs per input"),

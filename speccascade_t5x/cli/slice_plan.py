@@ -38,7 +38,7 @@ _EPILOG = """\
 required:
   --acceptance or --plan
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   PAIR, TOPOLOGY, ACCEPTANCE, PLAN, BATCH_SIZES, DRAFT_LENS, INPUT_LEN, MAX_LEN, RULE, ALPHA, MODEL, OUTPUT_DIR
 
 "pays above" is the acceptance rate, the same at every draft position, above which that draft length would pay off.

@@ -36,8 +36,8 @@ _MACROS = {
         wholes,
         "draft lengths; the first is the main condition's, the others vary one at a time (default: 5)",
     ),
-    "temperatures": (numbers, "likewise (default: 1)"),
-    "top_ps": (numbers, "likewise (default: 1)"),
+    "temperatures": (numbers, "temperatures, in the same way (default: 1)"),
+    "top_ps": (numbers, "values of top-p, in the same way (default: 1)"),
     "seeds": (wholes, "seeds of the random keys; only the first is used at temperature 0 (default: 0,1,2)"),
     "calibrate": (rate, "find the alphas that reach a rate instead of sweeping, such as deferral_rate=0.3"),
 }
@@ -46,7 +46,7 @@ _EPILOG = """\
 required:
   --output_dir, and --task or --input
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   TASK, INPUT, OUTPUT_DIR, SPLIT, LIMIT, PAIR, METRIC, METHODS, ALPHAS, ALPHA_POINTS, REFINE, DRAFT_LENS, TEMPERATURES,
     TOP_PS, SEEDS, CALIBRATE
   sweep.sweep.timing_items, timing_repeats, timed_points, traces, quality_tolerance, varied

@@ -29,7 +29,7 @@ _EPILOG = """\
 required:
   --output_dir, and --task or --cached
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   TASK, CACHED, OUTPUT_DIR, PAIR, SPLIT, ORDER, LIMIT
   tables.tables.successors   maximum number of successors kept per context (default: 16)
   tables.tables.discount     count that is moved from each successor to the shorter context (default: 0.5)

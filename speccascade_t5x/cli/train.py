@@ -43,7 +43,7 @@ _EPILOG = """\
 required:
   --output_dir, --cached or --task, and --model or a gin file that binds t5.T5Config
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   OUTPUT_DIR, STEPS, CACHED, TASK, EVAL_CACHED, START_FROM, TEACHER, INPUTS_LEN, TARGETS_LEN, BATCH_SIZE,
     EVAL_EVERY, CHECKPOINT_EVERY, LOG_EVERY, SEED, OPTIMIZER
   t5.T5Config.dropout_rate, dtype

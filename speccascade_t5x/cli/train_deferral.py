@@ -36,7 +36,7 @@ _EPILOG = """\
 required:
   --output_dir, and --task or --cached
 
-bindings (each flag above stands for one of them; any other is set with --gin.NAME=VALUE):
+bindings (each flag above sets one of them; any other is set with --gin.NAME=VALUE):
   OUTPUT_DIR, PAIR, TASK, CACHED, SPLIT, LIMIT, KIND, LOSS, OBJECTIVE, STEPS, BATCH_SIZE
   train_deferral.Data.shares, inputs_len, targets_len, batches_per_part, seed
   train_deferral.HeadOptions.hidden, top, width, layers

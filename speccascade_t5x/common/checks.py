@@ -32,7 +32,7 @@ _LEAST_INT, MOST_INT = -(2**31), 2**31 - 1  # int32
 _LEAST_REAL, MOST_REAL = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32, without numbers that XLA flushes to zero
 SEED = (0, 2**32 - 1)  # what a random key holds
 
-_REAL = int | float | np.integer | np.floating
+_REAL: Any = int | float | np.integer | np.floating
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -126,7 +126,7 @@ def fields(made: Any, **ranges: tuple[float, ...]) -> None:
     Raises:
       UserError: a field has another type or lies outside its range.
     """
-    hints = _hints(type(made))
+    hints = _hints(made.__class__)
     for field in dataclasses.fields(made):
         value = getattr(made, field.name)
         checked = as_type(field.name, value, hints[field.name], ranges.get(field.name, ()))
@@ -151,8 +151,9 @@ def arguments(**ranges: tuple[float, ...]) -> Callable[[_Function], _Function]:
                 bound.arguments[name] = as_type(name, value, hints.get(name, Any), ranges.get(name, ()))
             return function(*bound.args, **bound.kwargs)
 
-        checked.__signature__ = signature  # so that gin knows the names of the arguments
-        return checked
+        made: Any = checked
+        made.__signature__ = signature  # so that gin knows the names of the arguments
+        return made
 
     return decorate
 
@@ -186,8 +187,8 @@ def as_type(name: str, value: Any, kind: Any, range: tuple[float, ...] = ()) -> 
         if not isinstance(value, Mapping):
             raise UserError(f"{_said(name, value)} is not a dictionary")
         keys = [as_type(f"a name in {name}", key, parts[0]) for key in value]
-        found = {key: as_type(f"{name}[{key!r}]", value[key], parts[1], range) for key in keys}
-        return value if all(_same(found[key], value[key]) for key in keys) else found
+        made = {key: as_type(f"{name}[{key!r}]", value[key], parts[1], range) for key in keys}
+        return value if all(_same(made[key], value[key]) for key in keys) else made
     if kind is bool and not isinstance(value, bool):
         raise UserError(f"{_said(name, value)} is neither True nor False")
     if kind is int:
@@ -234,24 +235,24 @@ def _one_of_types(name: str, value: Any, kinds: Sequence[Any], range: tuple[floa
         except UserError as error:
             refusals.append((kind, error))
     # The sentence of the kind the value comes closest to: of numbers for a number, of lists for a list.
-    for kind, error in refusals:
+    for kind, refusal in refusals:
         number = kind in (int, float) and isinstance(value, _REAL) and not isinstance(value, bool)
         if number or (typing.get_origin(kind) in _SEQUENCES and isinstance(value, (list, tuple))):
-            raise error
+            raise refusal
     if len(able) == 1:
         raise refusals[0][1]
     raise UserError(f"{_said(name, value)} is none of {', '.join(map(_called, able))}")
 
 
 def _called(kind: Any) -> str:
-    """A type, for people."""
+    """Human-readable name of a type."""
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     origin = typing.get_origin(kind)
     if origin is Callable:
         return "a function"
     if origin is not None:
         return "a dictionary" if origin is Mapping else "a list"
-    return plain.get(kind) or getattr(kind, "__name__", str(kind))
+    return plain.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 def _said(name: str, value: Any) -> str:

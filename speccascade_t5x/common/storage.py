@@ -27,7 +27,7 @@ def file_stem(task: str) -> str:
 
 
 def as_utf8(text: str) -> str:
-    """The text with an escape for what UTF-8 lacks, such as a byte of a file name that is none."""
+    """The text with escapes for what UTF-8 cannot represent, such as an invalid byte of a file name."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

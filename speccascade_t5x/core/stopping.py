@@ -35,7 +35,7 @@ def trim(
     Returns:
       (grown [B] after trimming, done [B] bool).
 
-    A start token and two output tokens stand in the buffer; the round has added 7, EOS and 9:
+    The buffer holds a start token and two output tokens; the round has added 7, EOS and 9:
 
     >>> buffer = jnp.array([[0, 5, 6, 7, 1, 9]])
     >>> grown, done = trim(buffer, jnp.array([2]), jnp.array([3]), offset=1, width=3, max_len=5, eos_id=1)

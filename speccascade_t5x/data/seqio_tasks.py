@@ -132,7 +132,7 @@ def stream(
     limit: int | None = None,
     task_lengths: Mapping[str, int] | None = None,
     seed: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
     """Yields (inputs, targets) ids of a split of any size, unshuffled and uncut, one example in memory at a time.
 
     Args:
@@ -158,7 +158,7 @@ def stream(
     return _pairs(_rows(task_name, dataset, features))
 
 
-def _pairs(rows: Generator[Mapping[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(rows: Generator[Mapping[str, Any]]) -> Generator[tuple[np.ndarray, np.ndarray]]:
     with contextlib.closing(rows):
         for raw in rows:
             yield raw["inputs"], raw["targets"]

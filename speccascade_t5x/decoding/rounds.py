@@ -43,7 +43,7 @@ class Speculative:
     writings: ClassVar[int] = 1
 
     def begin(self, program: Program, first: Array) -> PyTree:
-        """Nothing to carry."""
+        """This execution has no progress to carry."""
         return None
 
     def round(self, program: Program, state: State) -> State:
@@ -128,10 +128,10 @@ def _as_drafter(trace: Trace | None) -> Trace | None:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a round decides about one scored block; nothing in it is as wide as the vocabulary.
+    """The decisions of a round about one scored block; none of the arrays is as wide as the vocabulary.
 
     Attributes:
-      outcome: what stands.
+      outcome: how much of the draft is accepted, and the token after it.
       tokens: [B, G + 1] the accepted tokens, and after them the round's last one in every column.
       prob_raw: [B, G + 1] pi of each of `tokens` at temperature 1, untruncated; NaN if a distribution read was.
       deferral: [B, G + 1] probability that the rule turns to the verifier.
@@ -223,14 +223,14 @@ def row_uniforms(state: State, size: int) -> Array:
 
 
 def last_tokens(state: State) -> Array:
-    """[B, 2] the last two tokens of each row; the first token twice where there is no output yet."""
+    """[B, 2] the last two tokens of each row; the first token twice if there is no output yet."""
     return jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (2,)))(state.tokens, state.committed)
 
 
 def propose(
     program: Program, state: State, last_two: Array, positions: Array, draft_noise: Array
 ) -> tuple[Proposal, PyTree]:
-    """Asks the drafter, or returns the empty proposal where there is none."""
+    """Asks the drafter for a proposal, or returns the empty proposal if there is no drafter."""
     if program.drafter is None:
         batch = last_two.shape[0]
         none = jnp.zeros(batch, jnp.int32)

@@ -22,9 +22,9 @@ from speccascade_t5x.interfaces import SOURCE_DRAFTER, SOURCE_VERIFIER, Array, P
 class TokenCascade:
     """TokenCascade: the drafter writes until the rule defers, then the verifier writes one token.
 
-    Only for rules whose test reads the drafter alone (Chow, ChowLog). The drafter's `stop` is that test, so a
-    draft is exactly what the rule keeps and nothing is verified. The verifier runs only where a row defers; its
-    cache catches up over the tokens it has not seen in chunks of draft_len + 1, each counted as a call.
+    It supports only rules whose test reads the drafter alone (Chow, ChowLog). The drafter's `stop` is that test, so a
+    draft is exactly what the rule keeps and nothing is verified. The verifier runs only if a row defers; its cache then
+    catches up over the tokens it has not seen, in chunks of draft_len + 1, each counted as a call.
     `progress` is {"seen": [B]}: how many positions the verifier's cache holds.
     """
 
@@ -58,7 +58,7 @@ class TokenCascade:
         tokens = jnp.where(turn, token[:, None], drafted)
         by_drafter = jnp.pad(probs.gather(proposal.q_raw, tokens[:, :-1]), ((0, 0), (0, 1)))
         by_verifier = jnp.take_along_axis(p_raw, token[:, None], axis=-1)
-        # The drafter's distribution is read where the rule defers, too.
+        # The drafter's distribution is read even where the rule defers.
         broken = jnp.pad(probs.is_broken(proposal.q_raw), ((0, 0), (0, 1)))
         broken |= turn & probs.is_broken(p_raw)[:, None]
         trace = None
@@ -84,7 +84,7 @@ class TokenCascade:
 
 
 def _without_bonus(program: Program) -> Program:
-    """The program with a drafter that is not scored after a draft of full length: the verifier writes nothing there."""
+    """The program with a drafter that scores no bonus position: after a full draft the verifier writes nothing."""
     drafter: Any = program.drafter  # a token cascade has one
     model = dataclasses.replace(drafter.model, score_bonus=False, report_q=True)
     return dataclasses.replace(program, drafter=dataclasses.replace(drafter, model=model))
@@ -140,7 +140,7 @@ class SequenceCascade:
     Attributes:
       threshold: a log-probability, scalar or [B]; below it the sequence is deferred. Traced.
       quantile: 0 takes the least likely token, 1 the most likely; read by "quantile" only. Traced.
-      confidence: which; static.
+      confidence: the measure of confidence; static.
     """
 
     threshold: Array | float
@@ -159,7 +159,7 @@ class SequenceCascade:
     def round(self, program: Program, state: State) -> State:
         """One token of each row, from the model whose turn it is; see Execution."""
         alive, rewriting = ~state.done, state.progress["rewriting"]
-        # Two streams: the choice to rewrite depends on the first one, so the second writing needs its own.
+        # Two streams, because the choice to rewrite depends on the first one and the second writing needs its own.
         both = row_uniforms(state, 2 * probs.DRAW)
         uniforms = jnp.where(rewriting[:, None], both[:, probs.DRAW :], both[:, : probs.DRAW])
         block, positions = last_tokens(state)[:, 1:], state.first + state.committed
@@ -218,7 +218,7 @@ trees.register(SequenceCascade, static=["confidence"])
 
 
 def _step(bound, cache: PyTree, block: Array, positions: Array, rows: Array) -> tuple[Array, PyTree]:
-    """One step of a model, [B, V] logits, or nothing at all where no row needs it."""
+    """One step of a model, [B, V] logits; skipped if no row needs it."""
     run = lambda cache: bound.model.extend(bound.params, cache, block, positions)  # noqa: E731
     shape = jax.eval_shape(run, cache)[0]
     idle = lambda cache: (jnp.zeros(shape.shape, shape.dtype), cache)  # noqa: E731
@@ -227,7 +227,7 @@ def _step(bound, cache: PyTree, block: Array, positions: Array, rows: Array) -> 
 
 
 def _rewrite(state: State, rows: Array) -> State:
-    """Sends rows back to their beginning, to be written again by the verifier; what they cost stays counted."""
+    """Resets rows to their beginning, so that the verifier writes them again; their cost stays counted."""
     counts = dataclasses.replace(
         state.counts,
         committed=jnp.where(rows, 0, state.counts.committed),

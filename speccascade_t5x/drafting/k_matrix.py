@@ -72,7 +72,7 @@ def k_matrix(rows: Sequence[Sequence[int]], models: int, copies: bool) -> KMatri
     Args:
       rows: n rows of n entries.
       models: how many drafters are language models.
-      copies: whether a copying drafter stands last.
+      copies: whether a copying drafter is last.
 
     Raises:
       UserError: wrong shape, a negative or fractional entry, one below the diagonal, an empty first row, or a

@@ -224,7 +224,7 @@ trees.register(MaxGram, static=[f.name for f in dataclasses.fields(MaxGram) if f
 
 
 def remember(history: Array, last_two: Array, end: Array) -> Array:
-    """Writes the last two committed tokens [B, 2] so that the second stands at end[b].
+    """Writes the last two committed tokens [B, 2] so that the second is at end[b].
 
     If only the start token exists, `last_two` holds it twice, and it is written to index 0.
     """

@@ -331,7 +331,7 @@ def from_checkpoints(
     else:
         pieces = SentencePieceVocabulary(vocabulary, extra_ids or 0)
     if smaller and drafter is None:
-        raise UserError("smaller names drafters below the drafter, but there is none: name the largest as drafter")
+        raise UserError("smaller names drafters below the drafter, but no drafter is given: name one")
     named = {"verifier": verifier} | ({} if drafter is None else {"drafter": drafter})
     named |= {f"smaller drafter {i}": path for i, path in enumerate(smaller)}
     mesh = None if topology is None else hosts.partitioning(topology)

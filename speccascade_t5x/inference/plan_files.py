@@ -45,7 +45,7 @@ def write(path: Path, plan: Mapping[str, Any]) -> Path:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Reads a plan; a folder stands for the plan.json in it.
+    """Reads a plan; for a folder, the plan.json in it.
 
     Raises:
       UserError: it is missing, damaged, or of a newer format.

@@ -44,14 +44,14 @@ _NOT_IN_A_STEP = ("encoder_decoder_attention/key/", "encoder_decoder_attention/v
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a pair decodes.
+    """The slice and mesh on which a pair decodes.
 
     Attributes:
-      chip: what each device can do.
-      data: groups, which share the rows.
-      model: chips of a group, which share the weights.
-      rules: of the verifier.
-      drafter_rules: of the drafter.
+      chip: capabilities of each device.
+      data: number of groups, which share the rows.
+      model: number of chips of a group, which share the weights.
+      rules: logical axis rules of the verifier.
+      drafter_rules: logical axis rules of the drafter.
     """
 
     chip: Chip
@@ -69,13 +69,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What one decoding step of a model asks of a chip.
+    """The load of one decoding step of a model on a chip.
 
     Attributes:
-      weight_bytes: of the kernels a step reads, in the width they are read in.
-      weight_count: of their values.
-      resident_bytes: of all parameters (float32) and of the copy in the activations' width that a decode keeps.
-      heads: on this chip.
+      weight_bytes: bytes of the kernels that a step reads, in the width in which they are read.
+      weight_count: number of their values.
+      resident_bytes: bytes of all parameters (float32) and of the copy in the activations' width that a decode keeps.
+      heads: number of heads on this chip.
       reductions: all-reduces of [rows, T, D] per step.
       gathers_laws: whether logits are split over the group.
     """
@@ -90,7 +90,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one block, by what they are spent on."""
+    """Seconds of one block, by its parts."""
 
     weights: float
     attention: float
@@ -105,7 +105,7 @@ class Times:
 
 @functools.lru_cache(maxsize=64)
 def load(config: T5Config, place: Place, drafter: bool = False) -> Load:
-    """What a step of a model asks of each chip.
+    """The load of a step of a model on each chip.
 
     Args:
       config: architecture.
@@ -208,10 +208,10 @@ class Predicted:
       seconds: of a round.
       tokens_per_s: of the slice.
       gain: over the verifier alone at the same batch; above 1 speculation pays.
-      break_even: acceptance (the same at every position) above which it would pay; None where none is enough.
+      break_even: acceptance rate (the same at every position) above which it would pay off; None if none is enough.
       memory_bytes: on each chip: parameters, their copies, caches, distributions.
-      fits: whether that is less than the chip has.
-      bound: "memory", "arithmetic" or "network": what most of the verifier's block waits for.
+      fits: whether that is less than the memory of the chip.
+      bound: "memory", "arithmetic" or "network": the largest part of the verifier's block.
     """
 
     batch: int
@@ -322,7 +322,7 @@ def _one(decode: Decode, place: Place, batch: int, draft_len: int, tokens: dict[
 
 
 def _bound(decode: Decode, place: Place, batch: int, draft_len: int) -> str:
-    """What takes the most of the verifier's block."""
+    """The largest part of the verifier's block."""
     slots = decode.slots(draft_len)
     times = block_times(decode.verifier, place, batch, draft_len + 1, slots, decode.input_len)
     tokens = math.ceil(batch / place.data) * (draft_len + 1)
@@ -344,9 +344,9 @@ def expected_tokens(curve: Sequence[float], draft_lens: Sequence[int]) -> dict[i
 
 
 def break_even(cost: float, draft_len: int) -> float | None:
-    """The acceptance, the same at every position, at which a round of `cost` verifier steps brings as many tokens.
+    """The acceptance rate, the same at every position, at which a round of `cost` verifier steps adds `cost` tokens.
 
-    None where even a draft that always stands brings fewer; 0 where the residual token alone is enough.
+    None if even a draft that is always accepted adds fewer; 0 if the residual token alone is enough.
     """
     if cost > draft_len + 1:
         return None
@@ -358,7 +358,7 @@ def break_even(cost: float, draft_len: int) -> float | None:
 
 
 def stops_paying(predicted: Sequence[Predicted]) -> int | None:
-    """The smallest batch from which on no draft length gains any more; None where the largest still does."""
+    """The smallest batch from which on no draft length gains any more; None if the largest batch still gains."""
     pays: dict[int, bool] = {}
     for each in predicted:
         if each.draft_len and each.fits:

@@ -20,14 +20,14 @@ FILE, TABLE = "slice_plan.json", "slice_plan.md"
 
 @dataclasses.dataclass(frozen=True)
 class SlicePlan:
-    """What the job found.
+    """The result of the job.
 
     Attributes:
-      name: of the pair and of the slice.
-      model: chips that share the weights.
+      name: names of the pair and of the slice.
+      model: number of chips that share the weights.
       predicted: every batch with every draft length, and with none (0).
       stops_at: the smallest batch from which on speculation gains nothing; None where it gains to the last that fits.
-      path: of the table; None where no output folder was named.
+      path: path of the table; None without an output folder.
     """
 
     name: str
@@ -94,7 +94,7 @@ def slice_plan(
         raise UserError("name either the acceptance (--acceptance=0.8, or one per position) or a plan (--plan=FILE)")
     if plan is not None:
         tokens, rule, alpha = _from_plan(plan, draft_lens)
-    else:
+    elif acceptance is not None:
         tokens = roofline.expected_tokens(acceptance, draft_lens)
     reads = rules.by_name(rule, alpha).reads_drafter
     decode = roofline.Decode(drafter, verifier, input_len, max_len, reads)
@@ -148,7 +148,7 @@ def _break_even(each: roofline.Predicted) -> str:
 
 
 def verdict(found: SlicePlan) -> list[str]:
-    """When speculation pays, in words."""
+    """Human-readable summary of when speculation pays off."""
     lines = []
     for batch in dict.fromkeys(each.batch for each in found.predicted):
         best = found.best(batch)

@@ -41,7 +41,7 @@ class Vocabulary(Protocol):
 
     @property
     def unk_id(self) -> int:
-        """The id of what no other id stands for."""
+        """The id of text without an id of its own."""
 
     @property
     def pieces(self) -> tuple[str, ...]:

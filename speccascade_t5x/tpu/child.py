@@ -1,7 +1,7 @@
 """Compiles the programs of one cell in a process of its own: `python -m speccascade_t5x.tpu.child < request`.
 
 The request is JSON: {"cell": Cell.to_json(), "programs": [names], "file": path}. After every program the file holds all
-results so far, so a crash of the compiler costs the program at hand. A mistake the user can mend is written there too.
+results so far, so a crash of the compiler loses only the current program. User errors are written there as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from speccascade_t5x.tpu import slice_cells
 
 
 def read(file: Path, cell: slice_cells.Cell) -> dict[str, Any]:
-    """The results of a cell so far; none where the file is missing or damaged."""
+    """The results of a cell so far; empty if the file is missing or damaged."""
     empty = {"cell": cell.to_json(), "programs": {}}
     try:
         found = json.loads(file.read_text("utf-8"))

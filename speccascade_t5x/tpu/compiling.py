@@ -29,10 +29,10 @@ _LONGEST_MESSAGE = 300
 
 
 def mesh(on: Slice, model: int) -> Mesh:
-    """The mesh ('data', 'model') of a slice that need not be here.
+    """The mesh ('data', 'model') of a slice, which need not exist on this machine.
 
     Raises:
-      UserError: the compiler does not know the slice, or it cannot be laid out so.
+      UserError: the compiler does not know the slice, or it cannot be laid out in this way.
     """
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=on.name, **hardware.compiler_options(on))
@@ -46,7 +46,7 @@ def mesh(on: Slice, model: int) -> Mesh:
 
 def partitioning(cell: Cell) -> Partitioning:
     """The mesh of a cell with its rules."""
-    wanted = cell.options
+    wanted: Any = cell.options  # settled: none of them is None
     drafter = wanted.rules if wanted.drafter_rules is None else with_batch_of(wanted.drafter_rules, wanted.rules)
     return Partitioning(mesh(hardware.named(cell.topology), wanted.model), wanted.rules, drafter)
 
@@ -57,7 +57,7 @@ def first_line(error: Exception) -> str:
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(needed, available) bytes of a chip, from the compiler's message; None where it says something else."""
+    """(needed, available) bytes of a chip, from the compiler's message; None for any other message."""
     for pattern in _TOO_LARGE:
         found = pattern.search(message)
         if found:
@@ -70,8 +70,8 @@ class Compiler:
     """The programs of one cell.
 
     Args:
-      cell: what is compiled.
-      place: where it would live; the cell's own mesh if None.
+      cell: the cell to compile.
+      place: placement of its arrays; None takes the cell's own mesh.
     """
 
     def __init__(self, cell: Cell, place: Partitioning | None = None):
@@ -79,7 +79,7 @@ class Compiler:
         self._lowered: dict[bool, compiled.Lowered] = {}
 
     def report(self, name: str) -> dict[str, Any]:
-        """Compiles one program. Returns what is known of it, as JSON types; see docs/precompile.md.
+        """Compiles one program. Returns its figures as JSON types; see docs/precompile.md.
 
         Args:
           name: of `slice_cells.PROGRAMS`.
@@ -100,8 +100,9 @@ class Compiler:
     def _decoding(self, queued: bool = False) -> compiled.Lowered:
         if queued not in self._lowered:
             cell, wanted = self.cell, self.cell.options
+            rows: Any = wanted.batch_size  # settled
             program = shapes.program(cell.drafter, cell.verifier, wanted, self.place)
-            inputs = shapes.decode_inputs(wanted.batch_size, wanted.input_len, self.place)
+            inputs = shapes.decode_inputs(rows, wanted.input_len, self.place)
             self._lowered[queued] = compiled.lower(program, *inputs, self.place, queued=queued)
         return self._lowered[queued]
 
@@ -153,7 +154,7 @@ class Compiler:
         return {"status": status, "needed": needed, "capacity": capacity, "over": over, "memory": memory}
 
     def _failed(self, error: Exception, held: dict[str, int]) -> dict[str, Any]:
-        """What is known of a program the compiler gave up."""
+        """The figures of a program that the compiler rejected."""
         sizes = out_of_memory(str(error))
         if sizes is None:
             return {"status": "failed", "message": first_line(error), "memory": held}
@@ -178,7 +179,7 @@ def _as_json(cost: hlo.Cost, clock: float | None) -> dict[str, Any]:
 
 
 def compile_all(cell: Cell, names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
-    """Compiles programs one after another, telling each result at once."""
+    """Compiles programs one after another, and reports each result at once."""
     compiler = Compiler(cell)
     for name in names:
         done(compiler.report(name))

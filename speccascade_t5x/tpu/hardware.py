@@ -22,10 +22,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do; a v4 or v5p chip is one device of two cores.
+    """The capabilities of a chip; a v4 or v5p chip is one device of two cores.
 
     Attributes:
-      name: as topology names begin.
+      name: the beginning of topology names.
       hbm_bytes: capacity of its memory.
       hbm_bandwidth: bytes/s.
       flops: FLOP/s of matrix products in bfloat16.

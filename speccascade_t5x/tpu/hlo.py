@@ -1,7 +1,7 @@
-"""What a compiled TPU program costs, read from its text: cycles and collectives, with loops multiplied out.
+"""Costs of a compiled TPU program, read from its text: cycles and collectives, with loops multiplied out.
 
-libtpu's compiler writes an `estimated_cycles` to most operations it emits. A loop's body stands in the text once, so
-what is inside is multiplied by the trips of the loop, which its condition tells (`counter < constant`). A loop without
+libtpu's compiler attaches an `estimated_cycles` to most operations it emits. A loop's body occurs in the text once, so
+its cost is multiplied by the iterations of the loop, given by its condition (`counter < constant`). A loop without
 a constant bound runs an unknown number of times: its body is one *round*, and is reported by itself. Of a conditional's
 branches one runs; all figures are therefore pairs, with the cheapest and with the dearest branch.
 """

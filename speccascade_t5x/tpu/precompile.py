@@ -18,7 +18,7 @@ from speccascade_t5x.interfaces import UserError
 from speccascade_t5x.models import T5Config
 from speccascade_t5x.tpu import child, hardware, programs_table, slice_cells
 
-# Called with what is being done, in a few words.
+# Called with a short description of the current step.
 Progress = Callable[[str], None]
 FILE, TABLE = "precompile.json", "precompile.md"
 _CELLS = "cells"
@@ -27,7 +27,7 @@ _FINAL = ("fits", "too large", "failed")  # a crash may have been the machine's 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the job found.
+    """The result of the job.
 
     Attributes:
       results: of each cell: {"cell", "programs": {name: report}, "versions"}, in the order asked for.
@@ -59,12 +59,12 @@ def precompile(
       topologies: names of slices.
       options: what is compiled.
       output_dir: where results and tables go; None keeps nothing.
-      timeout_s: most seconds one process may take.
-      before: called once the request is known to be good.
-      progress: told what is going on.
+      timeout_s: time limit of one process, in seconds.
+      before: called once the request has been checked.
+      progress: called with a short description of the current step.
 
     Raises:
-      UserError: a cell that cannot be, before any is compiled; or a slice the compiler rejects.
+      UserError: a cell is not possible (before any is compiled), or the compiler rejects a slice.
     """
     if not pairs or not topologies:
         raise UserError("there is nothing to compile: name PAIRS and TOPOLOGIES")
@@ -119,7 +119,7 @@ def _compiled(
 
 
 def _run_child(request: Mapping[str, Any], environment: Mapping[str, str], timeout_s: float) -> tuple[str, str]:
-    """Runs one process. Returns what to call a program that it left undone, and why."""
+    """Runs one process. Returns a name and a reason for a program that it did not finish."""
     command = [sys.executable, "-m", child.__name__]
     try:
         done = subprocess.run(

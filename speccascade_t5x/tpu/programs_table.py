@@ -1,4 +1,4 @@
-"""Tables of what `precompile` found: Markdown for people, a few lines for a terminal."""
+"""Tables of the results of `precompile`: Markdown, and a few lines for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pair, a decode and a training batch as shapes that say where they would live: nothing is computed or stored."""
+"""A pair, a decode and a training batch as shapes with shardings: nothing is computed or stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def program(drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Pa
       drafter: architecture.
       verifier: architecture.
       wanted: `slice_cells.Options`.
-      partitioning: where everything would live.
+      partitioning: the placement of all arrays.
     """
     config = decoding.DecodeConfig(wanted.max_len, wanted.draft_len, num_samples=wanted.num_samples)
     # Strongly typed, as `inference.settings` makes them.
@@ -49,7 +49,7 @@ def program(drafter: T5Config, verifier: T5Config, wanted: Any, partitioning: Pa
 
 
 def _placed(leaf: Any, partitioning: Partitioning) -> jax.ShapeDtypeStruct:
-    """The shape of a leaf; on every device where it says nothing else."""
+    """The shape of a leaf, on every device unless it has a sharding."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=partitioning.whole)

@@ -1,4 +1,4 @@
-"""Cells of the table: one pair on one slice, as plain values that travel to a child process as JSON."""
+"""Cells of the table: one pair on one slice, as plain values that are sent to a child process as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _USUAL = tuple(name for name in PROGRAMS if name != "refill")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is compiled: sizes, which are those of the whole slice, and how they are shared.
+    """What to compile: sizes, which are those of the whole slice, and how they are divided.
 
     Attributes:
       batch_size: inputs decoded at a time; None takes 16, or as many more as give every group of chips the same.
@@ -43,14 +43,14 @@ class Options:
       drafter_rules: those of drafters; None takes `rules`.
     """
 
-    batch_size: int | Any = None
+    batch_size: int | None = None
     input_len: int = 512
     max_len: int = 128
     draft_len: int = 5
     rule: str = "lossless"
     alpha: float | None = None
     num_samples: int = 1
-    model: int | Any = None
+    model: int | None = None
     train_batch_size: int = 64
     targets_len: int = 128
     microbatches: int = 1
@@ -112,7 +112,7 @@ class Cell:
 
 
 def make(pair: str, drafter: T5Config, verifier: T5Config, topology: str, wanted: Options) -> Cell:
-    """A cell, checked as far as that goes without the compiler.
+    """A cell, checked as far as possible without the compiler.
 
     Raises:
       UserError: an unknown slice, sizes that cannot be shared out, vocabularies that do not fit each other.

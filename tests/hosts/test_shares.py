@@ -47,7 +47,10 @@ def test_one_host_meets_nobody():
         (["--num_processes=2"], "the flags that name hosts go with --multihost: add it"),
         (["--multihost", "--num_processes=2"], "go together: name all three or none"),
         (["--multihost", "--coordinator=a", "--num_processes=2", "--process_id=0"], "is not an address: write HOST"),
-        (["--multihost", "--coordinator=a:1", "--num_processes=2", "--process_id=2"], "is none of the 2 processes"),
+        (
+            ["--multihost", "--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "is out of range: the 2",
+        ),
         (["--multihost", "--host_timeout=60"], "is outside its range: 1 to 30 seconds"),
     ],
 )

@@ -167,7 +167,7 @@ def test_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path):
     program = textwrap.dedent("""
         import resource, signal, sys
         from speccascade_t5x.interfaces import UserError
-        from speccascade_t5x.inference import records
+        from speccascade_t5x.common import storage
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:

@@ -140,7 +140,7 @@ class PrefixRule(AlphaRule):
 class TokenRule(AlphaRule):
     """pi(v) = q(v) (1 - r(v)) + eta p(v), eta = sum_v' r(v') q(v'): single tokens of the drafter are ruled out.
 
-    At temperature 0 the drafter's argmax stands iff the test keeps it, else the verifier's argmax: with
+    At temperature 0 the drafter's argmax is emitted iff the test keeps it, else the verifier's argmax: with
     one-hot q and p that is what the same formula says.
     """
 
