@@ -103,7 +103,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
                     yield from_json(line)
                 except ValueError as error:
                     said = getattr(error, "msg", error)
-                    raise UserError(f"{path}, line {number}: not a JSON record ({said})") from error
+                    raise UserError(f"{path}, line {number} is not a JSON record ({said})") from error
     except OSError as error:
         raise UserError(f"the records {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
