@@ -105,7 +105,9 @@ def failing():
 
 def test_a_source_that_fails_while_it_is_read(task, tmp_path):
     name = task(generated(failing))
-    message = rf"the reading of example 1 of task '{NAME}' failed with \w+: OSError: the disk has gone: fix it and run again"
+    message = (
+        rf"the reading of example 1 of task '{NAME}' failed with \w+: OSError: the disk has gone: fix it and run again"
+    )
     for read in (whole, lambda name: cache(tmp_path, name, "test")):
         with pytest.raises(UserError, match=message):
             read(name)
