@@ -98,7 +98,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel, checkout):
         for path in (checkout / folder).rglob("*"):
             name = path.relative_to(checkout).as_posix()
             name = name if folder == "speccascade_t5x" else f"speccascade_t5x/{name}"
-            ships = path.suffix in (".py", ".gin") or name.startswith("speccascade_t5x/pretrained/")
+            ships = path.suffix in (".py", ".gin", ".typed") or name.startswith("speccascade_t5x/pretrained/")
             if path.is_file() and "__pycache__" not in name and ships:
                 wanted.add(name)
     assert held == wanted

@@ -100,6 +100,7 @@ class Mixed:
 
     @property
     def eos_id(self) -> int:
+        """The id that ends inputs and targets."""
         return self.vocabulary.eos_id
 
     @functools.cached_property
@@ -113,14 +114,17 @@ class Mixed:
         return np.concatenate([corpus.target_lengths for corpus in self._corpora])
 
     def inputs(self, index: int) -> np.ndarray:
+        """Ids of one example's inputs."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._corpora[part].inputs(index - int(self._starts[part]))
 
     def targets(self, index: int) -> np.ndarray:
+        """Ids of one example's targets."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._corpora[part].targets(index - int(self._starts[part]))
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of an epoch's examples, in the order they are seen."""
         drawn = []
         for part, (corpus, count) in enumerate(zip(self._corpora, self._counts.tolist(), strict=True)):
             first, last = epoch * count, (epoch + 1) * count

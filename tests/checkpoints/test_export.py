@@ -199,9 +199,9 @@ def test_pair_becomes_a_bundle(source, tmp_path):
     [
         ("pickle", {}, "no format 'pickle': use one of bundle"),
         ("t5x", {"dtype": "int8"}, "cannot be written as 'int8'"),
-        ("t5x", {"max_file_mb": 0}, "max_file_mb = 0 is too small"),
+        ("t5x", {"max_file_mb": 0}, "max_file_mb=0 is outside"),
         ("huggingface", {"step": 3}, "step = 3 is not usable"),
-        ("t5x", {"step": -1}, "step = -1"),
+        ("t5x", {"step": -1}, "step=-1 is outside"),
         ("t5x", BYTES, "a vocabulary goes into a bundle"),
         ("t5x", {"drafter": "x"}, "the format 't5x' holds one model"),
         ("t5x_pair", BYTES, "the format 't5x_pair' has no room for it"),

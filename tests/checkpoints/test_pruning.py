@@ -182,7 +182,7 @@ def test_what_cannot_be_pruned_is_refused(source, old, tmp_path, change, message
 
 
 def test_other_kinds_of_vocabularies_and_targets_in_the_way_are_refused(source, old, tmp_path):
-    with pytest.raises(UserError, match="no unigram model"):
+    with pytest.raises(UserError, match="not a unigram model"):
         prune(source, tmp_path / "new", old, vocabulary=train_model(tmp_path, "bpe", 50))
     (tmp_path / "new").mkdir()
     with pytest.raises(UserError, match="already exists"):

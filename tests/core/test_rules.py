@@ -343,11 +343,16 @@ def test_unknown_rule_names_the_nearest():
 
 @pytest.mark.parametrize(
     ("name", "alpha"),
-    [("token_v3", 1.5), ("chow", -0.1), ("min_p", 2.0), ("diff", -1.5), ("chow", math.nan)],
+    [("token_v3", 1.5), ("chow", -0.1), ("min_p", 2.0), ("diff", -1.5)],
 )
 def test_alpha_out_of_range_names_the_range(name, alpha):
     with pytest.raises(UserError, match=rf"{name}.*(to 1|1 or less)"):
         rules.by_name(name, alpha=alpha)
+
+
+def test_an_alpha_that_is_no_number_is_rejected():
+    with pytest.raises(UserError, match="alpha=.*nan.* must be a number"):
+        rules.by_name("chow", alpha=math.nan)
 
 
 def test_one_bad_alpha_of_many_is_found():

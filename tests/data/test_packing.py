@@ -332,7 +332,7 @@ def test_evaluation_sees_all_in_order():
         (lambda c: packing.Bucketed(c, 10, 8, 8), "tokens_per_batch=10 has no room"),
         (lambda c: packing.Bucketed(c, 100, 8, 8, 0), "buckets=0"),
         (lambda c: packing.Bucketed(c, 100, 8, 8, [(2, 6), (4, 3)]), "must grow"),
-        (lambda c: packing.Bucketed(c, 100, 8, 8, [(2, 6, 7)]), "no pair of lengths"),
+        (lambda c: packing.Bucketed(c, 100, 8, 8, [(2, 6, 7)]), "is not a pair of lengths"),
         (lambda c: packing.InOrder(c, 0, 8, 8), "batch_size=0"),
     ],
 )

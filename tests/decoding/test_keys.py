@@ -64,7 +64,7 @@ def test_raw_and_typed_keys_say_the_same_and_every_word_counts():
     "key", [7, np.int32(7), np.zeros(2), np.zeros((2, 2), np.uint32), jax.random.split(jax.random.key(0)), None]
 )
 def test_what_is_no_key_is_refused(key):
-    with pytest.raises(UserError, match=r"no random key: give jax.random.key|holds \(2,\) random keys"):
+    with pytest.raises(UserError, match=r"not a random key: give jax.random.key|holds \(2,\) random keys"):
         decoding.decode(program("lossless"), inputs(2), key, np.arange(2))
 
 

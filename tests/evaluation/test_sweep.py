@@ -250,7 +250,7 @@ def test_without_a_cell_that_succeeded_the_reason_is_told(tmp_path):
         ({"methods": ("token_v4",)}, "there is no method 'token_v4': did you mean 'token_v"),
         ({"alphas": {"token_v3": (0.5, 2.0)}}, "alpha=2 is outside the range of the method 'token_v3': 1 or less"),
         ({"metric": "bleu"}, "in has no metric 'bleu': use one of nll"),
-        ({"methods": ("token_v3@max_gram",)}, "the rule 'token_v3' reads the law q of a drafter model"),
+        ({"methods": ("token_v3@max_gram",)}, "the rule 'token_v3' reads the distribution q of a drafter model"),
         ({"methods": ("lossless@ngram",)}, "needs an n-gram table"),
         ({"seeds": (1, 1)}, "must be different whole numbers"),
         ({"seeds": (0, -1)}, "seeds=-1 is outside its range"),  # the first one's cells would be there by then

@@ -117,7 +117,7 @@ def test_nan_fails_instead_of_shortening_a_text(tmp_path, who):
     setattr(pair, who, Bound(bound.model, params))
     settings = dataclasses.replace(BASE, rule="min_p", alpha=0.9)
     runner = generate.Runner(pair, settings)
-    batches = runner.batches([runner.prompt(i, "abc", "text") for i in range(2)])
+    batches = runner.batches([runner.prompt_form.encode(i, "abc", "text") for i in range(2)])
     forced = teacher_forced.TeacherForced(pair, 6)
     fine = forced.score(teacher_forced.references(pair, batches, ["abc", "a"], 6), [settings])[0]
     assert teacher_forced.per_example(fine)["tokens"] == [4, 2]
@@ -139,7 +139,7 @@ def test_what_has_no_law_of_the_next_token_says_why(pair):
 def test_a_trace_says_with_which_chance_a_draft_stands():
     each = {"q": [0.5], "p": [0.1], "prob": [0.2], "deferral": [0.0]}
     drafted = trace_page._span("a", SOURCE_ACCEPTED, 0, each | {"drafted": [0.8]})
-    assert "a draft of it stands with probability 0.25" in drafted  # pi / d; q is of temperature 1
+    assert "a draft of it is accepted with probability 0.25" in drafted  # pi / d; q is of temperature 1
     assert "stands" not in trace_page._span("a", SOURCE_ACCEPTED, 0, each)
     assert "&lt;b&gt;&quot;" in trace_page._span('<b>"', SOURCE_ACCEPTED, 0, {})  # whatever a model writes
 

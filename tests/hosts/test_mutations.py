@@ -223,7 +223,7 @@ def files_grow_in_place(patch):
                 file.write(chunk[len(chunk) // 2 :])
         return path
 
-    patch.setattr(records, "write_bytes", write_bytes)
+    patch.setattr(storage, "write_bytes", write_bytes)
 
 
 def no_step_ahead(patch):

@@ -107,7 +107,7 @@ def test_prompt_lookup_is_max_gram_with_short_matches_and_no_table(pair):
         ({"method": "bild", "drafter": "max_gram"}, "'bild' does not read drafter: .* one of speculative"),
         (
             {"drafter": "max_gram", "rule": "token_v3", "alpha": 0.3},
-            "'token_v3' reads the law q of a drafter model, but .* use lossless or min_p, or drafter='cascade'",
+            "'token_v3' reads the distribution q of a drafter model, but .* use lossless or min_p",
         ),
         ({"drafter": "cascade", "k_matrix": [[1] * 3] * 3}, "k_matrix has 3 rows, but this pair has 1 drafter"),
         ({"drafter": "cascade", "k_matrix": [[1, 1], [1, 1]]}, r"K\[1\]\[0\]=1 lies below the diagonal"),

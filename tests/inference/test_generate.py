@@ -222,9 +222,9 @@ def test_a_verifier_alone_has_no_drafter(pair):
 
 
 def test_loading_names_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match=r"no bundle .*nowhere"):
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
         speccascade_t5x.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no bundle 'restore_de_pari'.*did you mean 'restore_de_pair'\?"):
+    with pytest.raises(UserError, match=r"restore_de_pari does not exist.*did you mean 'restore_de_pair'\?"):
         speccascade_t5x.load("restore_de_pari")
     with pytest.raises(UserError, match=r"bundle\.json"):
         speccascade_t5x.load(tmp_path)

@@ -220,7 +220,7 @@ def test_what_is_no_prompt_is_refused():
     model, params = tiny("causal")
     with pytest.raises(UserError, match=r"'decoder_input_tokens', but the inputs are encoder_input_tokens"):
         model.first({"encoder_input_tokens": np.ones((2, 3))})
-    with pytest.raises(UserError, match=r"must be \[rows, 1 or more\], but has shape \(4,\)"):
+    with pytest.raises(UserError, match=r"has shape \(4,\): give \[rows, 1 or more\]"):
         model.start(params, {"decoder_input_tokens": np.ones(4)}, 4, 3)
     with pytest.raises(UserError, match=r"has shape \(2, 2\), but decoder_input_tokens \(2, 3\)"):
         model.first({"decoder_input_tokens": np.ones((2, 3)), "decoder_causal_attention": np.ones((2, 2))})

@@ -79,7 +79,7 @@ def test_what_is_refused_leaves_nothing(plain, cached, tmp_path):
     for options, message in [
         ({"output_dir": tmp_path / "taken", "cached": cached}, "already exists"),
         ({"output_dir": tmp_path / "new"}, "name either a task or a folder of tokenised shards"),
-        ({"output_dir": tmp_path / "new", "cached": cached, "order": 4}, "order=4 is not supported"),
+        ({"output_dir": tmp_path / "new", "cached": cached, "order": 4}, "order=4 is outside"),
         ({"output_dir": tmp_path / "new", "cached": cached, "limit": 0}, "limit=0 is outside its range"),
         ({"output_dir": tmp_path / "new", "cached": plain}, "manifest.json"),
     ]:
