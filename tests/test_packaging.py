@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("speccascade_t5x", "tasks", "gin_configs")
 # What is run against the installed wheel: quick, and without paths of the checkout.
 OUTSIDE = (
-    *("test_where.py", "core/test_probs.py", "core/test_accounting.py", "core/test_divergences.py", "text"),
+    *("test_where.py", "core/test_accounting.py", "core/test_divergences.py", "text"),
     "checkpoints/test_packaged_pair.py",
 )
 # Says where things were found; `l10n` registers its tasks and must do so only once.

@@ -93,7 +93,10 @@ main()
 
 def test_an_interrupt_while_libraries_load_is_one_sentence():
     command = [sys.executable, "-c", LOADS, "methods"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that starts the tests in the background has SIGINT ignored, and a child would inherit that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, **pipes, **heard) as process:
         assert process.stdout.readline() == "loading\n"
         time.sleep(0.2)  # into its sleep
         process.send_signal(signal.SIGINT)
